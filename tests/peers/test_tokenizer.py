@@ -1,0 +1,123 @@
+"""data.BPE against the tokenizers library: ids, piece boundaries, truncation."""
+import random
+import re
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+from tokenizers import ByteLevelBPETokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+
+import data
+
+SHARED = Path(__file__).parents[2] / "../shared"
+MODEL = SHARED / "models/minilm-l6-roberta"
+GLUE = SHARED / "data/glue"
+pytestmark = pytest.mark.skipif(not MODEL.exists(), reason="needs ../shared with the real encoder")
+
+FILES = (str(MODEL / "vocab.json"), str(MODEL / "merges.txt"))
+CONTEXTS = ("{}", "a{}b", "1{}2", " {} ", "'{}s {}{}")     # alone, in a word, a number, spaces, marks
+SPLITTER = ByteLevel(add_prefix_space=False)
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return data.BPE(*FILES)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return ByteLevelBPETokenizer(*FILES, add_prefix_space=False)
+
+
+def reference_pieces(text):
+    """Pieces of the text as the library cuts them; its offsets count characters of the text."""
+    return [text[a:b] for _, (a, b) in SPLITTER.pre_tokenize_str(text)]
+
+
+def differences(bpe, reference, texts):
+    """The texts whose ids or pieces differ from the library's."""
+    encoded = reference.encode_batch(texts)
+    return [text for text, theirs in zip(texts, encoded)
+            if bpe.encode(text) != theirs.ids or bpe.pieces(text) != reference_pieces(text)]
+
+
+def assigned():
+    """Every character that Python knows as assigned, surrogates apart (UTF-8 has none)."""
+    return [chr(i) for i in range(sys.maxunicode + 1)
+            if unicodedata.category(chr(i)) not in ("Cn", "Cs")]
+
+
+def mixed(n, seed=0):
+    """n strings mixed from words, contractions, digits, runs of spaces, emoji and accents."""
+    rng = random.Random(seed)
+    atoms = ["the", "RoBERTa", "naïve", "x²", "½", "Ⅷ", "don't", "'re", "'LL", "'s", "'", "’s", "42",
+             "3.14", "٣", " ", "  ", "   ", "\t", "\n", "\r\n", "\x1c", "\x85", "\xa0", "\u2003",
+             "\u2028", "\u3000", "\u200b", "é", "e\u0301", "日本語", "한국", "हिन्दी", "👩‍👩‍👧", "🙂", "🏽",
+             "</s>", "<mask>", "<s>", "_", "--", "...", "$", "\0", "\ufeff", "\ufffd", "a", "B", "Ǆ", "ª"]
+    return ["".join(rng.choice(atoms) for _ in range(rng.randint(1, 12))) for _ in range(n)]
+
+
+def test_glue_files(bpe, reference):
+    """Every line of every GLUE file: ids and piece boundaries equal the library's."""
+    paths = sorted(GLUE.glob("*/*.tsv"))
+    assert len(paths) == 20
+    for path in paths:
+        cells = {cell for row in data.read_tsv(path) for cell in row if cell}
+        assert differences(bpe, reference, sorted(cells)) == [], path
+
+
+def test_every_assigned_character(bpe, reference):
+    """Every assigned character in five contexts: ids and piece boundaries equal the library's."""
+    chars = assigned()
+    assert len(chars) > 280_000          # 144,697 by Unicode 14, and the private-use areas
+    for context in CONTEXTS:
+        assert differences(bpe, reference, [context.replace("{}", char) for char in chars]) == []
+
+
+def test_mixed_strings(bpe, reference):
+    """20,000 mixed strings: ids and piece boundaries equal the library's, and decode inverts."""
+    texts = mixed(20_000)
+    assert differences(bpe, reference, texts) == []
+    assert all(bpe.decode(bpe.encode(text)) == text for text in texts)
+
+
+def test_the_comparison_sees_wrong_classes(bpe, reference, monkeypatch):
+    r"""With `[^\W\d_]` and `\d` in the place of \p{L} and \p{N}, the comparison above must fail,
+    and Python's own \s must be caught by it, too."""
+    def wrong(char):
+        if re.match(r"\s", char):
+            return "\n"
+        return "z" if re.match(r"[^\W\d_]", char) else "0" if re.match(r"\d", char) else "!"
+    monkeypatch.setattr(data, "ascii_like", wrong)
+    chars = [char for char in assigned() if not char.isascii()]
+    failed = {char for context in CONTEXTS for char in chars
+              if bpe.pieces(t := context.replace("{}", char)) != reference_pieces(t)}
+    assert {"²", "½", "Ⅷ"} <= failed
+    assert len(failed) == sum((unicodedata.category(c)[0] == "L") != bool(re.match(r"[^\W\d_]", c))
+                              or (unicodedata.category(c)[0] == "N") != bool(re.match(r"\d", c))
+                              for c in chars)
+    monkeypatch.undo()
+    python_space = re.compile(data.PIECES.pattern)           # without re.ASCII
+    assert python_space.findall("a\x1cb") != reference_pieces("a\x1cb") == bpe.pieces("a\x1cb")
+
+
+@pytest.mark.parametrize("max_len", [5, 6, 7, 8, 9, 12, 16, 33, 128])
+def test_truncation(bpe, reference, max_len):
+    """Pairs and single texts of all lengths around the limit: join_ids equals the library's
+    longest_first with RoBERTa's template."""
+    reference.enable_truncation(max_len, strategy="longest_first")
+    reference._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    try:
+        for n in range(max_len + 3):
+            for m in {0, 1, 2, 3, n - 1, n, n + 1, max_len - n, max_len // 2, max_len + 1} - {-1}:
+                a, b = "a" + " a" * n, "b" + " b" * max(m, 0)
+                ids = [bpe.encode(a), bpe.encode(b)]
+                assert data.join_ids(ids, max_len) == reference.encode(a, b).ids, (n, m)
+                assert data.join_ids(ids[:1], max_len) == reference.encode(a).ids, n
+    finally:
+        reference.no_truncation()
+        reference._tokenizer.post_processor = None
