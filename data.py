@@ -12,23 +12,22 @@ import http.client
 import json
 import os
 import re
-import shutil
 import sys
 import time
 import unicodedata
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from urllib import error, request
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 AnyPath = str | os.PathLike[str]
 
@@ -97,10 +96,12 @@ class Example(NamedTuple):
     ids: list[int]                # <s> a </s>  or  <s> a </s></s> b </s>
     label: int | float | None     # class id; y / top, in 0..1; None in a test file
 
-def find_task(name: str, split: str) -> Task:
-    if split not in (files := TASKS[name].files if name in TASKS else {}):
-        raise DataError(f"no split {split!r} of task {name!r}; it has {', '.join(files)}" if files
-                        else f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
+def find_task(name: str, split: str = "") -> Task:
+    """The row of TASKS; DataError if there is none, or none of its files is this split."""
+    if name not in TASKS:
+        raise DataError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
+    if split and split not in TASKS[name].files:
+        raise DataError(f"{name} has no split {split!r}; it has {', '.join(TASKS[name].files)}")
     return TASKS[name]
 
 def load_task(name: str, data_dir: AnyPath, split: str, bpe: "BPE", max_len: int) -> list[Example]:
@@ -150,8 +151,8 @@ def read_text(path: Path) -> str:
                         "at a folder that has it, or leave them out to download") from None
     if bad := re.search("[\0\udc80-\udcff]", text):
         line = text.count("\n", 0, bad.start()) + 1
-        raise DataError(f"{path} line {line}: byte {ord(bad[0]) & 255:#04x}, expected text in UTF-8; "
-                        "save the file as UTF-8 or get it anew")
+        raise DataError(f"{path} line {line}: byte {ord(bad[0]) & 255:#04x}, expected text in "
+                        "UTF-8; save the file as UTF-8 or get it anew")
     return text
 
 # ---- RoBERTa's byte-level BPE ------------------------------------------------------------------
@@ -226,7 +227,7 @@ class BPE:
         """Tokens of a piece: its bytes, the pair that was learned first merged first."""
         symbols, last = [BYTE_CHARS[byte] for byte in piece.encode()], len(self.ranks)
         while len(symbols) > 1:
-            pair = min(zip(symbols, symbols[1:]), key=lambda pair: self.ranks.get(pair, last))
+            pair = min(pairwise(symbols), key=lambda pair: self.ranks.get(pair, last))
             if pair not in self.ranks:
                 break
             symbols = merge(symbols, pair)
@@ -241,18 +242,19 @@ OTHER_FILES = "take vocab.json and merges.txt from one RoBERTa folder, or downlo
 
 def read_vocab(path: Path) -> dict[str, int]:
     """token -> id, checked: ids 0..n-1, RoBERTa's special tokens, a token for every byte."""
+    text = read_text(path)
     try:
-        vocab = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as e:
+        vocab = json.loads(text)
+    except (ValueError, RecursionError) as e:
         raise DataError(f"{path}: not whole JSON ({e}); {OTHER_FILES}") from None
-    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
+    if not isinstance(vocab, dict) or {type(i) for i in vocab.values()} != {int}:
         raise DataError(f"{path}: expected one JSON object of token: id; {OTHER_FILES}")
     if sorted(vocab.values()) != [*range(len(vocab))]:
         raise DataError(f"{path}: expected ids 0 to {len(vocab) - 1}, each once; {OTHER_FILES}")
-    for token in (*SPECIAL, *CHAR_BYTES):
-        if token not in vocab or vocab[token] != SPECIAL.get(token, vocab[token]):
-            raise DataError(f"{path}: the id of {token!r} is {vocab.get(token)}, expected "
-                            f"{SPECIAL.get(token, 'one for each byte')}; {OTHER_FILES}")
+    wrong = [token for token, i in SPECIAL.items() if vocab.get(token) != i]
+    if wrong := wrong + [char for char in CHAR_BYTES if char not in vocab]:
+        raise DataError(f"{path}: {wrong[0]!r} is {vocab.get(wrong[0])}, expected {SPECIAL} and an "
+                        f"id for each byte; {OTHER_FILES}")
     return vocab
 
 def read_merges(path: Path, vocab: dict[str, int]) -> dict[tuple[str, str], int]:
@@ -262,7 +264,7 @@ def read_merges(path: Path, vocab: dict[str, int]) -> dict[tuple[str, str], int]
     lines = read_text(path).removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
         left, _, right = line.removesuffix("\r").partition(" ")
-        if left in made and right in made and left + right in vocab:
+        if left in made and right in made and vocab.get(left + right, 0) >= len(SPECIAL):
             made.add(left + right)
             ranks[left, right] = len(ranks)
         elif number > 1 or left != "#version:":
@@ -295,23 +297,25 @@ def train_bpe(texts: Iterable[str], n_merges: int, vocab_path: AnyPath,
     counts all pairs anew."""
     counts = Counter(piece for text in texts for piece in BPE.pieces(text))
     words = [([BYTE_CHARS[byte] for byte in piece.encode()], n) for piece, n in counts.items()]
-    tokens, merges = [*SPECIAL, *CHAR_BYTES], list[tuple[str, str]]()
-    while len(merges) < n_merges:
+    merges: dict[str, tuple[str, str]] = {}                # product: pair
+    taken = {*SPECIAL, *CHAR_BYTES, "<mask>"}
+    for _ in range(n_merges):
         pairs: Counter[tuple[str, str]] = Counter()
         for symbols, n in words:
-            for pair in zip(symbols, symbols[1:]):
+            for pair in pairwise(symbols):
                 pairs[pair] += n
-        new = [pair for pair in pairs if "".join(pair) not in (*tokens, "<mask>")]
+        new = [pair for pair in pairs if "".join(pair) not in taken]
         if not new:
             break
-        merges.append(min(new, key=lambda pair: (-pairs[pair], pair)))
-        tokens.append("".join(merges[-1]))
-        words = [(merge(symbols, merges[-1]), n) for symbols, n in words]
-    vocab = {token: i for i, token in enumerate([*tokens, "<mask>"])}
+        best = min(new, key=lambda pair: (-pairs[pair], pair))
+        merges["".join(best)] = best
+        taken.add("".join(best))
+        words = [(merge(symbols, best), n) for symbols, n in words]
+    vocab = {token: i for i, token in enumerate((*SPECIAL, *CHAR_BYTES, *merges, "<mask>"))}
     with written_whole(vocab_path) as file:
         file.write(json.dumps(vocab, ensure_ascii=False).encode())
     with written_whole(merges_path) as file:
-        file.write("\n".join(("#version: 0.2", *map(" ".join, merges), "")).encode())
+        file.write("\n".join(("#version: 0.2", *map(" ".join, merges.values()), "")).encode())
 
 # ---- Batches -----------------------------------------------------------------------------------
 
@@ -328,6 +332,7 @@ class Batch(NamedTuple):
                       self.labels[i::n], self.rows[i::n]) for i, width in enumerate(widths)]
 
     def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 POOL = 64     # batches whose examples are sorted together: more pad less, fewer mix better
@@ -351,20 +356,21 @@ def batches(examples: Sequence[Example], batch_size: int, seed: int | None, epoc
     if seed is not None:
         groups = [groups[i] for i in rng.permutation(len(groups))]
     for group in groups[skip:]:
-        yield collate([examples[i] for i in group[rank::world]], group[rank::world])
+        yield collate(examples, group).split(world)[rank]
 
-def collate(examples: Sequence[Example], rows: Sequence[int] | np.ndarray) -> Batch:
-    """One padded batch of the examples, which stand at these rows of the whole list."""
-    width = max((len(example.ids) for example in examples), default=1)
-    ids = torch.tensor([e.ids + [PAD] * (width - len(e.ids)) for e in examples], dtype=torch.int64)
-    labels = [-1 if e.label is None else e.label for e in examples]
-    kind = torch.float32 if any(isinstance(label, float) for label in labels) else torch.int64
-    ids = ids.view(len(examples), width)
-    return Batch(ids, ids != PAD, torch.tensor(labels, dtype=kind), torch.as_tensor(rows))
+def collate(examples: Sequence[Example], rows: np.ndarray) -> Batch:
+    """The examples at these rows as one padded batch."""
+    chosen = [examples[row] for row in rows]
+    width = max(len(example.ids) for example in chosen)
+    ids = torch.tensor([[*e.ids, *[PAD] * (width - len(e.ids))] for e in chosen])
+    labels = torch.tensor([-1 if e.label is None else e.label for e in chosen],
+                          dtype=torch.float32 if isinstance(chosen[0].label, float) else None)
+    return Batch(ids, ids != PAD, labels, torch.tensor(rows))
 
 # ---- Metrics of (predictions, labels): class ids or real numbers, both (N,) --------------------
 
 def vectors(predictions: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Both as arrays, ValueError unless they are vectors of one length: others would broadcast."""
     x, y = np.asarray(predictions), np.asarray(labels)
     if x.ndim != 1 or x.shape != y.shape or not len(x):
         raise ValueError(f"expected two vectors of one length, not empty: {x.shape} and {y.shape}")
@@ -418,8 +424,8 @@ def write_submission(task: Task, split: str, predictions: Any, folder: AnyPath) 
     written as their label words, or y/top, written as y cut to 0..top.
     """
     values = np.asarray(predictions)
-    if values.ndim != 1 or not np.isin(values, range(len(task.labels))).all() and task.labels \
-            or not np.isfinite(values).all():
+    valid = np.isin(values, range(len(task.labels))) if task.labels else np.isfinite(values)
+    if values.ndim != 1 or not valid.all():
         raise DataError(f"{task.name}: predictions of shape {values.shape}, expected a vector of "
                         f"{f'class ids below {task.num_labels}' if task.labels else 'numbers'}")
     cells = [task.labels[int(value)] for value in values] if task.labels else \
@@ -450,26 +456,24 @@ def written_whole(path: AnyPath) -> Iterator[BinaryIO]:
 
 WAITS = (0.5, 1.0, 2.0)       # seconds before each new attempt
 TIMEOUT = 30.0                # seconds without a byte
-WAYS_OUT = ("or, without a network, give your own files: --data-dir FOLDER (GLUE's tasks) and "
-            "--model-dir FOLDER (RoBERTa)")
+WAYS_OUT = "or use your own files: --data-dir FOLDER (GLUE) and --model-dir FOLDER (RoBERTa)"
 
 def fetch(url: str, path: AnyPath, sha256: str | None = None, size: int | None = None) -> None:
     """Download url to path, whole or not at all; size (bytes) and hash are verified, as given here
-    or as the server gives them. Tries again after time-outs, server errors and short answers, not
+    or else by the server. Tries again after time-outs, server errors and damaged answers, not
     after "not found" or "forbidden". Raises DataError."""
     for wait in (*WAITS, None):
         try:
             return fetch_once(url, path, sha256, size)
         except (error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as e:
             code = getattr(e, "code", 500)
-            if wait is None or code < 500 and code not in (408, 429):
-                remedy = {404: "check the name", 403: "access is denied, check your rights"}.get(
-                    code, "check the network")
+            if wait is None or (code < 500 and code != 429):     # 429: too many requests
+                remedy = {403: "access denied", 404: "no such file, check the name"}.get(
+                    code, "try again later")
                 raise DataError(f"{url}: {e}; {remedy}, {WAYS_OUT}") from None
             time.sleep(wait)
         except OSError as e:
-            raise DataError(f"{path}: {e.strerror}; make room, or name a folder in DORA_CACHE") \
-                from None
+            raise DataError(f"{path}: {e.strerror}; make room or set DORA_CACHE") from None
 
 class FirstAnswer(request.HTTPRedirectHandler):
     """Follows redirects and keeps the first answer's headers: there the hub gives the hash."""
@@ -480,6 +484,7 @@ class FirstAnswer(request.HTTPRedirectHandler):
         return super().redirect_request(*args, **kwargs)
 
 def fetch_once(url: str, path: AnyPath, sha256: str | None, size: int | None) -> None:
+    """One attempt; raises what urllib raises, and HTTPException for a wrong size or hash."""
     if not url.startswith(("http://", "https://")):
         raise DataError(f"{url}: no http(s):// address, mend HF_ENDPOINT or GLUE_ENDPOINT")
     handler, digest = FirstAnswer(), hashlib.sha256()
@@ -515,41 +520,40 @@ def download_model(repo: str = "FacebookAI/roberta-base", cache: AnyPath | None 
 
 def download_task(name: str, cache: AnyPath | None = None) -> Path:
     """A data_dir that holds the task; if it lacks files, they come from their public source."""
-    task = find_task(name, "test")
+    task = find_task(name)
     folder = Path(cache or cache_folder()) / "glue" / task.folder
     base = (os.environ.get("GLUE_ENDPOINT") or "https://dl.fbaipublicfiles.com").rstrip("/")
     if not task.source:
         raise DataError(f"{name}: has no public source; give --data-dir with {task.folder}/ in it")
     if all((folder / file).exists() for file in task.files.values()):
-        pass
-    elif name == "mrpc":
+        return folder.parent
+    if name == "mrpc":
         download_mrpc(base, folder)
-    elif task.source.endswith(".tsv"):
-        fetch(f"{base}/glue/data/{task.source}", folder / task.files["test"])
+    elif task.source.endswith(".zip"):
+        download_zip(f"{base}/glue/data/{task.source}", folder, task.files.values())
     else:
-        archive = folder / f"{os.urandom(6).hex()}.zip"       # two runs, two archives
-        try:
-            fetch(f"{base}/glue/data/{task.source}", archive)
-            unzip(archive, folder, task.files.values())
-        finally:
-            archive.unlink(missing_ok=True)
+        fetch(f"{base}/glue/data/{task.source}", folder / task.files["test"])
     return folder.parent
 
-def unzip(archive: Path, folder: Path, files: Iterable[str]) -> None:
+def download_zip(url: str, folder: Path, files: Iterable[str]) -> None:
     """Take folder.name/file out of a zip for each file; refuse a zip with any member that would
     land outside of the folder it is unpacked in."""
+    archive = folder / f"{os.urandom(6).hex()}.zip"       # two runs at once: two archives
     try:
+        fetch(url, archive)
         with zipfile.ZipFile(archive) as members:
             for name in members.namelist():
                 if ".." in re.split(r"[/\\]", name) or re.match(r"[/\\]|\w:", name):
                     raise zipfile.BadZipFile(f"member {name!r:.80} leads out of its folder")
             for name in files:
-                with members.open(f"{folder.name}/{name}") as member, \
-                        written_whole(folder / name) as file:
-                    shutil.copyfileobj(member, file)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, KeyError) as e:
-        raise DataError(f"{folder.name}.zip: {e}; not the expected archive, try again later or "
-                        "give --data-dir FOLDER") from None
+                with written_whole(folder / name) as file:
+                    file.write(members.read(f"{folder.name}/{name}"))
+    except DataError:
+        raise
+    except Exception as e:  # noqa: BLE001 - zipfile has no one error for damage
+        raise DataError(f"{url}: {e}; not the expected zip, try later, {WAYS_OUT}") from None
+    finally:
+        archive.unlink(missing_ok=True)
 
 def download_mrpc(base: str, folder: Path) -> None:
     """GLUE's MRPC out of Microsoft's files: dev is those pairs of train whose ids are listed, test

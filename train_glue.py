@@ -345,8 +345,6 @@ class TrainConfig:
                 raise DoRAError(f"{name} = {value}: must be above 0")
         if not 0 <= self.warmup < 1 or not 0 <= self.weight_decay < math.inf or self.max_len < 8:
             raise DoRAError("warmup must be in [0, 1), weight_decay at least 0, max_len at least 8")
-        if self.dtype == "bf16" and self.method in ("full", "bitfit"):
-            raise DoRAError(f"dtype = bf16 holds frozen weights, method = {self.method} trains them: use float32")
 
 
 # The paper's Table 8; WNLI, which it leaves out, gets RTE's row.
@@ -697,6 +695,8 @@ def load_model(config: TrainConfig, task: Task, model_dir: Path) -> RobertaForSe
         raise DoRAError(f"max_len = {config.max_len}: {model_dir} has positions for {longest} tokens; lower it")
     if config.dtype == "float64":
         model.double()
+    elif config.dtype == "bf16" and config.method in ("full", "bitfit"):  # trained weights stay float32
+        model.forward = torch.autocast(config.device.split(":")[0], torch.bfloat16)(model.forward)  # type: ignore
     elif config.dtype == "bf16":
         model.roberta.to(torch.bfloat16)
     return model

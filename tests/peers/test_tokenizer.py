@@ -18,7 +18,7 @@ GLUE = SHARED / "data/glue"
 pytestmark = pytest.mark.skipif(not MODEL.exists(), reason="needs ../shared with the real encoder")
 
 FILES = (str(MODEL / "vocab.json"), str(MODEL / "merges.txt"))
-CONTEXTS = ("{}", "a{}b", "1{}2", " {} ", "'{}s {}{}")     # alone, in a word, a number, spaces, marks
+CONTEXTS = ("{}", "a{}b", "1{}2", " {} ", "'{}s {}{}")     # alone, in a word, in a number, ...
 SPLITTER = ByteLevel(add_prefix_space=False)
 
 
@@ -53,10 +53,11 @@ def assigned():
 def mixed(n, seed=0):
     """n strings mixed from words, contractions, digits, runs of spaces, emoji and accents."""
     rng = random.Random(seed)
-    atoms = ["the", "RoBERTa", "naïve", "x²", "½", "Ⅷ", "don't", "'re", "'LL", "'s", "'", "’s", "42",
-             "3.14", "٣", " ", "  ", "   ", "\t", "\n", "\r\n", "\x1c", "\x85", "\xa0", "\u2003",
-             "\u2028", "\u3000", "\u200b", "é", "e\u0301", "日本語", "한국", "हिन्दी", "👩‍👩‍👧", "🙂", "🏽",
-             "</s>", "<mask>", "<s>", "_", "--", "...", "$", "\0", "\ufeff", "\ufffd", "a", "B", "Ǆ", "ª"]
+    atoms = ["the", "RoBERTa", "naïve", "x²", "½", "Ⅷ", "don't", "'re", "'LL", "'s", "'", "’s",
+             "42", "3.14", "٣", " ", "  ", "   ", "\t", "\n", "\r\n", "\x1c", "\x85", "\xa0",
+             "\u2003", "\u2028", "\u3000", "\u200b", "é", "e\u0301", "日本語", "한국", "हिन्दी",
+             "👩‍👩‍👧", "🙂", "🏽", "</s>", "<mask>", "<s>", "_", "--", "...", "$", "\0", "\ufeff",
+             "\ufffd", "a", "B", "Ǆ", "ª"]
     return ["".join(rng.choice(atoms) for _ in range(rng.randint(1, 12))) for _ in range(n)]
 
 
@@ -72,7 +73,7 @@ def test_glue_files(bpe, reference):
 def test_every_assigned_character(bpe, reference):
     """Every assigned character in five contexts: ids and piece boundaries equal the library's."""
     chars = assigned()
-    assert len(chars) > 280_000          # 144,697 by Unicode 14, and the private-use areas
+    assert len(chars) > 280_000          # 144,762 by Unicode 14, and 137,468 for private use
     for context in CONTEXTS:
         assert differences(bpe, reference, [context.replace("{}", char) for char in chars]) == []
 
@@ -101,7 +102,8 @@ def test_the_comparison_sees_wrong_classes(bpe, reference, monkeypatch):
                               for c in chars)
     monkeypatch.undo()
     python_space = re.compile(data.PIECES.pattern)           # without re.ASCII
-    assert python_space.findall("a\x1cb") != reference_pieces("a\x1cb") == bpe.pieces("a\x1cb")
+    text = "!\x1c?"
+    assert python_space.findall(text) != reference_pieces(text) == bpe.pieces(text)
 
 
 @pytest.mark.parametrize("max_len", [5, 6, 7, 8, 9, 12, 16, 33, 128])
@@ -110,7 +112,8 @@ def test_truncation(bpe, reference, max_len):
     longest_first with RoBERTa's template."""
     reference.enable_truncation(max_len, strategy="longest_first")
     reference._tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)])
     try:
         for n in range(max_len + 3):
             for m in {0, 1, 2, 3, n - 1, n, n + 1, max_len - n, max_len // 2, max_len + 1} - {-1}:

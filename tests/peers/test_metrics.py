@@ -1,0 +1,72 @@
+"""data's metrics against scikit-learn's and scipy's."""
+import warnings
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics
+
+import data
+
+REFERENCES = {
+    "accuracy": lambda p, y: metrics.accuracy_score(y, p),
+    "f1": lambda p, y: metrics.f1_score(y, p, zero_division=0),
+    "matthews": lambda p, y: metrics.matthews_corrcoef(y, p),
+    "pearson": lambda p, y: stats.pearsonr(p, y)[0],
+    "spearman": lambda p, y: stats.spearmanr(p, y)[0],
+}
+REALS = ("pearson", "spearman")
+
+
+def compare(name, predictions, labels):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")              # theirs warn of what ours returns 0 for
+        theirs = REFERENCES[name](predictions, labels)
+    expected = 0.0 if np.isnan(theirs) else theirs
+    assert data.METRICS[name](predictions, labels) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_random(name):
+    """500 random vectors of 2 to 60 entries, balanced and skewed, with and without ties: each
+    metric equals the reference's to 1e-12."""
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        n, share = rng.integers(2, 60), rng.uniform()
+        if name in REALS:
+            labels = rng.uniform(0, 5, n).round(rng.integers(0, 6))
+            predictions = (labels * rng.normal() + rng.normal(0, 1, n)).round(rng.integers(0, 6))
+        else:
+            labels = (rng.random(n) < share).astype(int)
+            predictions = np.where(rng.random(n) < 0.7, labels, 1 - labels)
+        compare(name, predictions, labels)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("predictions, labels", [
+    ([0, 0, 0, 0], [0, 1, 0, 1]), ([1, 1, 1, 1], [0, 1, 0, 1]), ([0, 1, 0, 1], [1, 1, 1, 1]),
+    ([0, 0, 0], [0, 0, 0]), ([1, 1, 1], [1, 1, 1]), ([1, 1, 1], [0, 0, 0]),
+    ([0, 1], [0, 1]), ([0, 1], [1, 0]), ([1, 0, 0], [0, 1, 1])])
+def test_degenerate(name, predictions, labels):
+    """All predictions or labels equal, two entries, all wrong: the reference's value, 0 for NaN."""
+    compare(name, np.array(predictions), np.array(labels))
+
+
+@pytest.mark.parametrize("name", REALS)
+@pytest.mark.parametrize("scale, shift", [(1e-150, 0), (1e150, 0), (1e-6, 1e6), (-1, 0), (3, 7)])
+def test_scales(name, scale, shift):
+    """Predictions tiny, huge, far from 0 or negated: the reference's value to 1e-6 (at 1e6 ± 1e-6
+    float64 itself has no more digits)."""
+    labels = np.random.default_rng(1).uniform(0, 5, 50)
+    predictions = labels * scale + shift
+    expected = REFERENCES[name](predictions, labels)
+    assert data.METRICS[name](predictions, labels) == pytest.approx(expected, abs=1e-6)
+
+
+def test_all_classes_named():
+    """Matthews over the confusion table's four cells, each from 0 to 4: equals scikit-learn's."""
+    for cells in np.ndindex(5, 5, 5, 5):
+        predictions = np.repeat([0, 0, 1, 1], cells)
+        labels = np.repeat([0, 1, 0, 1], cells)
+        if len(labels):
+            compare("matthews", predictions, labels)

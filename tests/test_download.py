@@ -1,0 +1,382 @@
+"""Downloads of data.py against a server on this machine that misbehaves on demand."""
+import hashlib
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import data
+from data import DataError
+
+BODY = bytes(range(256)) * 1000
+SHA = hashlib.sha256(BODY).hexdigest()
+NO_SHA = "0" * 64
+
+
+class Server:
+    """Answers each path with its list of answers, one after the other, the last one for ever.
+
+    An answer is bytes, an HTTP status, or (status, headers, bytes). A "short" header announces
+    more bytes than are sent, "slow" sends the second half after so many seconds.
+    """
+    def __init__(self):
+        self.answers, self.asked, self.lock = {}, [], threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                with outer.lock:
+                    outer.asked.append(self.path)
+                    queue = outer.answers.get(self.path, [404])
+                    answer = queue.pop(0) if len(queue) > 1 else queue[0]
+                status, headers, body = (answer if isinstance(answer, tuple) else (200, {}, answer)
+                                         if isinstance(answer, bytes) else (answer, {}, b""))
+                slow = headers.get("slow", 0)
+                self.send_response(status)
+                if "chunked" not in headers:
+                    self.send_header("Content-Length", str(len(body) + headers.get("short", 0)))
+                for key, value in headers.items():
+                    if key not in ("short", "slow", "chunked"):
+                        self.send_header(key, value)
+                self.end_headers()
+                try:
+                    self.wfile.write(body[:len(body) // 2])
+                    self.wfile.flush()
+                    time.sleep(slow)
+                    self.wfile.write(body[len(body) // 2:])
+                except OSError:
+                    pass
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(data, "WAITS", (0, 0, 0))
+    for name in ("http_proxy", "HTTP_PROXY", "HF_ENDPOINT", "GLUE_ENDPOINT", "DORA_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def refused(*args, **kwargs):
+    """The message of the DataError that fetch must raise: one line, with both ways out."""
+    with pytest.raises(DataError) as caught:
+        data.fetch(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message and "--data-dir" in message and "--model-dir" in message
+    return message
+
+
+def test_whole_file(server, tmp_path):
+    """A plain download, also of an empty file and without a Content-Length, against its bytes."""
+    server.answers = {"/a": [BODY], "/empty": [b""], "/c": [(200, {"chunked": 1}, BODY)]}
+    for path, body in (("/a", BODY), ("/empty", b""), ("/c", BODY)):
+        data.fetch(server.url + path, tmp_path / "new/folder/x")
+        assert (tmp_path / "new/folder/x").read_bytes() == body
+    data.fetch(server.url + "/a", tmp_path / "x", sha256=SHA, size=len(BODY))
+    assert (tmp_path / "x").read_bytes() == BODY
+    assert sorted(os.listdir(tmp_path)) == ["new", "x"]      # no temporary file is left
+
+
+@pytest.mark.parametrize("trouble", [500, 502, 503, 429, (200, {"short": 5}, BODY),
+                                     (200, {"X-Linked-Size": "5"}, BODY),
+                                     (200, {"ETag": f'"{NO_SHA}"'}, BODY)])
+def test_transient_trouble_is_tried_again(trouble, server, tmp_path):
+    """Twice a server error, a short or a damaged answer, then the file: it arrives whole. For ever:
+    an error after four attempts, and no file under the final name or another."""
+    server.answers = {"/a": [trouble, trouble, BODY], "/b": [trouble]}
+    data.fetch(server.url + "/a", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == BODY and len(server.asked) == 3
+    (tmp_path / "x").unlink()
+    refused(server.url + "/b", tmp_path / "x")
+    assert len(server.asked) == 3 + 4 and os.listdir(tmp_path) == []
+
+
+def test_timeout_is_tried_again(server, tmp_path, monkeypatch):
+    """An answer that stops in the middle for longer than the time-out, then the file."""
+    monkeypatch.setattr(data, "TIMEOUT", 0.1)
+    server.answers = {"/a": [(200, {"slow": 0.5}, BODY), BODY]}
+    data.fetch(server.url + "/a", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("status, says", [(404, "no such file, check the name"),
+                                          (403, "access denied"), (401, "Unauthorized")])
+def test_refusals_are_told_apart(status, says, server, tmp_path):
+    """404 and 403 have messages of their own and are not tried again."""
+    server.answers = {"/a": [status]}
+    message = refused(server.url + "/a", tmp_path / "x")
+    assert says in message and str(status) in message
+    assert len(server.asked) == 1 and os.listdir(tmp_path) == []
+
+
+def test_checksum_and_size(server, tmp_path):
+    """Wrong sha256 or size, given by the caller: an error that names both; the old file stays."""
+    server.answers = {"/a": [BODY]}
+    (tmp_path / "x").write_bytes(b"old")
+    message = refused(server.url + "/a", tmp_path / "x", sha256=NO_SHA)
+    assert SHA in message and NO_SHA in message
+    message = refused(server.url + "/a", tmp_path / "x", size=7)
+    assert f"{len(BODY)} bytes, expected 7" in message
+    assert (tmp_path / "x").read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("first, second, good", [
+    ({"X-Linked-ETag": f'"{SHA}"', "X-Linked-Size": str(len(BODY))}, {"ETag": '"other"'}, True),
+    ({"X-Linked-ETag": f'"{NO_SHA}"'}, {"ETag": f'"{SHA}"'}, False),
+    ({"X-Linked-ETag": f'"{SHA}"', "ETag": f'"{NO_SHA}"'}, {}, True),
+    ({"X-Linked-ETag": f'"{SHA}"', "X-Linked-Size": "3"}, {}, False),
+    ({"ETag": f'"{NO_SHA}"'}, {}, False),
+    ({"ETag": '"d41d8cd98f00b204e9800998ecf8427e"'}, {}, True),       # an MD5 is no SHA-256
+    ({}, {"ETag": f'"{NO_SHA}"'}, True)])         # a CDN's tag may be a hash of something else
+def test_hash_of_the_first_answer(first, second, good, server, tmp_path):
+    """The hub's hash and size come with the redirect, before the CDN's answer: they decide."""
+    server.answers = {"/a": [(302, {"Location": "/cdn", **first}, b"")],
+                      "/cdn": [(200, second, BODY)]}
+    if good:
+        data.fetch(server.url + "/a", tmp_path / "x")
+        assert (tmp_path / "x").read_bytes() == BODY
+    else:
+        refused(server.url + "/a", tmp_path / "x")
+        assert os.listdir(tmp_path) == []
+
+
+def test_without_a_network(tmp_path, monkeypatch):
+    """A refused connection and an address that is none: one line with both ways out."""
+    monkeypatch.setattr(data, "WAITS", (0,))
+    assert "refused" in refused("http://127.0.0.1:9/x", tmp_path / "x")
+    for endpoint in ("hub.example", "file:///etc"):
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        with pytest.raises(DataError, match="mend HF_ENDPOINT"):
+            data.download_model(cache=tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_disk_trouble(server, tmp_path, monkeypatch):
+    """A full disk and a folder that is a file: not tried again, and the message says where."""
+    server.answers = {"/a": [BODY]}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"(File exists|Not a directory).*DORA_CACHE"):
+        data.fetch(server.url + "/a", tmp_path / "file/x")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match=r"y: No space left on device; make room.*DORA_CACHE"):
+        data.fetch(server.url + "/a", tmp_path / "y")
+    assert os.listdir(tmp_path) == ["file"] and len(server.asked) == 2
+
+
+def test_two_runs_at_once(server, tmp_path):
+    """Eight threads fetch one file, slowly, while another looks: it sees no file or a whole one."""
+    server.answers = {"/a": [(200, {"slow": 0.05}, BODY)]}
+    path, seen, done = tmp_path / "x", set(), threading.Event()
+
+    def look():
+        while not done.is_set():
+            seen.add(len(path.read_bytes()) if path.exists() else None)
+            time.sleep(0.001)
+    url, watcher = server.url + "/a", threading.Thread(target=look)
+    threads = [threading.Thread(target=data.fetch, args=(url, path)) for _ in range(8)]
+    for thread in (watcher, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    watcher.join()
+    assert seen == {None, len(BODY)} and os.listdir(tmp_path) == ["x"]
+
+
+def test_killed_in_the_middle(server, tmp_path):
+    """A process killed with SIGKILL in mid-download leaves nothing under the final name, and the
+    next one succeeds."""
+    server.answers = {"/a": [(200, {"slow": 60}, BODY), BODY]}
+    code = f"import data; data.fetch({server.url + '/a'!r}, {str(tmp_path / 'x')!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1],
+                               stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not any(tmp_path.glob(".x.*.part")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert any(tmp_path.glob(".x.*.part"))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "x").exists()
+    data.fetch(server.url + "/a", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == BODY
+
+
+# ---- The model ---------------------------------------------------------------------------------
+
+MODEL_FILES = ("config.json", "vocab.json", "merges.txt", "model.safetensors")
+
+
+def test_model(server, tmp_path, monkeypatch):
+    """HF_ENDPOINT and DORA_CACHE are honoured, a second call asks for nothing, and a file that is
+    missing is fetched alone."""
+    server.answers = {f"/own/er-1.0/resolve/main/{f}": [f.encode()] for f in MODEL_FILES}
+    monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
+    monkeypatch.setenv("DORA_CACHE", str(tmp_path / "cache"))
+    folder = data.download_model("own/er-1.0")
+    assert folder == tmp_path / "cache/models/own--er-1.0"
+    assert {f.name: f.read_text() for f in folder.iterdir()} == {f: f for f in MODEL_FILES}
+    assert data.download_model("own/er-1.0", tmp_path / "cache") == folder
+    assert len(server.asked) == 4
+    (folder / "merges.txt").unlink()
+    data.download_model("own/er-1.0")
+    assert server.asked[4:] == ["/own/er-1.0/resolve/main/merges.txt"]
+
+
+@pytest.mark.parametrize("repo", [
+    "", "..", "../x", "a/../b", "a/b/c", "/etc", "a b", "a/b?x", "a/.."])
+def test_model_names(repo, tmp_path):
+    """A name that is none, or would leave the cache, is refused before anything is asked."""
+    with pytest.raises(DataError, match="OWNER/NAME"):
+        data.download_model(repo, tmp_path)
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    """The default cache is ~/.cache/dora-glue, or DORA_CACHE."""
+    monkeypatch.delenv("DORA_CACHE", raising=False)
+    assert data.cache_folder() == Path.home() / ".cache/dora-glue"
+    monkeypatch.setenv("DORA_CACHE", str(tmp_path))
+    assert data.cache_folder() == tmp_path
+
+
+# ---- The tasks ---------------------------------------------------------------------------------
+
+def zipped(members):
+    """The bytes of a zip of {name: text}."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name, source, folder, files", [
+    ("cola", "CoLA.zip", "CoLA", ("train", "dev", "test")),
+    ("qqp", "QQP-clean.zip", "QQP", ("train", "dev", "test")),
+    ("qnli", "QNLIv2.zip", "QNLI", ("train", "dev", "test")),
+    ("mnli", "MNLI.zip", "MNLI", ("train", "dev_matched", "dev_mismatched", "test_matched",
+                                 "test_mismatched"))])
+def test_zipped_tasks(name, source, folder, files, server, tmp_path, monkeypatch):
+    """The wanted members of a task's zip come out under the names that load_task reads, others do
+    not, the zip is gone, and a second call asks for nothing."""
+    members = {f"{folder}/{file}.tsv": f"{file}\n" for file in files}
+    other = {f"{folder}/original/x.txt": "x"}
+    server.answers = {f"/glue/data/{source}": [zipped({**members, **other})]}
+    monkeypatch.setenv("GLUE_ENDPOINT", server.url)
+    for _ in range(2):
+        assert data.download_task(name, tmp_path) == tmp_path / "glue"
+        found = (tmp_path / "glue" / folder).iterdir()
+        assert {f"{folder}/{f.name}": f.read_text() for f in found} == members
+    assert len(server.asked) == 1
+    assert set(data.TASKS[name].files.values()) == {f"{file}.tsv" for file in files}
+
+
+GOOD = {f"RTE/{split}.tsv": f"{split}\n" * 50 for split in ("train", "dev", "test")}
+DAMAGED = bytearray(zipped(GOOD))
+DAMAGED[45:50] = b"\xff" * 5
+
+
+@pytest.mark.parametrize("body, says", [
+    (zipped({**GOOD, "../evil.tsv": "x"}), "'../evil.tsv' leads out"),
+    (zipped({**GOOD, "RTE/../../evil.tsv": "x"}), "leads out"),
+    (zipped({**GOOD, "/tmp/evil.tsv": "x"}), "'/tmp/evil.tsv' leads out"),
+    (zipped({**GOOD, "RTE\\..\\..\\evil.tsv": "x"}), "leads out"),
+    (zipped({**GOOD, "C:/evil.tsv": "x"}), "leads out"),
+    (zipped({"RTE/train.tsv": "x"}), "RTE/dev.tsv"),
+    (bytes(DAMAGED), ""), (zipped(GOOD)[:-30], "not a zip"), (b"<html>", "not a zip"),
+    (b"", "not a zip")])
+def test_bad_zips(body, says, server, tmp_path, monkeypatch):
+    """Members that lead out of the folder, missing members and damaged archives: one line, nothing
+    outside of the task's folder, and the next call fetches anew."""
+    server.answers = {"/glue/data/RTE.zip": [body, zipped(GOOD)]}
+    monkeypatch.setenv("GLUE_ENDPOINT", server.url)
+    with pytest.raises(DataError) as caught:
+        data.download_task("rte", tmp_path / "a/b")
+    message = str(caught.value)
+    assert "\n" not in message and says in message and "RTE.zip" in message
+    files = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()}
+    assert files <= {f"a/b/glue/{name}" for name in GOOD}
+    assert not Path("/tmp/evil.tsv").exists()
+    data.download_task("rte", tmp_path / "a/b")
+    assert all((tmp_path / "a/b/glue" / name).read_text() == text for name, text in GOOD.items())
+
+
+def test_ax(server, tmp_path, monkeypatch):
+    """The diagnostic set is one file, without a zip; load_task reads it."""
+    server.answers = {"/glue/data/AX.tsv": [b"index\tsentence1\tsentence2\n0\ta\tb\n"]}
+    monkeypatch.setenv("GLUE_ENDPOINT", server.url)
+    folder = data.download_task("ax", tmp_path)
+    assert (folder / "AX/test.tsv").read_bytes().count(b"\n") == 2
+
+
+def test_mrpc(server, tmp_path, monkeypatch):
+    """MRPC is built from Microsoft's two files and the list of dev pairs, as GLUE's own script
+    does: hand-made lines with a byte order mark and CRLF against the three files."""
+    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+    train = header + "1\t1\t2\ta \"b\tc\r\n0\t3\t4\td\te\r\n1\t5\t6\tf\tg\r\n"
+    senteval = "/senteval/senteval_data/msr_paraphrase_"
+    server.answers = {senteval + "train.txt": [train.encode()],
+                      senteval + "test.txt": [(header + "1\t7\t8\th\ti\r\n0\t9\t1\tj\tk").encode()],
+                      "/glue/data/mrpc_dev_ids.tsv": [b"3\t4\n9\t9\n"]}
+    monkeypatch.setenv("GLUE_ENDPOINT", server.url)
+    folder = data.download_task("mrpc", tmp_path) / "MRPC"
+    names = header[1:].replace("\r", "")
+    assert (folder / "train.tsv").read_text() == names + "1\t1\t2\ta \"b\tc\n1\t5\t6\tf\tg\n"
+    assert (folder / "dev.tsv").read_text() == names + "0\t3\t4\td\te\n"
+    assert (folder / "test.tsv").read_text() == \
+        names.replace("Quality", "index") + "0\t7\t8\th\ti\n1\t9\t1\tj\tk\n"
+    data.download_task("mrpc", tmp_path)
+    assert len(server.asked) == 3
+
+
+def test_a_task_without_a_source(tmp_path, monkeypatch):
+    """A task of one's own has nothing to download: the message says so."""
+    monkeypatch.setitem(data.TASKS, "mine", data.Task("mine", "m", ("a",), "b", ("accuracy",)))
+    with pytest.raises(DataError, match="mine: has no public source; give --data-dir with m/ in"):
+        data.download_task("mine", tmp_path)
+
+
+@pytest.mark.slow
+def test_fuzzed_zips(server, tmp_path, monkeypatch):
+    """2,000 damaged archives: each is unpacked or is a DataError of one line; never another error,
+    never a file outside of the task's folder."""
+    rng, good = random.Random(0), zipped(GOOD)
+
+    def fake(url, path):
+        raw = bytearray(good)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(raw))
+            raw[at:at + rng.choice((0, 1, 4))] = rng.randbytes(rng.choice((0, 1, 4)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(raw)
+    monkeypatch.setattr(data, "fetch", fake)
+    refused = 0
+    for i in range(2000):
+        cache = tmp_path / str(i)
+        try:
+            data.download_task("rte", cache)
+        except DataError as error:
+            refused += 1
+            assert "\n" not in str(error)
+        assert {f.parent.name for f in cache.rglob("*") if f.is_file()} <= {"RTE"}
+    assert refused > 500 and sum(1 for _ in tmp_path.iterdir()) == 2000
