@@ -70,6 +70,8 @@ class Task:
 PAIR, NLI2 = ("sentence1", "sentence2"), ("entailment", "not_entailment")
 NLI3 = ("entailment", "neutral", "contradiction")
 
+TOY_FILES = {"train": "train.tsv", "dev": "dev.tsv"}     # made by write_toy
+
 # A task of your own is one more row, in a script that imports this file:
 #   TASKS["mine"] = Task("mine", "my_folder", ("review",), "stars", ("accuracy",), ("bad", "good"))
 TASKS = {task.name: task for task in (
@@ -90,6 +92,8 @@ TASKS = {task.name: task for task in (
     Task("wnli", "WNLI", PAIR, "label", ("accuracy",), source="WNLI.zip"),
     Task("ax", "AX", PAIR, "label", ("matthews",), NLI3, source="AX.tsv",
          files={"test": "test.tsv"}),       # GLUE's diagnostic set, for a model trained on MNLI
+    *(Task(name, name, ("sentence",), "label", ("matthews",), files=TOY_FILES,
+           columns=("source", "label", "mark", "sentence")) for name in ("toy", "toy-pretrain")),
 )}
 
 class Example(NamedTuple):
@@ -247,10 +251,10 @@ def read_vocab(path: Path) -> dict[str, int]:
         vocab = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise DataError(f"{path}: not whole JSON ({e}); {OTHER_FILES}") from None
-    if not isinstance(vocab, dict) or {type(i) for i in vocab.values()} != {int}:
-        raise DataError(f"{path}: expected one JSON object of token: id; {OTHER_FILES}")
-    if sorted(vocab.values()) != [*range(len(vocab))]:
-        raise DataError(f"{path}: expected ids 0 to {len(vocab) - 1}, each once; {OTHER_FILES}")
+    if not isinstance(vocab, dict) or {type(i) for i in vocab.values()} != {int} \
+            or sorted(vocab.values()) != [*range(len(vocab))]:
+        raise DataError(f"{path}: expected one JSON object of token: id, with ids 0 to n - 1, each "
+                        f"once; {OTHER_FILES}")
     wrong = [token for token, i in SPECIAL.items() if vocab.get(token) != i]
     if wrong := wrong + [char for char in CHAR_BYTES if char not in vocab]:
         raise DataError(f"{path}: {wrong[0]!r} is {vocab.get(wrong[0])}, expected {SPECIAL} and an "
@@ -297,25 +301,68 @@ def train_bpe(texts: Iterable[str], n_merges: int, vocab_path: AnyPath,
     counts all pairs anew."""
     counts = Counter(piece for text in texts for piece in BPE.pieces(text))
     words = [([BYTE_CHARS[byte] for byte in piece.encode()], n) for piece, n in counts.items()]
-    merges: dict[str, tuple[str, str]] = {}                # product: pair
-    taken = {*SPECIAL, *CHAR_BYTES, "<mask>"}
+    vocab = {token: i for i, token in enumerate((*SPECIAL, *CHAR_BYTES))}
+    merges: list[tuple[str, str]] = []
     for _ in range(n_merges):
         pairs: Counter[tuple[str, str]] = Counter()
         for symbols, n in words:
             for pair in pairwise(symbols):
                 pairs[pair] += n
-        new = [pair for pair in pairs if "".join(pair) not in taken]
+        new = [p for p in pairs if "".join(p) not in vocab and "".join(p) != "<mask>"]
         if not new:
             break
         best = min(new, key=lambda pair: (-pairs[pair], pair))
-        merges["".join(best)] = best
-        taken.add("".join(best))
+        merges.append(best)
+        vocab["".join(best)] = len(vocab)
         words = [(merge(symbols, best), n) for symbols, n in words]
-    vocab = {token: i for i, token in enumerate((*SPECIAL, *CHAR_BYTES, *merges, "<mask>"))}
+    vocab["<mask>"] = len(vocab)
     with written_whole(vocab_path) as file:
         file.write(json.dumps(vocab, ensure_ascii=False).encode())
     with written_whole(merges_path) as file:
-        file.write("\n".join(("#version: 0.2", *map(" ".join, merges.values()), "")).encode())
+        file.write("\n".join(("#version: 0.2", *map(" ".join, merges), "")).encode())
+
+# ---- The toy: generated sentences --------------------------------------------------------------
+
+NOUNS = ("dog", "cat", "bird", "teacher", "doctor", "student", "singer", "farmer", "pilot",
+         "lawyer", "writer", "painter", "king", "queen", "robot")
+VERBS = ("see", "hear", "like", "follow", "help", "know", "visit", "call", "admire", "thank")
+ADJECTIVES = ("old", "young", "happy", "quiet", "tall", "clever")
+PREPOSITIONS = ("near", "behind", "with", "beside", "above")
+
+
+def toy_sentence(rng: np.random.Generator, phrases: int) -> tuple[str, int]:
+    """(sentence, 1 if its verb agrees with its subject else 0), half of them right.
+
+    `phrases` stand between subject and verb: "these dogs near the king see a bird".
+    """
+    def noun_phrase(plural: int) -> list[str]:
+        determiner = rng.choice((("the", "this", "a"), ("the", "these", "some"))[plural])
+        adjective = [rng.choice(ADJECTIVES)] if rng.random() < 0.3 else []
+        return [determiner, *adjective, rng.choice(NOUNS) + "s" * plural]
+
+    plural, right = int(rng.integers(2)), int(rng.integers(2))
+    words = noun_phrase(plural)
+    for _ in range(phrases):
+        words += [rng.choice(PREPOSITIONS), *noun_phrase(int(rng.integers(2)))]
+    words.append(rng.choice(VERBS) + "s" * (plural != right))
+    return " ".join(words + noun_phrase(int(rng.integers(2)))), right
+
+
+def write_toy(data_dir: AnyPath, model_dir: AnyPath) -> BPE:
+    """Write the toy's files in CoLA's layout, and a tokenizer learned from them: toy-pretrain has
+    no phrase between subject and verb, toy has one or two, so that the nearest noun misleads."""
+    rng, texts = np.random.default_rng(0), []
+    for name, split, size, phrases in (("toy-pretrain", "train", 4000, (0, 1)),
+                                       ("toy-pretrain", "dev", 400, (0, 1)),
+                                       ("toy", "train", 1000, (1, 3)), ("toy", "dev", 400, (1, 3))):
+        rows = [toy_sentence(rng, int(rng.integers(*phrases))) for _ in range(size)]
+        with written_whole(Path(data_dir) / name / f"{split}.tsv") as file:
+            file.write("".join(f"toy\t{label}\t\t{text}\n" for text, label in rows).encode())
+        texts += [text for text, _ in rows if split == "train"]
+    paths = Path(model_dir) / "vocab.json", Path(model_dir) / "merges.txt"
+    train_bpe(texts, 200, *paths)
+    return BPE(*paths)
+
 
 # ---- Batches -----------------------------------------------------------------------------------
 

@@ -1,10 +1,10 @@
 """Fine-tune RoBERTa on GLUE with DoRA: the model, its weights, the training loop, the command line.
 
-    python train_glue.py                    toy: no download, no file, under a minute
-    python train_glue.py --task cola        RoBERTa-base with the paper's settings for the task
-    python train_glue.py --help             every setting, with unit and default
+    python train_glue.py                  toy: no download, no file, under a minute
+    python train_glue.py --task cola      RoBERTa-base with the paper's settings for the task
+    python train_glue.py --help           every setting, with its unit and default
 
-Read it in this order: RobertaForSequenceClassification, load_roberta, train.
+Read RobertaForSequenceClassification, load_roberta, train, in this order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import io
 import json
 import math
 import os
-import shlex
 import signal
 import statistics
 import sys
@@ -23,9 +22,9 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -36,12 +35,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-from data import BPE, TASKS, DataError, Example, Task
-from dora import (
-    METHODS, DoRAConfig, DoRAError, DoRALinear, Pruner, budget, compact_, inject, load_adapter, merge_, rank_map,
-    read_safetensors, save_adapter, setting, write_safetensors, write_whole)
+from data import TASKS, DataError, Example, Task
+from dora import (METHODS, DoRAConfig, DoRAError, DoRALinear, Pruner, budget, check_settings,
+                  compact_, inject, load_adapter, rank_map, read_safetensors, save_adapter, setting,
+                  write_safetensors, write_whole)
 
-# ------------------------------------------------------------------------------ RoBERTa by hand
+# ---- RoBERTa by hand ---------------------------------------------------------------------------
 # The module tree is the checkpoint's key tree: roberta.encoder.layer.0.attention.self.query.weight
 
 
@@ -67,15 +66,15 @@ class Embeddings(nn.Module):
     def __init__(self, config: RobertaConfig):
         super().__init__()
         D = config.hidden_size
-        self.word_embeddings = nn.Embedding(config.vocab_size, D, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, D, padding_idx=config.pad_token_id)
+        self.word_embeddings = nn.Embedding(config.vocab_size, D)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, D)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, D)
         self.LayerNorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.pad = config.pad_token_id
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        positions = mask.cumsum(1) * mask + self.pad  # tokens count from pad + 1, padding stays at pad
+        positions = mask.cumsum(1) * mask + self.pad  # tokens count from pad + 1, padding is at pad
         x = self.word_embeddings(ids) + self.position_embeddings(positions)  # (B, T, D)
         x = x + self.token_type_embeddings.weight[0]  # RoBERTa has one token type
         return self.dropout(self.LayerNorm(x))
@@ -93,7 +92,8 @@ class SelfAttention(nn.Module):
             return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
         out = F.scaled_dot_product_attention(
-            split(self.query(q)), split(self.key(x)), split(self.value(x)), attn_mask=mask[:, None, None, :],
+            split(self.query(q)), split(self.key(x)), split(self.value(x)),
+            attn_mask=mask[:, None, None, :],
             dropout_p=self.dropout if self.training else 0.0)  # (B, H, Q, D/H)
         return out.transpose(1, 2).flatten(2)  # (B, Q, D)
 
@@ -149,7 +149,7 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, x: Tensor, mask: Tensor, rows: int | None = None) -> Tensor:
-        """(B, T, D) -> (B, rows, D): the last layer computes only the first rows; none = all of them."""
+        """(B, T, D) -> (B, rows, D): the last layer computes only the first rows; None = all."""
         for layer in self.layer[:-1]:
             x = layer(x, x, mask)
         return self.layer[-1](x[:, :rows], x, mask)
@@ -173,7 +173,7 @@ class Classifier(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, num_labels)
 
     def forward(self, state: Tensor) -> Tensor:
-        h = self.dropout(state.to(self.dense.weight.dtype))  # (B, D); the head stays float32 over bf16
+        h = self.dropout(state.to(self.dense.weight.dtype))  # (B, D), float32 also over bf16
         return self.out_proj(self.dropout(torch.tanh(self.dense(h))))  # (B, classes)
 
 
@@ -200,301 +200,335 @@ class RobertaForSequenceClassification(nn.Module):
         return self.classifier(states[:, 0])
 
 
-# ----------------------------------------------------------------------------------- its weights
+# ---- its weights -------------------------------------------------------------------------------
 
 
 def load_roberta(folder: str | Path, num_labels: int) -> RobertaForSequenceClassification:
-    """A model from a folder in the Hugging Face layout; float16 weights become float32.
+    """The model in a folder of the Hugging Face layout, in float32.
 
-    config.json and model.safetensors or pytorch_model.bin. The head is new and random unless the file
-    has one of this size. Raises DoRAError naming the key for a missing, unknown or misshapen weight.
+    config.json and model.safetensors or pytorch_model.bin. The head is new and random unless the
+    file has one of this size. DoRAError names a missing, unknown or misshapen weight by its key.
     """
     folder = Path(folder)
-    config = _read_config(folder / "config.json")
+    config = read_config(folder / "config.json")
     path = folder / "model.safetensors"
-    if path.exists():
-        weights = read_safetensors(path)
-    elif (path := folder / "pytorch_model.bin").exists():
-        weights = _read_pickle(path)
-    else:
-        raise DoRAError(f"{folder}: no model.safetensors or pytorch_model.bin; "
-                        f"point --model-dir at a model folder, or leave it out to download roberta-base")
-    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
+    if not path.exists() and (folder / "pytorch_model.bin").exists():
+        path = folder / "pytorch_model.bin"
+    if not path.exists():
+        raise DoRAError(f"{folder}: no model.safetensors or pytorch_model.bin; point --model-dir "
+                        f"at a model's folder, or leave it out to download roberta-base")
+    weights = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    with torch.device("meta"):  # shapes only: no memory, no random numbers
         model = RobertaForSequenceClassification(config, num_labels)
-    expected = {key: parameter.shape for key, parameter in model.state_dict().items()}
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     state: dict[str, Tensor] = {}
     for key, tensor in weights.items():
-        if key.startswith("lm_head.") or ".pooler." in f".{key}" or key.endswith("position_ids"):
+        name = key.replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        if not name.startswith(("roberta.", "classifier.", "lm_head.")):
+            name = f"roberta.{name}"
+        if name.startswith(("lm_head.", "roberta.pooler.")) or name.endswith("position_ids"):
             continue
-        name = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if not name.startswith(("roberta.", "classifier.")):
-            name = "roberta." + name
-        if name.startswith("classifier.") and tensor.shape != expected.get(name):
-            continue  # the head of another task
-        if name not in expected or tensor.shape != expected[name]:
-            shape = tuple(expected[name]) if name in expected else "no such weight"
-            raise DoRAError(f"{path}: {key} has shape {tuple(tensor.shape)}, {folder / 'config.json'} says {shape}; "
-                            f"the two files must be of one RoBERTa model")
-        state[name] = tensor.float()
-    missing = [key for key in expected if key.startswith("roberta.") and key not in state]
+        if expected.get(name) == tuple(tensor.shape):
+            state[name] = tensor.float()
+        elif not name.startswith("classifier."):  # the head of another task is left out
+            raise DoRAError(f"{path}: {key} is {tuple(tensor.shape)}, expected "
+                            f"{expected.get(name, 'no such weight')} from {folder}/config.json; "
+                            f"take both files from one RoBERTa model")
+    missing = [key for key in expected if key not in state]
+    lost = [key for key in missing if not key.startswith("classifier.")]
+    if lost:
+        raise DoRAError(f"{path}: {lost[0]} is missing, {len(lost)} weights in all; "
+                        f"take a whole RoBERTa model")
     if missing:
-        raise DoRAError(f"{path}: {missing[0]} is missing ({len(missing)} in all); is it a RoBERTa model?")
-    whole_head = sum(key.startswith("classifier.") for key in state) == 4
-    state = {key: tensor for key, tensor in state.items() if whole_head or key.startswith("roberta.")}
-    model.load_state_dict(state, strict=False, assign=True)  # the mapped file becomes the frozen weights
-    if not whole_head:
+        state = {key: tensor for key, tensor in state.items() if key.startswith("roberta.")}
         model.classifier.to_empty(device="cpu")
         model.reset(model.classifier)
-    return model.requires_grad_(True)
+    model.load_state_dict(state, strict=False, assign=True)  # the mapped file is the weights
+    return model
 
 
-def _read_config(path: Path) -> RobertaConfig:
+def read_config(path: Path) -> RobertaConfig:
+    """config.json of a RoBERTa model; DoRAError names a field that is missing or absurd."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise DoRAError(f"{path} not found; point --model-dir at a folder with config.json, vocab.json, "
-                        f"merges.txt and the weights") from None
+        raise DoRAError(f"{path} not found; point --model-dir at a folder with config.json, "
+                        f"vocab.json, merges.txt and the weights") from None
     except (ValueError, RecursionError):
-        raise DoRAError(f"{path}: not JSON; fetch it again") from None
-    if not isinstance(values, dict) or values.get("model_type", "roberta") != "roberta":
-        raise DoRAError(f"{path}: not the config of a RoBERTa model (model_type)")
-    if values.get("hidden_act", "gelu") != "gelu":
-        raise DoRAError(f"{path}: hidden_act {values['hidden_act']!r}; RoBERTa has gelu")
-    chosen = {}
+        raise DoRAError(f"{path}: not JSON; get the file anew") from None
+    fixed = {"model_type": "roberta", "hidden_act": "gelu", "position_embedding_type": "absolute"}
+    for key, value in fixed.items():
+        if not isinstance(values, dict) or values.get(key, value) != value:
+            raise DoRAError(f"{path}: {key} is not {value!r}; take a RoBERTa model")
+    found = {}
     for f in dataclasses.fields(RobertaConfig):
-        default = f.default
-        value = values.get(f.name, None if f.name.endswith(("size", "layers", "heads", "embeddings")) else default)
-        whole = isinstance(default, int)
-        limits = (0 if f.name == "pad_token_id" else 1, 2**24) if whole else (0.0, 1.0)
-        if type(value) not in ((int,) if whole else (int, float)) or not limits[0] <= value <= limits[1]:
-            raise DoRAError(f"{path}: {f.name} is {value!r}; expected {'an integer' if whole else 'a number'} "
-                            f"from {limits[0]} to {limits[1]}, as in roberta-base ({default})")
-        chosen[f.name] = value
-    config = RobertaConfig(**chosen)
-    if config.hidden_size % config.num_attention_heads:
-        raise DoRAError(f"{path}: hidden_size {config.hidden_size} is no multiple of num_attention_heads "
-                        f"{config.num_attention_heads}")
+        value = found[f.name] = values.get(f.name)
+        low, high = (0, 2**24) if isinstance(f.default, int) else (0.0, 0.99)
+        if type(value) not in (int, type(f.default)) or not low <= value <= high:
+            raise DoRAError(f"{path}: {f.name} is {value!r}, expected a number like roberta-base's "
+                            f"{f.default}; get the file anew")
+    config = RobertaConfig(**found)
+    sizes = (config.vocab_size, config.hidden_size, config.num_hidden_layers,
+             config.num_attention_heads, config.intermediate_size, config.type_vocab_size)
+    if min(sizes) < 1 or config.num_hidden_layers > 1000 or \
+            config.hidden_size % config.num_attention_heads:
+        raise DoRAError(f"{path}: hidden_size {config.hidden_size}, {config.num_hidden_layers} "
+                        f"layers and {config.num_attention_heads} heads make no model; get the "
+                        f"file anew")
     return config
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """A pytorch_model.bin without running what is in it: weights_only refuses all but tensors."""
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """A pytorch_model.bin, without running what is in it: weights_only takes tensors alone."""
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        weights = torch.load(path, map_location="cpu", weights_only=True,
+                             mmap=zipfile.is_zipfile(path))
         if isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values()):
             return weights
         reason = "not a dictionary of tensors"
-    except Exception as error:  # the unpickler raises nearly anything on a damaged file
-        reason = str(error).split("\n")[0][:100]
-    raise DoRAError(f"{path}: not a plain state dict ({reason}); use the model's model.safetensors")
+    except Exception as error:  # a damaged pickle raises nearly anything
+        reason = f"{type(error).__name__}: {error}".split("\n")[0][:100]
+    raise DoRAError(f"{path}: no plain state dict ({reason}); use the model's model.safetensors")
 
 
 def save_model(model: RobertaForSequenceClassification, folder: str | Path) -> None:
-    """Save a plain model (after merge_) in the Hugging Face layout, for transformers to load."""
+    """Save a plain model (after merge_) in the layout that load_roberta and transformers read."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    labels = model.classifier.out_proj.out_features
-    config = {"architectures": ["RobertaForSequenceClassification"], "model_type": "roberta", "hidden_act": "gelu",
-              **dataclasses.asdict(model.config), "bos_token_id": 0, "eos_token_id": 2,
-              "id2label": {str(i): f"LABEL_{i}" for i in range(labels)},
-              "label2id": {f"LABEL_{i}": i for i in range(labels)}}
+    labels = {str(i): f"LABEL_{i}" for i in range(model.classifier.out_proj.out_features)}
+    config = {"architectures": ["RobertaForSequenceClassification"], "model_type": "roberta",
+              "hidden_act": "gelu", **dataclasses.asdict(model.config), "bos_token_id": 0,
+              "eos_token_id": 2, "id2label": labels,
+              "label2id": {word: int(i) for i, word in labels.items()}}
     write_safetensors(folder / "model.safetensors", model.state_dict())
-    write_whole(folder / "config.json", [json.dumps(config, indent=2).encode()])
+    write_json(folder / "config.json", config)
 
 
-# -------------------------------------------------------------------------------------- settings
+# ---- settings ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything a run depends on. The same fields are the command line's flags."""
+    """All that a run depends on. The command line's flags are made from these fields."""
 
-    task: str = setting("toy", "GLUE task", ("toy", *(t for t in TASKS if t != "ax")))
-    method: str = setting("dora", "what is trained", (*METHODS, "bitfit", "full", "head"))
-    data_dir: str | None = setting(None, "folder with CoLA/, STS-B/, ...; none = download")
+    task: str = setting("toy", "GLUE task", tuple(t for t in TASKS if t != "ax"))
+    method: str = setting("dora", "what trains", (*METHODS, "bitfit", "full", "head"))
+    data_dir: str | None = setting(None, "folder with CoLA/, STS-B/ ...; none = download")
     model_dir: str | None = setting(None, "model folder; none = download FacebookAI/roberta-base")
-    out: str | None = setting(None, "run folder; none = runs/TASK-METHOD/seed-SEED")
-    seed: int = setting(1, "seed of head, adapter, order and dropout")
-    lr: float = setting(2e-3, "peak learning rate of AdamW")
-    batch_size: int = setting(16, "examples in a forward pass, over all processes")
-    accumulate: int = setting(1, "forward passes in an optimizer step")
-    epochs: int = setting(45, "passes over the train set")
-    max_steps: int | None = setting(None, "optimizer steps, instead of epochs")
-    weight_decay: float = setting(0.01, "decoupled weight decay of AdamW")
-    clip: float = setting(1.0, "largest norm of the gradient")
-    warmup: float = setting(0.06, "share of all steps in which the learning rate rises; then it falls linearly")
-    max_len: int = setting(128, "tokens of an example; longer ones are cut")
-    log_every: int = setting(10, "optimizer steps between two lines of metrics.jsonl")
-    save_every: int = setting(500, "optimizer steps between two checkpoints, besides each epoch's end")
+    out: str | None = setting(None, "run folder; none = runs/TASK-METHOD-SEED")
+    seed: int = setting(1, "of head, adapter, order and dropout", least=0)
+    lr: float = setting(2e-3, "peak learning rate of AdamW", above=0)
+    batch_size: int = setting(16, "examples of a forward pass, in all processes", least=1)
+    accumulate: int = setting(1, "forward passes of an optimizer step", least=1)
+    epochs: int = setting(45, "passes over the train set", least=1)
+    max_steps: int | None = setting(None, "optimizer steps, instead of epochs", least=1)
+    weight_decay: float = setting(0.01, "decoupled weight decay of AdamW", least=0)
+    clip: float = setting(1.0, "largest norm of the gradient", above=0)
+    warmup: float = setting(0.06, "share of steps with rising learning rate", least=0, below=1)
+    max_len: int = setting(128, "tokens of an example; more are cut off", least=8)
+    log_every: int = setting(10, "optimizer steps between lines of metrics.jsonl", least=1)
+    save_every: int = setting(500, "optimizer steps between checkpoints", least=1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = setting("float32", "of the frozen weights; A, B, c, head and scores stay float32 over bf16",
+    dtype: str = setting("float32", "of frozen weights; bf16 leaves A, B, c and the head float32",
                          ("float32", "bf16", "float64"))
     compile: bool = setting(False, "torch.compile the model")
-    deterministic: bool = setting(False, "only deterministic kernels, slower on GPUs")
+    deterministic: bool = setting(False, "only deterministic kernels, slower on a GPU")
     resume: bool = setting(False, "go on from the run folder's newest checkpoint")
     dora: DoRAConfig = DoRAConfig()
 
     def __post_init__(self) -> None:
-        for name, spec in self.__dataclass_fields__.items():
-            choices, value = spec.metadata.get("choices"), getattr(self, name)
-            if choices and value not in choices and value not in TASKS:
-                raise DoRAError(f"{name} = {value}: choose one of {', '.join(map(str, choices))}")
-        for name in ("lr", "batch_size", "accumulate", "epochs", "max_steps", "clip", "log_every", "save_every"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise DoRAError(f"{name} = {value}: must be above 0")
-        if not 0 <= self.warmup < 1 or not 0 <= self.weight_decay < math.inf or self.max_len < 8:
-            raise DoRAError("warmup must be in [0, 1), weight_decay at least 0, max_len at least 8")
+        check_settings(self)
 
 
-# The paper's Table 8; WNLI, which it leaves out, gets RTE's row.
-_TABLE_8 = {name: dict(zip(("lr", "batch_size", "epochs", "eta", "interval"), row)) for name, row in {
-    "rte": (2e-3, 16, 80, 0.5, 10), "mrpc": (2.5e-3, 16, 30, 0.3, 50), "stsb": (3e-3, 16, 45, 0.3, 10),
-    "cola": (2e-3, 16, 45, 0.3, 10), "sst2": (8e-4, 64, 60, 0.5, 10), "qnli": (3.5e-3, 16, 12, 0.5, 50),
-    "qqp": (1e-3, 16, 10, 0.3, 50), "mnli": (3e-3, 32, 10, 0.3, 50), "wnli": (2e-3, 16, 80, 0.5, 10)}.items()}
-_METHOD_ROWS: dict[str, dict[str, Any]] = {
-    **METHODS, "full": dict(METHODS["lora"], lr=2e-5), "bitfit": dict(METHODS["lora"], lr=1e-3), "head": METHODS["lora"]}
+# The paper's Table 8: lr, batch size, epochs, eta, interval. WNLI, not in it, has RTE's.
+TABLE_8 = {"rte": (2e-3, 16, 80, 0.5, 10), "mrpc": (2.5e-3, 16, 30, 0.3, 50),
+           "stsb": (3e-3, 16, 45, 0.3, 10), "cola": (2e-3, 16, 45, 0.3, 10),
+           "sst2": (8e-4, 64, 60, 0.5, 10), "qnli": (3.5e-3, 16, 12, 0.5, 50),
+           "qqp": (1e-3, 16, 10, 0.3, 50), "mnli": (3e-3, 32, 10, 0.3, 50),
+           "wnli": (2e-3, 16, 80, 0.5, 10), "toy": (3e-3, 32, 10, 0.3, 10)}
+METHOD_ROWS: dict[str, dict[str, Any]] = {
+    **METHODS, "head": METHODS["lora"],  # these three have no adapter, so nothing to prune
+    "full": {**METHODS["lora"], "lr": 2e-5}, "bitfit": {**METHODS["lora"], "lr": 1e-3}}
 
 
 def make_config(task: str = "toy", method: str = "dora", **flags: Any) -> TrainConfig:
-    """The task's row of the paper's Table 8, then the method's row, then what was asked for."""
-    values = {**_TABLE_8.get(task, {}), **_METHOD_ROWS.get(method, {}), **flags}
+    """The task's row of Table 8, overruled by the method's row, overruled by what is asked for."""
+    row = dict(zip(("lr", "batch_size", "epochs", "eta", "interval"), TABLE_8.get(task, ())))
+    values = {**row, **METHOD_ROWS.get(method, {}), **flags}
     names = {f.name for f in dataclasses.fields(DoRAConfig)}
-    dora = DoRAConfig(**{k: v for k, v in values.items() if k in names})
-    return TrainConfig(task, method, dora=dora, **{k: v for k, v in values.items() if k not in names})
+    dora = DoRAConfig(**{key: value for key, value in values.items() if key in names})
+    rest = {key: value for key, value in values.items() if key not in names}
+    return TrainConfig(task, method, dora=dora, **rest)
 
 
-# ---------------------------------------------------------------------------------- a run's folder
+def adapt(model: RobertaForSequenceClassification, config: TrainConfig) -> dict[str, DoRALinear]:
+    """Choose what trains; return the adapted layers, none for full, bitfit and head."""
+    layers = inject(model, config.dora) if config.method in METHODS else {}
+    if not layers:
+        for name, parameter in model.named_parameters():
+            bias = config.method == "bitfit" and name.endswith("bias")
+            parameter.requires_grad_(config.method == "full" or bias)
+    model.classifier.requires_grad_(True)
+    return layers
+
+
+def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification, Path,
+                                          Callable[..., list[Example]]]:
+    """(task, pretrained model on its device, model folder, load): load(split) reads a file."""
+
+    def load(split: str, name: str = config.task) -> list[Example]:
+        data_dir = config.data_dir or data.download_task(name)
+        return data.load_task(name, data_dir, split, bpe, config.max_len)
+
+    model_dir = Path(config.model_dir) if config.model_dir else data.download_model()
+    task = TASKS[config.task]
+    bpe = data.BPE(model_dir / "vocab.json", model_dir / "merges.txt")
+    model = load_roberta(model_dir, task.num_labels)
+    room = model.config.max_position_embeddings - model.config.pad_token_id - 1
+    if config.max_len > room or len(bpe.vocab) > model.config.vocab_size:
+        raise DoRAError(f"{model_dir}: has {room} positions and {model.config.vocab_size} tokens, "
+                        f"max_len is {config.max_len}, vocab.json has {len(bpe.vocab)}; lower "
+                        f"--max-len or take all files from one model")
+    device = find_device(config.device)
+    if config.dtype == "float64":
+        model.double()
+    elif config.dtype == "bf16" and config.method in ("full", "bitfit"):  # float32 weights train
+        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)  # type: ignore
+    elif config.dtype == "bf16":
+        model.roberta.to(torch.bfloat16)
+    return task, model.to(device), model_dir, load
+
+
+def find_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if name == "cuda" and process()[1] > 1:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise DoRAError(f"device = {name}: not to be had here; use --device cpu") from None
+
+
+# ---- a run's folder ----------------------------------------------------------------------------
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM arrived; the state is saved."""
+    """Ctrl-C or SIGTERM: (message, signal). The state has been saved."""
 
 
 class Run:
-    """A run's folder: its lock, metrics, checkpoints and results. Only process 0 writes.
+    """A run's folder; of several processes only the first writes, each file whole or not at all.
 
-    config.json, metrics.jsonl, checkpoints/step-N.pt (the newest two), adapter/ or model/ (best epoch
-    after pruning ended), result.json, ranks.json. Every file is written whole or not at all.
+    config.json, metrics.jsonl, checkpoints/step-N.pt (the newest two), adapter/ or model/ (of the
+    best epoch after the last pruning), result.json, ranks.json.
     """
 
-    def __init__(self, config: TrainConfig, fingerprint: dict[str, Any], layers: dict[str, DoRALinear]):
-        self.folder = Path(config.out or f"runs/{config.task}-{config.method}/seed-{config.seed}")
-        self.config, self.layers, self.stop = config, layers, 0
-        # what a resumed run must have in common with the one it goes on with
-        free = ("out", "resume", "device", "save_every", "data_dir", "model_dir")
-        self.identity = {**{k: v for k, v in dataclasses.asdict(config).items() if k not in free}, **fingerprint}
-        self.identity = json.loads(json.dumps(self.identity))  # tuples become lists, as in the file
-        self.writes = process()[0] == 0
+    # a resumed run may differ in these settings from the one it goes on with
+    FREE = ("out", "resume", "device", "save_every", "data_dir", "model_dir", "compile")
+
+    def __init__(self, config: TrainConfig, identity: dict[str, Any]):
+        name = f"runs/{config.task}-{config.method}-{config.seed}"
+        self.config, self.folder = config, Path(config.out or name)
         self.metrics = self.folder / "metrics.jsonl"
+        self.writes = process()[0] == 0
+        self.signal = 0  # the one that arrived; acted upon between two steps, where all is whole
+        settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in self.FREE}
+        self.identity = json.loads(json.dumps({**settings.pop("dora"), **settings, **identity}))
 
     def __enter__(self) -> Run:
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")
             try:
-                import fcntl  # not on Windows; the kernel drops the lock when its process dies, however it dies
+                import fcntl  # not on Windows; the system drops the lock with its process
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except ImportError:
                 pass
             except OSError:
-                raise DoRAError(f"{self.folder}: another run is writing here; choose another --out") from None
+                raise DoRAError(f"{self.folder}: another run is writing here; use another --out "
+                                f"or wait for its end") from None
             if not self.config.resume:
-                if self.metrics.exists() or (self.folder / "result.json").exists():
-                    raise DoRAError(f"{self.folder} already holds a run; choose another --out, or --resume it")
+                if self.metrics.exists():
+                    raise DoRAError(f"{self.folder} holds a run already; use another --out, or go "
+                                    f"on with it by --resume")
                 write_json(self.folder / "config.json", dataclasses.asdict(self.config))
                 self.metrics.touch()
-        self.old = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        handle = lambda number, frame: setattr(self, "signal", number)  # noqa: E731
+        self.handlers = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for number, handler in self.old.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.writes:
             self.lock.close()
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self.stop = number  # acted upon between two steps, where the state is whole
-
     def log(self, line: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl; stop the run if its numbers are not finite."""
         if self.writes:
             with open(self.metrics, "a") as f:
                 f.write(json.dumps(line) + "\n")
-        if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"]):
-            bad = [n for n, m in self.layers.items() if not (m.c.isfinite().all() and m.A.isfinite().all())]
-            raise DoRAError(f"step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']} at learning "
-                            f"rate {line['lr']:.3g}, first bad layer: {bad[0] if bad else 'none'}; the last checkpoint "
-                            f"in {self.folder} is good; lower --lr")
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner,
-             records: list[Any], best: Any) -> None:
-        """Write checkpoints/step-N.pt and keep the newest two."""
+             records: list[dict[str, Any]], best: dict[str, Any] | None) -> None:
+        """Write checkpoints/step-N.pt: all that is needed to go on bit for bit."""
         if not self.writes:
             return
-        folder = self.folder / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        with open(self.metrics, "a") as f:
+        with open(self.metrics, "ab") as f:
             os.fsync(f.fileno())
-            size = f.tell()
-        state = {
-            "identity": self.identity, "step": step, "records": records, "best": best, "metrics_size": size,
-            "weights": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad},
-            "optimizer": optimizer.state_dict(), "pruner": pruner.state_dict(), "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+            metrics_size = f.tell()
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        state = {"identity": self.identity, "step": step, "records": records, "best": best,
+                 "weights": {k: p for k, p in model.named_parameters() if p.requires_grad},
+                 "optimizer": optimizer.state_dict(), "pruner": pruner.state_dict(),
+                 "rng": [torch.get_rng_state(), *cuda], "metrics_size": metrics_size}
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        write_whole(folder / f"step-{step:07d}.pt", [buffer.getbuffer()])
+        folder = self.folder / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        write_whole(folder / f"step-{step:08d}.pt", [buffer.getbuffer()])
         for old in sorted(folder.glob("step-*.pt"))[:-2]:
             old.unlink()
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner) -> tuple[int, list[Any], Any]:
-        """Take up the newest checkpoint that can be read: (step, records, best)."""
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer,
+             pruner: Pruner) -> tuple[int, list[dict[str, Any]], dict[str, Any] | None]:
+        """Take up the newest checkpoint that is whole; returns (step, records, best)."""
         for path in sorted((self.folder / "checkpoints").glob("step-*.pt"), reverse=True):
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 break
-            except Exception as error:  # the unpickler raises nearly anything on a damaged file
-                say(f"{path}: damaged ({str(error).splitlines()[0][:80]}); trying the one before")
+            except Exception:  # a damaged pickle raises nearly anything
+                say(f"{path} is damaged, going back to the one before")
         else:
-            raise DoRAError(f"{self.folder}: no checkpoint to resume; leave out --resume to start anew")
-        ours, theirs = self.identity, state["identity"]
-        for key in ours:
-            if ours[key] != theirs.get(key):
-                a, b = theirs.get(key), ours[key]
-                if isinstance(a, dict) and isinstance(b, dict):
-                    key, a, b = next((k, a.get(k), b[k]) for k in b if a.get(k) != b[k])
-                raise DoRAError(f"{path}: was made with {key} = {a}, this run has {b}; "
-                                f"use the same settings to resume, or another --out")
+            raise DoRAError(f"{self.folder}: no checkpoint to resume from; start without --resume")
+        for key, value in self.identity.items():
+            if state["identity"].get(key) != value:
+                raise DoRAError(f"{path} was made with {key} = {state['identity'].get(key)}, not "
+                                f"{value}; resume with the same, or start anew with another --out")
         pruner.load_state_dict(state["pruner"])
-        if pruner.done and self.layers:
+        if pruner.done:
             compact_(model, optimizer)
         parameters = dict(model.named_parameters())
         with torch.no_grad():
-            for name, tensor in state["weights"].items():
-                parameters[name].copy_(tensor)
+            for key, tensor in state["weights"].items():
+                parameters[key].copy_(tensor)
         optimizer.load_state_dict(state["optimizer"])
-        if process()[0] == 0:
-            torch.set_rng_state(state["rng"])
-            if state["cuda_rng"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
+        torch.set_rng_state(state["rng"][0])
+        if torch.cuda.is_available() and len(state["rng"]) > 1:
+            torch.cuda.set_rng_state_all(state["rng"][1:])
         if self.writes:
-            os.truncate(self.metrics, state["metrics_size"])  # lines of steps that will be done again
+            os.truncate(self.metrics, state["metrics_size"])  # steps that will be done again
         return state["step"], state["records"], state["best"]
 
-    def save_best(self, model: nn.Module, model_dir: Path) -> None:
-        """The adapter of the best epoch so far, or the whole model where there is no adapter."""
-        if self.writes and self.layers:
+    def save_best(self, model: Any, layers: dict[str, DoRALinear], model_dir: Path) -> None:
+        """The adapter with its head; the whole model where there is no adapter."""
+        if self.writes and layers:
             save_adapter(model, self.folder / "adapter")
         elif self.writes:
             save_model(model, self.folder / "model")
             for name in ("vocab.json", "merges.txt"):
                 write_whole(self.folder / "model" / name, [(model_dir / name).read_bytes()])
-
-    def finish(self, result: dict[str, Any], ranks: dict[str, int]) -> None:
-        if self.writes:
-            write_json(self.folder / "ranks.json", ranks)
-            write_json(self.folder / "result.json", result)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -502,51 +536,64 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def say(text: str) -> None:
-    """To the terminal, once, without tearing the bar."""
+    """To the terminal, from the first process, without tearing the bar."""
     if process()[0] == 0:
         tqdm.write(text)
 
 
 def process() -> tuple[int, int]:
     """(rank, number) of the processes that train together; (0, 1) without torchrun."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+    group = torch.distributed
+    on = group.is_available() and group.is_initialized()
+    return (group.get_rank(), group.get_world_size()) if on else (0, 1)
 
 
-# ------------------------------------------------------------------------------------ evaluation
+def summed(value: Tensor, operation: str = "SUM") -> Tensor:
+    """The sum (MIN, MAX) of a tensor over all processes."""
+    if process()[1] > 1:
+        value = value.clone()
+        torch.distributed.all_reduce(value, getattr(torch.distributed.ReduceOp, operation))
+    return value
+
+
+# ---- evaluation --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def predict(model: nn.Module, examples: list[Example], batch_size: int = 64) -> np.ndarray:
-    """Class ids, or scores in 0..1, (N,) in the order of the examples, each counted once."""
+def predict(model: nn.Module, examples: list[Example]) -> np.ndarray:
+    """Class ids, or scores in 0..1, (N,) in the order of the examples."""
     rank, world = process()
     device = next(model.parameters()).device
+    found = torch.zeros(len(examples), dtype=torch.float64, device=device)
     model.eval()
-    rows, outputs = [], []
-    for batch in data.batches(examples, batch_size, None, 0, rank=rank, world=world):
+    for batch in data.batches(examples, 64, None, 0, rank=rank, world=world):
         if len(batch.rows):
-            logits = model(batch.ids.to(device), batch.mask.to(device)).float()  # (B, classes)
-            outputs.append(logits.argmax(1) if logits.shape[1] > 1 else logits[:, 0].clamp(0, 1))
-            rows.append(batch.rows)
-    parts = [(torch.cat(rows).numpy(), torch.cat(outputs).cpu().numpy()) if rows else None]
-    if world > 1:
-        parts = [None] * world
-        torch.distributed.all_gather_object(
-            parts, (torch.cat(rows).numpy(), torch.cat(outputs).cpu().numpy()) if rows else None)
-    found = [part for part in parts if part is not None]
-    predictions = np.empty(len(examples), dtype=found[0][1].dtype)
-    for where, values in found:
-        predictions[where] = values
-    return predictions
+            logits = model(batch.ids.to(device), batch.mask.to(device)).double()  # (B, classes)
+            outputs = logits[:, 0].clamp(0, 1) if logits.shape[1] == 1 else logits.argmax(1)
+            found[batch.rows.to(device)] = outputs.double()  # each row is filled by one process
+    return summed(found).cpu().numpy()
 
 
 def evaluate(model: nn.Module, examples: list[Example], task: Task) -> dict[str, float]:
     """The task's metrics on labelled examples, the headline first."""
-    return data.score(task, predict(model, examples), [example.label for example in examples])
+    predictions = predict(model, examples)
+    if task.labels and (predictions == predictions[0]).all():
+        say(f"all {len(examples)} predictions are {task.labels[int(predictions[0])]!r}: the model "
+            f"collapsed to one class")
+    return data.score(task, predictions, [example.label for example in examples])
 
 
-# ---------------------------------------------------------------------------------- the training
+def evaluate_dev(model: nn.Module, sets: dict[str, list[Example]], task: Task) -> dict[str, float]:
+    """Metrics on dev; for MNLI the mean of matched (m) and mismatched (mm), then both."""
+    scores = {split: evaluate(model, examples, task) for split, examples in sets.items()}
+    if len(scores) == 1:
+        return scores["dev"]
+    both = {f"{name}_{'m' if split == 'dev' else 'mm'}": value
+            for split, row in scores.items() for name, value in row.items()}
+    return {task.metrics[0]: statistics.mean(both.values()), **both}
+
+
+# ---- the training ------------------------------------------------------------------------------
 
 
 def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -562,65 +609,51 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     return config.lr * ((step + 1) / warm if step < warm else (total - step) / (total - warm))
 
 
-def adapt(model: RobertaForSequenceClassification, config: TrainConfig) -> dict[str, DoRALinear]:
-    """Choose what trains. Only the adapters are layers; the head trains always."""
-    layers: dict[str, DoRALinear] = {}
-    if config.method in METHODS:
-        layers = inject(model, config.dora)
-    else:
-        for name, parameter in model.named_parameters():
-            bias = name.endswith(".bias")
-            parameter.requires_grad_(config.method == "full" or config.method == "bitfit" and bias)
-    model.classifier.requires_grad_(True)
-    return layers
-
-
 def train(config: TrainConfig) -> dict[str, Any]:
-    """One run with one seed: what the command line calls. Returns what result.json holds."""
-    started = time.monotonic()
-    rank, world = process()
-    device = find_device(config)
+    """One run with one seed: what the command line calls. Returns result.json's content."""
+    started, (rank, world) = time.monotonic(), process()
     torch.use_deterministic_algorithms(config.deterministic)
     torch.manual_seed(config.seed)
-
-    task, bpe, model_dir, data_dir = find_files(config)
-    train_set = data.load_task(config.task, data_dir, "train", bpe, config.max_len)
-    dev_sets = {split: data.load_task(config.task, data_dir, split, bpe, config.max_len)
-                for split in task.files if split.startswith("dev")}
-    model = load_model(config, task, model_dir)
-    fingerprint = {"weights": checksum(model.parameters()), "train_examples": len(train_set)}
-    layers = adapt(model.to(device), config)
-    counts = {"adapter_parameters": sum(p.numel() for m in layers.values() for p in (m.A, m.B)),
+    task, model, model_dir, load = prepare(config)
+    train_set = load("train")
+    dev_sets = {split: load(split) for split in task.files if split.startswith("dev")}
+    identity = {"model weights": checksum(model.roberta.parameters()),
+                "train examples": len(train_set)}
+    layers = adapt(model, config)
+    device = next(model.parameters()).device
+    counts = {"adapter_parameters": sum(m.A.numel() + m.B.numel() for m in layers.values()),
               "head_parameters": sum(p.numel() for p in model.classifier.parameters()),
               "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
-    per_epoch = math.ceil(len(train_set) / (config.batch_size * config.accumulate))
+    batch_size = config.batch_size * config.accumulate  # examples of an optimizer step
+    per_epoch = math.ceil(len(train_set) / batch_size)
     total = config.max_steps or config.epochs * per_epoch
     pruner = Pruner(layers, config.dora, total)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr,
                                   weight_decay=config.weight_decay, fused=True)
     step, records, best = 0, [], None  # records: the metrics after each epoch
-    with Run(config, fingerprint, layers) as run:
+    with Run(config, identity) as run:
         if config.resume:
             step, records, best = run.load(model, optimizer, pruner)
         if rank:
-            torch.manual_seed(config.seed + rank + step)  # every process drops out other numbers
+            torch.manual_seed(config.seed + rank + step)  # other dropout in every process
         net = wrap(model, config)
         bar = tqdm(total=total, initial=step, unit="step", disable=True if rank else None)
         while step < total:
             epoch, done = divmod(step, per_epoch)
-            for batch in data.batches(train_set, config.batch_size * config.accumulate, config.seed, epoch, done):
+            for batch in data.batches(train_set, batch_size, config.seed, epoch, skip=done):
                 # ---- one optimizer step; DoRA is three lines of it
                 model.train()
                 lr, penalty, loss = learning_rate(step, total, config), pruner.penalty(), 0.0
                 for i, micro in enumerate(batch.split(config.accumulate)):
                     part = micro.split(world)[rank].to(device)
-                    share = len(part.labels) / len(batch.labels)  # a mean over the whole batch, however it is cut
-                    if not share:  # nothing left for this pass of a short last batch: any example, counted 0 times
+                    share = len(part.labels) / len(batch.labels)  # one mean, however it is cut up
+                    if not share:  # too short a last batch: some example, counted 0 times
                         part = batch.split(len(batch.labels))[0].to(device)
                     part_loss = task_loss(net(part.ids, part.mask), part.labels) * share
                     loss += part_loss.detach()
-                    (part_loss * world + (penalty if i == 0 else 0)).backward()  # processes average gradients
+                    # DistributedDataParallel takes the mean of the processes' gradients
+                    (part_loss * world + (0 if i else penalty)).backward()
                 pruner.observe()
                 norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
                 for group in optimizer.param_groups:
@@ -630,167 +663,239 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 pruner.step()
                 step += 1
                 # ---- the rest is bookkeeping
-                if step == pruner.last and layers:
-                    compact_(model, optimizer)  # the mask is final: dead components leave for good
+                if step == pruner.last and layers:  # the mask is final: the dead leave for good
+                    compact_(model, optimizer)
                     net = wrap(model, config)
                 bar.update()
                 if step % config.log_every == 0 or step == total:
-                    line = {"step": step, "lr": lr, "loss": mean_over_processes(loss) * world,
-                            "penalty": float(penalty.detach()), "grad_norm": float(norm), "live": pruner.live,
-                            "budget": budget(step, total, config.dora, len(layers)) if layers else 0}
+                    line = {"step": step, "lr": lr, "loss": float(summed(loss)),
+                            "penalty": float(penalty.detach()), "grad_norm": float(norm),
+                            "live": pruner.live, "budget": budget_at(step, pruner)}
                     run.log(line)
-                    bar.set_postfix(loss=f"{line['loss']:.4f}", live=line["live"], budget=line["budget"])
-                if run.stop or step % config.save_every == 0 and step % per_epoch and step < total:
+                    check_line(line, layers, pruner)
+                    bar.set_postfix(loss=f"{line['loss']:.4f}", live=line["live"],
+                                    budget=line["budget"])
+                if run.signal or step % config.save_every == 0:
                     run.save(step, model, optimizer, pruner, records, best)
-                if run.stop:
+                if run.signal:
                     bar.close()
-                    raise Interrupted(f"stopped at step {step} of {total}, saved in {run.folder}", run.stop)
+                    raise Interrupted(f"stopped at step {step} of {total}, saved in {run.folder}",
+                                      run.signal)
                 if step == total:
                     break
-            scores = evaluate_all(model, dev_sets, task)
+            scores = evaluate_dev(model, dev_sets, task)
             records.append({"epoch": round(step / per_epoch, 3), "step": step, **scores})
             if pruner.done and (best is None or scores[task.metrics[0]] > best[task.metrics[0]]):
                 best = records[-1]
-                run.save_best(model, model_dir)
+                run.save_best(model, layers, model_dir)
             run.save(step, model, optimizer, pruner, records, best)
-            if not rank:
-                bar.write(f"epoch {records[-1]['epoch']:g}  " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+            say(f"epoch {records[-1]['epoch']:g}  " +
+                "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
         bar.close()
         ranks = pruner.ranks()
+        after = sum(k * sum(layers[name].base.weight.shape) for name, k in ranks.items())
         result = {"task": config.task, "method": config.method, "seed": config.seed, "best": best,
-                  "last": records[-1], "steps": total, **counts,
-                  "adapter_parameters_after_pruning": sum(
-                      k * sum(layers[name].base.weight.shape) for name, k in ranks.items()),
-                  "epochs": records, "seconds": round(time.monotonic() - started, 1)}
-        run.finish(result, ranks)
-    return {**result, "ranks": ranks}
+                  "last": records[-1], "epochs": records, "steps": total, **counts,
+                  "adapter_parameters_after_pruning": after,
+                  "seconds": round(time.monotonic() - started, 1)}
+        if run.writes:
+            write_json(run.folder / "ranks.json", ranks)
+            write_json(run.folder / "result.json", result)
+    return {**result, "ranks": ranks, "folder": str(run.folder)}
 
 
-def find_device(config: TrainConfig) -> torch.device:
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise DoRAError(f"device = {name}: not available here; use --device cpu") from None
-    if device.type == "cuda" and process()[1] > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return device
+def wrap(model: nn.Module, config: TrainConfig) -> Any:
+    """What the loop calls: the model, shared between processes or compiled if asked for."""
+    net = nn.parallel.DistributedDataParallel(model) if process()[1] > 1 else model
+    return torch.compile(net) if config.compile else net
 
 
-def find_files(config: TrainConfig) -> tuple[Task, BPE, Path, Path]:
-    """(task, tokenizer, model folder, data folder), downloaded where no folder is given."""
-    data_dir = Path(config.data_dir) if config.data_dir else data.download_task(config.task)
-    model_dir = Path(config.model_dir) if config.model_dir else data.download_model()
-    return TASKS[config.task], BPE(model_dir / "vocab.json", model_dir / "merges.txt"), model_dir, data_dir
+def budget_at(step: int, pruner: Pruner) -> int:
+    """b(t); 0 where nothing is adapted."""
+    if not pruner.layers:
+        return 0
+    return budget(step, pruner.total_steps, pruner.config, len(pruner.layers))
 
 
-def load_model(config: TrainConfig, task: Task, model_dir: Path) -> RobertaForSequenceClassification:
-    """The pretrained model in the run's precision, with room for max_len tokens."""
-    model = load_roberta(model_dir, task.num_labels)
-    longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
-    if config.max_len > longest:
-        raise DoRAError(f"max_len = {config.max_len}: {model_dir} has positions for {longest} tokens; lower it")
-    if config.dtype == "float64":
-        model.double()
-    elif config.dtype == "bf16" and config.method in ("full", "bitfit"):  # trained weights stay float32
-        model.forward = torch.autocast(config.device.split(":")[0], torch.bfloat16)(model.forward)  # type: ignore
-    elif config.dtype == "bf16":
-        model.roberta.to(torch.bfloat16)
-    return model
+def check_line(line: dict[str, Any], layers: dict[str, DoRALinear], pruner: Pruner) -> None:
+    """Stop at numbers that are not finite, or at processes that do not agree on the mask."""
+    if not math.isfinite(line["loss"] + line["grad_norm"]):
+        bad = [name for name, layer in layers.items() if not layer.A.isfinite().all()]
+        raise DoRAError(f"step {line['step']}: loss {line['loss']} and gradient norm "
+                        f"{line['grad_norm']} at learning rate {line['lr']:.3g}, first bad layer "
+                        f"{bad[0] if bad else 'the head'}; the last checkpoint is good, lower --lr")
+    mask = pruner.mask.float()
+    if not torch.equal(summed(mask, "MIN"), summed(mask, "MAX")):
+        raise DoRAError(f"step {line['step']}: the processes pruned different components; "
+                        f"start them with the same settings and data")
 
 
-def wrap(model: nn.Module, config: TrainConfig) -> nn.Module:
-    """What the loop calls: the model, compiled or shared between processes where that was asked for."""
-    net: nn.Module = model
-    if process()[1] > 1:
-        net = nn.parallel.DistributedDataParallel(model)
-    return torch.compile(net) if config.compile else net  # type: ignore[return-value]
-
-
-def mean_over_processes(value: Tensor | float) -> float:
-    _, world = process()
-    if world > 1:
-        value = torch.as_tensor(value).clone()
-        torch.distributed.all_reduce(value)
-    return float(value) / world
-
-
-def checksum(tensors: Iterator[Tensor]) -> str:
-    """Tells two models apart: a CRC of the first kilobyte or so of each weight, in float32."""
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """Tells two models apart: a CRC of the first numbers of each weight, in float32."""
     crc = 0
     for tensor in tensors:
-        crc = zlib.crc32(tensor.detach().flatten()[:256].float().numpy().tobytes(), crc)
+        crc = zlib.crc32(tensor.detach().flatten()[:256].float().cpu().numpy().tobytes(), crc)
     return f"{crc:08x}"
 
 
-def evaluate_all(model: nn.Module, sets: dict[str, list[Example]], task: Task) -> dict[str, float]:
-    """Metrics on dev; for MNLI the mean of matched and mismatched first, then both."""
-    scores = {split: evaluate(model, examples, task) for split, examples in sets.items()}
-    if len(scores) == 1:
-        return scores["dev"]
-    both = {f"{name}_{split.replace('dev', 'm').replace('m_', '')}": value
-            for split, found in scores.items() for name, value in found.items()}
-    return {task.metrics[0]: statistics.mean(both.values()), **both}
+# ---- the toy -----------------------------------------------------------------------------------
 
 
-# ------------------------------------------------------------------------------- the command line
+def toy(config: TrainConfig) -> dict[str, Any]:
+    """The whole story in under a minute: pretrain a tiny RoBERTa, freeze it, adapt it with DoRA.
+
+    Pretraining is full fine-tuning on short sentences: "these dogs see a king", right or wrong?
+    The adaptation task puts phrases between subject and verb: "these dogs near the king sees ...",
+    where the nearest noun misleads. Files, tokenizer, loader and loop are those of GLUE.
+    """
+    root = Path(config.out or tempfile.mkdtemp(prefix="dora-toy-"))
+    untrained, pretrained = root / "untrained", root / "pretrain" / "model"
+    bpe = data.write_toy(root, untrained)
+    torch.manual_seed(config.seed)
+    tiny = RobertaConfig(vocab_size=len(bpe.vocab), hidden_size=64, num_hidden_layers=3,
+                         num_attention_heads=4, intermediate_size=256, max_position_embeddings=64,
+                         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                         initializer_range=0.1)
+    save_model(RobertaForSequenceClassification(tiny, 2), untrained)
+    none = DoRAConfig(**METHODS["lora"])  # no adapter
+
+    def run(name: str, model_dir: Path, what: str, **settings: Any) -> dict[str, Any]:
+        say(f"--- {what}")
+        return train(dataclasses.replace(config, data_dir=str(root), model_dir=str(model_dir),
+                                         out=str(root / name), max_len=48, **settings))
+
+    run("pretrain", untrained, "pretraining on short sentences, all weights", task="toy-pretrain",
+        method="full", lr=1e-3, batch_size=32, epochs=6, max_steps=None, dora=none)
+    result = run("adapted", pretrained, f"{config.method} on the pretrained encoder")
+    head = run("head", pretrained, "a head alone on the pretrained encoder", method="head",
+               dora=none)
+    blind = run("blind", untrained, f"{config.method} on an encoder without pretraining")
+    rows = {f"{config.method} on the pretrained encoder": result, "its head alone": head,
+            f"{config.method} without pretraining": blind}
+    print(f"\nMatthews correlation on the adaptation task (files in {root})")
+    for name, r in rows.items():
+        print(f"{r['best']['matthews']:8.3f}  {name}")
+    return result
+
+
+# ---- the command line --------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    args = vars(parser().parse_args(argv))
-    seeds = args.pop("seeds", [1])
+    """The command line. Returns the exit code: 2 for bad input, 128 + signal when interrupted."""
+    args = vars(make_parser().parse_args(argv))
+    seeds, eval_only, adapter, split = (
+        args.pop(name) for name in ("seeds", "eval_only", "adapter", "predict"))
     try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and process()[1] == 1:
+            torch.distributed.init_process_group()
+        results = []
         for seed in seeds:
-            config = make_config(seed=seed, **args)
-            result = train(config)
-            print(rank_map(result["ranks"]))
-            print(result["best"])
+            config = make_config(**{**args, "seed": seed})
+            if len(seeds) > 1 and config.out:
+                config = dataclasses.replace(config, out=f"{config.out}/seed-{seed}")
+            if eval_only:
+                evaluate_only(config, adapter, split)
+                continue
+            results.append(toy(config) if config.task == "toy" and not config.data_dir
+                           else train(config))
+            show(results[-1])
+            if split:
+                folder = Path(results[-1]["folder"])
+                whole = {} if results[-1]["ranks"] else {"model_dir": str(folder / "model")}
+                evaluate_only(dataclasses.replace(config, out=str(folder), **whole),
+                              None if whole else folder / "adapter", split)
+        if len(results) > 1:
+            summarize(results)
     except Interrupted as error:
-        print(f"{error.args[0]}; go on with the same command and --resume")
+        say(f"{error.args[0]}; go on with the same command and --resume")
         return 128 + error.args[1]
     except (DoRAError, DataError) as error:
         print(f"train_glue.py: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"train_glue.py: error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        print(f"train_glue.py: error: {error.filename or 'a file'}: {error.strerror or error}; "
+              f"what was complete is intact", file=sys.stderr)
         return 2
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def show(result: dict[str, Any]) -> None:
+    """Score, parameters, and where the ranks went."""
+    best, metric = result["best"], list(result["best"])[2]
+    say(f"\n{result['task']}, {result['method']}, seed {result['seed']}: {metric} "
+        f"{best[metric]:.4f} after epoch {best['epoch']:g}, {result['last'][metric]:.4f} after "
+        f"the last, {result['seconds']:.0f} s\n"
+        f"trained {result['trainable_parameters']:,} parameters, {result['head_parameters']:,} of "
+        f"them in the head; adapter {result['adapter_parameters']:,}, after pruning "
+        f"{result['adapter_parameters_after_pruning']:,}\nfiles in {result['folder']}")
+    if result["ranks"]:
+        say(f"live components, layer by matrix:\n{rank_map(result['ranks'])}")
+
+
+def summarize(results: list[dict[str, Any]]) -> None:
+    """Median, mean and standard deviation over the seeds."""
+    metric = list(results[0]["best"])[2]
+    scores = [result["best"][metric] for result in results]
+    say(f"\n{metric} over {len(scores)} seeds: median {statistics.median(scores):.4f}, mean "
+        f"{statistics.mean(scores):.4f}, standard deviation {statistics.stdev(scores):.4f}")
+
+
+def evaluate_only(config: TrainConfig, adapter: str | Path | None, split: str | None) -> None:
+    """Score what was trained on dev: an adapter, or the whole model in model_dir."""
+    task, model, _, load = prepare(config)
+    if adapter:
+        load_adapter(model, adapter)
+    scores = evaluate_dev(model, {s: load(s) for s in task.files if s.startswith("dev")}, task)
+    say("  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    if not split:
+        return
+    folder = Path(config.out or Path(adapter or config.model_dir or "runs/x").parent) / "submission"
+    files = [(config.task, s) for s in task.files if s.startswith(split)]
+    for name, part in files + ([("ax", "test")] if config.task == "mnli" else []):
+        predictions = predict(model, load(part, name))
+        if process()[0] == 0:
+            say(f"wrote {data.write_submission(TASKS[name], part, predictions, folder)}")
+
+
+def make_parser() -> argparse.ArgumentParser:
     """Flags made from the fields of TrainConfig and DoRAConfig."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for config, title in ((TrainConfig, "the run"), (DoRAConfig, "DoRA")):
-        group, hints = p.add_argument_group(title), get_type_hints(config)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for config, title in ((TrainConfig, "the run"), (DoRAConfig, "the method")):
+        group, hints = parser.add_argument_group(title), get_type_hints(config)
         for f in dataclasses.fields(config):
-            if f.name in ("dora", "seed"):
+            if f.name in ("seed", "dora"):
                 continue
-            kinds = [k for k in get_args(hints[f.name]) or (hints[f.name],) if k is not Ellipsis]
-            options: dict[str, Any] = {"help": f"{f.metadata['help']} (default: {f.default})"}
-            if kinds[0] is bool:
-                options["action"] = argparse.BooleanOptionalAction
-            else:
-                options["type"] = value_parser(kinds[0], type(None) in kinds)
-                options["metavar"] = kinds[0].__name__.upper()
+            kind, *more = get_args(hints[f.name]) or (hints[f.name],)
+            options: dict[str, Any] = {
+                "default": argparse.SUPPRESS, "metavar": kind.__name__.upper(),
+                "type": partial(parse_value, kind, type(None) in more),
+                "help": f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")}
             if f.metadata["choices"]:
-                options["metavar"] = "{" + ",".join("none" if c is None else c for c in f.metadata["choices"]) + "}"
+                names = ["none" if c is None else c for c in f.metadata["choices"]]
+                options["metavar"] = "{" + ",".join(names) + "}"
             if get_origin(hints[f.name]) is tuple:
                 options["nargs"] = "+"
+            if kind is bool:
+                options = {"default": argparse.SUPPRESS, "help": options["help"],
+                           "action": argparse.BooleanOptionalAction}
             group.add_argument("--" + f.name.replace("_", "-"), **options)
-    p.add_argument("--seeds", nargs="+", type=int, default=[1], help="one run each")
-    return p
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="a run each (default: 1)")
+    parser.add_argument("--eval-only", action="store_true", help="score --adapter, do not train")
+    parser.add_argument("--adapter", metavar="FOLDER", help="for --eval-only: RUN/adapter")
+    parser.add_argument("--predict", choices=("test",), help="write the test set's submission file")
+    return parser
 
 
-def value_parser(kind: type, optional: bool) -> Any:
-    def parse(text: str) -> Any:
-        return None if optional and text.lower() == "none" else kind(text)
-    parse.__name__ = kind.__name__
-    return parse
+def parse_value(kind: type, optional: bool, text: str) -> Any:
+    """A flag's text as a setting's value; "none" where that is one."""
+    if optional and text.lower() == "none":
+        return None
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {kind.__name__}") from None
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ class Pattern:
     width: int = 48
     start: int = 4  # r', components per matrix at the start
     strength: tuple[float, float] = (2.0, 2.0)  # range of the singular values of Delta W*
+    gains: tuple[float, ...] = ()  # W x -> (W / gain)(gain x): the same function, other sizes of W
     batch: int = 64  # examples per step
     steps: int = 1500
 
@@ -66,6 +67,7 @@ PATTERNS = {
     "deep": Pattern((*MIXED, 1, 0, 4, 0, 2, 3)),
     "start 8": Pattern(MIXED, start=8),
     "uneven": Pattern(MIXED, strength=(1.0, 3.0)),
+    "gains": Pattern(MIXED, gains=(1.0, 2.0, 0.5, 1.0, 2.0, 0.5)),
     "batch 8": Pattern(MIXED, batch=8),
     "brief": Pattern(MIXED, steps=400),
 }
@@ -100,15 +102,16 @@ def rows() -> dict[str, dict[str, Any]]:
 
 
 class Residual(nn.Module):
-    """h + tanh(W h)."""
+    """h + tanh((W / gain) (gain h)) = h + tanh(W h), with W / gain as the matrix to adapt."""
 
-    def __init__(self, W: Tensor):
+    def __init__(self, W: Tensor, gain: float):
         super().__init__()
+        self.gain = gain
         self.linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
-        self.linear.weight = nn.Parameter(W.clone())
+        self.linear.weight = nn.Parameter(W / gain)
 
     def forward(self, h: Tensor) -> Tensor:
-        return h + torch.tanh(self.linear(h))
+        return h + torch.tanh(self.linear(self.gain * h))
 
 
 def problem(pattern: Pattern, seed: int) -> tuple[nn.Module, nn.Module]:
@@ -121,7 +124,8 @@ def problem(pattern: Pattern, seed: int) -> tuple[nn.Module, nn.Module]:
         U, V = (torch.linalg.qr(torch.randn(d, rank, generator=g))[0] for _ in "UV")  # (d, rank)
         s = low + (high - low) * torch.rand(rank, generator=g)
         W.append(start + (U * s) @ V.T)
-    return nn.Sequential(*map(Residual, W)), nn.Sequential(*map(Residual, W0))
+    gains = pattern.gains or (1.0,) * len(W0)
+    return nn.Sequential(*map(Residual, W, gains)), nn.Sequential(*map(Residual, W0, gains))
 
 
 def misplaced(kept: list[int], truth: tuple[int, ...]) -> float:

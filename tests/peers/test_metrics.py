@@ -63,7 +63,7 @@ def test_scales(name, scale, shift):
     assert data.METRICS[name](predictions, labels) == pytest.approx(expected, abs=1e-6)
 
 
-def test_all_classes_named():
+def test_confusion_tables():
     """Matthews over the confusion table's four cells, each from 0 to 4: equals scikit-learn's."""
     for cells in np.ndindex(5, 5, 5, 5):
         predictions = np.repeat([0, 0, 1, 1], cells)

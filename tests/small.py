@@ -1,0 +1,116 @@
+"""A model, data and a training loop small enough for a test; no test of its own."""
+from itertools import count
+
+import torch
+from torch import nn
+
+from dora import DoRAConfig, Pruner, inject
+
+TARGETS = ("query", "up", "down")
+
+
+class Block(nn.Module):
+    """h + down(tanh(up(query(h)))): a square, a tall and a wide matrix."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.query, self.up, self.down = nn.Linear(d, d), nn.Linear(d, d + 3), nn.Linear(d + 3, d)
+
+    def forward(self, h):
+        return h + self.down(torch.tanh(self.up(self.query(h))))
+
+
+class Net(nn.Module):
+    """(N, d) -> (N, 2): matrices layer.0.query, layer.0.up, layer.0.down, layer.1.query, ..."""
+
+    def __init__(self, d=5, blocks=2):
+        super().__init__()
+        self.layer = nn.ModuleList(Block(d) for _ in range(blocks))
+        self.head = nn.Linear(d, 2)
+
+    def forward(self, x):
+        for block in self.layer:
+            x = block(x)
+        return self.head(x)
+
+
+def settings(**changes):
+    """A DoRAConfig for Net: the default method with dropout off, but for the changes."""
+    return DoRAConfig(**{"targets": TARGETS, "dropout": 0.0, "interval": 3, **changes})
+
+
+def plain(seed=0, dtype=torch.float64, **sizes):
+    """Net with seeded weights."""
+    torch.manual_seed(seed)
+    return Net(**sizes).to(dtype)
+
+
+def adapted(config, seed=0, dtype=torch.float64, **sizes):
+    """(model, layers): Net with config's components in it, its head trainable."""
+    model = plain(seed, dtype, **sizes)
+    layers = inject(model, config)
+    model.head.requires_grad_(True)
+    return model, layers
+
+
+def randomize(layers, seed=1):
+    """Random A, B and c in place of the start, at which the update is 0."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in layers.values():
+            for p in (layer.A, layer.B, layer.c):
+                p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64))
+
+
+def trainer(model, pruner, lr=1e-2, optimizer=torch.optim.AdamW, start=0, **options):
+    """(optimizer, step): step() does one training step as the head of dora.py shows it, on a batch
+    that depends on the number of the step alone, counted from start."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer(params, lr=lr, **options)
+    numbers = count(start)
+
+    def step():
+        x = inputs(16, model.head.in_features, 1000 + next(numbers), params[0].dtype)
+        target = torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin()], dim=1)
+        loss = (model(x) - target).square().mean() + pruner.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        pruner.observe()
+        optimizer.step()
+        pruner.step()
+
+    return optimizer, step
+
+
+def trained(config, steps=40, dtype=torch.float64, seed=0, **options):
+    """(model, layers, pruner) after a whole run."""
+    model, layers = adapted(config, seed, dtype)
+    pruner = Pruner(layers, config, steps)
+    _, step = trainer(model, pruner, **options)
+    for _ in range(steps):
+        step()
+    return model, layers, pruner
+
+
+def feed(pruner, scores):
+    """One step in which `sensitivity` of component i is scores[i]: c = 1 and dL/dc = the score.
+
+    With beta1 = 0 and beta2 = None the pruner's score is this number itself.
+    """
+    parts = torch.as_tensor(scores, dtype=torch.float64).split(
+        [len(layer.c) for layer in pruner.layers.values()])
+    for layer, part in zip(pruner.layers.values(), parts, strict=True):
+        layer.c.data.fill_(1.0)
+        layer.c.grad = part.to(layer.c.dtype).clone()
+    pruner.observe()
+    pruner.step()
+
+
+def gates(layers):
+    """c of all matrices, (n,)."""
+    return torch.cat([layer.c.detach() for layer in layers.values()])
+
+
+def inputs(n=7, d=5, seed=3, dtype=torch.float64):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        dtype)

@@ -1,0 +1,140 @@
+"""dora.py: how many components stay (Eq. 9, AdaLoRA's curve) and which (keep_mask)."""
+import random
+from fractions import Fraction
+
+import pytest
+import torch
+from small import settings
+
+from dora import DoRAError, Pruner, budget, keep_mask
+
+SLOW, FAST = "dora", "adalora"
+
+
+def curve(schedule, rank, start_rank, n_layers, total, **changes):
+    """b(0), ..., b(T)."""
+    config = settings(schedule=schedule, rank=rank, start_rank=start_rank, **changes)
+    return [budget(t, total, config, n_layers) for t in range(total + 1)]
+
+
+# ---- Eq. 9 --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("schedule, window", [
+    # b0 = 24, bT = 12; slow first: 24 - 12 p^3, 12/64 = .19, 12/8 = 1.5, 12 * 27/64 = 5.06
+    (SLOW, [24, 23, 19, 12]),
+    # fast first: 12 + 12 (1 - p)^3, the same numbers upside down; fractions of a component go
+    (FAST, [17, 13, 12, 12])])
+def test_eq9_by_hand(schedule, window):
+    """T = 16, first quarter initial, last half final: four steps of pruning worked out by hand."""
+    b = curve(schedule, 2, 4, 6, 16, initial_phase=0.25, final_phase=0.5)
+    assert b == [24] * 5 + window + [12] * 8
+
+
+@pytest.mark.parametrize("schedule, means", [(SLOW, [11.94, 11.5, 10.3]), (FAST, [9.7, 8.5, 8.06])])
+def test_eq9_has_the_papers_numbers(schedule, means):
+    """r' 12 -> r 8 over 72 matrices: the mean rank at 1/4, 1/2, 3/4 of the window equals shared
+    notes' numbers. The paper's curve prunes late, AdaLoRA's early."""
+    b = curve(schedule, 8, 12, 72, 800)                  # the window is 120..400
+    assert [b[t] / 72 for t in (190, 260, 330)] == pytest.approx(means, abs=0.02)
+
+
+@pytest.mark.parametrize("schedule", [SLOW, FAST])
+def test_eq9_against_exact_fractions(schedule):
+    """500 random cases: every b(t) is the exact cubic, rounded to a whole component (slow first:
+    up, fast first: down; where the cubic is whole, floats may add one); it starts at r'L, ends at
+    rL, never rises."""
+    rng = random.Random(0)
+    for _ in range(500):
+        total, n_layers = rng.randint(20, 300), rng.randint(1, 80)
+        rank = rng.choice([0.5, 1, 1.5, 2, 3, 8])
+        start_rank = int(rank + 1) + rng.randint(0, 5)
+        initial, final = rng.choice([0, 0.1, 0.15, 0.3]), rng.choice([0, 0.2, 0.5, 0.6])
+        b = curve(schedule, rank, start_rank, n_layers, total,
+                  initial_phase=initial, final_phase=final)
+        b_0, b_T = start_rank * n_layers, round(rank * n_layers)
+        first, last = round(initial * total), total - round(final * total)
+        assert b[:first + 1] == [b_0] * (first + 1) and b[last:] == [b_T] * (total - last + 1)
+        assert b == sorted(b, reverse=True)
+        for t in range(first, last + 1):
+            p = Fraction(t - first, last - first)
+            if schedule == SLOW:
+                exact = b_0 - (b_0 - b_T) * p**3
+                assert exact <= b[t] < exact + 1 or b[t] == exact + 1
+            else:
+                exact = b_T + (b_0 - b_T) * (1 - p)**3
+                assert exact - 1 < b[t] <= exact or b[t] == exact - 1
+
+
+@pytest.mark.parametrize("schedule", [SLOW, FAST])
+def test_a_fraction_of_a_rank(schedule):
+    """rank 0.5 over 72 matrices ends with 36 components, from one in each."""
+    b = curve(schedule, 0.5, None, 72, 100)
+    assert (b[0], b[-1]) == (72, 36)
+
+
+def test_a_rank_that_is_not_pruned():
+    """Without a schedule, or with start_rank = rank, every b(t) is r L."""
+    assert set(curve(None, 2, 2, 6, 50, importance=None)) == {12}
+    assert set(curve(SLOW, 2, 2, 6, 50)) == {12}
+
+
+@pytest.mark.parametrize("total, changes, says", [
+    (0, {}, "step"), (-5, {}, "step"),
+    (100, dict(initial_phase=0.5, final_phase=0.5), "initial_phase.*final_phase.*no step to prune"),
+    (100, dict(initial_phase=0.8, final_phase=0.5), "initial_phase.*final_phase"),
+    (100, dict(rank=0.01, start_rank=1), "rank = 0.01.*no component")])
+def test_a_budget_that_cannot_work(total, changes, says):
+    """Each is an error, from budget() and from Pruner() before the first step, saying what to change."""
+    config = settings(**{"rank": 2, **changes})
+    with pytest.raises(DoRAError, match=says):
+        budget(1, total, config, 6)
+
+
+def test_a_short_run_still_prunes():
+    """Every T from 1 on leaves a step to prune in by the default phases: b(0) is r'L, b(T) is r L."""
+    for total in range(1, 40):
+        b = curve(SLOW, 2, 3, 6, total)
+        assert b[0] == 18 and b[-1] == 12
+
+
+def test_pruner_checks_the_phases_at_once():
+    """Pruner() itself refuses a run without a pruning window, before any training."""
+    with pytest.raises(DoRAError, match="no step to prune"):
+        Pruner({}, settings(initial_phase=0.6), 100)
+    with pytest.raises(DoRAError, match="step"):
+        Pruner({}, settings(), 0)
+
+
+# ---- which components ---------------------------------------------------------------------------
+
+def test_keep_mask_by_hand():
+    """The k highest stay; of equals the first position; with all equal the first k."""
+    scores = torch.tensor([0.1, 0.5, 0.3, 0.5, 0.0])
+    assert keep_mask(scores, 1).tolist() == [False, True, False, False, False]
+    assert keep_mask(scores, 2).tolist() == [False, True, False, True, False]
+    assert keep_mask(scores, 4).tolist() == [True, True, True, True, False]
+    assert keep_mask(torch.zeros(5), 3).tolist() == [True, True, True, False, False]
+    assert keep_mask(scores, 0).sum() == 0 and keep_mask(scores, 5).all()
+
+
+def test_keep_mask_keeps_exactly_k():
+    """300 random vectors with many ties: k are kept, none lower than a dropped one, and of the tied
+    scores at the border the first ones, as sorting (score, position) pairs says."""
+    rng = random.Random(0)
+    for _ in range(300):
+        n = rng.randint(1, 60)
+        scores = [rng.randint(0, rng.choice([0, 1, 3, 50])) / 4 for _ in range(n)]
+        k = rng.randint(0, n)
+        best = sorted(range(n), key=lambda i: (-scores[i], i))[:k]
+        mask = keep_mask(torch.tensor(scores, dtype=torch.float64), k)
+        assert mask.dtype == torch.bool
+        assert mask.tolist() == [i in set(best) for i in range(n)]
+
+
+def test_the_threshold_rule_would_miss_the_budget():
+    """Why keep_mask is not `score > kthvalue`: that drops all five equal scores, and one component
+    where none is due."""
+    scores = torch.ones(5)
+    assert (scores > scores.kthvalue(2).values).sum() == 0 and keep_mask(scores, 3).sum() == 3
+    scores = torch.arange(5.0)
+    assert (scores > scores.kthvalue(max(0, 1)).values).sum() == 4 and keep_mask(scores, 5).sum() == 5

@@ -1,0 +1,383 @@
+"""dora.py: the layer (Eq. 6), its start, inject, the configuration, METHODS, the rank map."""
+import ast
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import Net, adapted, inputs, plain, randomize, settings
+from torch import nn
+
+import dora
+from dora import METHODS, DoRAConfig, DoRAError, DoRALinear, inject, rank_map
+
+RECORDED = Path(__file__).parent / "fixtures/peft.json"
+
+
+def layer_of(d_out, d_in, **changes):
+    """One DoRALinear in float64 with random A, B and c."""
+    torch.manual_seed(0)
+    layer = DoRALinear(nn.Linear(d_in, d_out).double(), settings(**changes))
+    randomize({"": layer})
+    return layer
+
+
+# ---- Eq. 6 --------------------------------------------------------------------------------------
+
+def test_delta_weight_by_hand():
+    """One component and two, alpha / r = 8 / 2: the update equals the matrix worked out on paper."""
+    layer = layer_of(2, 3, rank=2, start_rank=2, alpha=8.0)
+    layer.A.data = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]]).double()
+    layer.B.data = torch.tensor([[5.0, 1.0], [7.0, -1.0]]).double()
+    layer.c.data = torch.tensor([0.5, 0.0]).double()
+    # 4 * 0.5 * [5, 7]^T [1, 2, 3]
+    assert layer.delta_weight().tolist() == [[10, 20, 30], [14, 28, 42]]
+    layer.c.data[1] = 0.25                      # + 4 * 0.25 * [1, -1]^T [0, 1, 0]
+    assert layer.delta_weight().tolist() == [[10, 21, 30], [14, 27, 42]]
+
+
+@pytest.mark.parametrize("scale, divisor", [("rank", 2), ("start_rank", 3)])
+@pytest.mark.parametrize("dropout_on", ["input", "components"])
+def test_eq6_is_the_sum_of_outer_products(scale, divisor, dropout_on):
+    """forward and delta_weight equal W0 + (alpha / divisor) sum_i c_i b_i a_i^T, built component by
+    component and entry by entry."""
+    layer = layer_of(4, 6, rank=2, start_rank=3, alpha=5.0, scale=scale, dropout_on=dropout_on)
+    W = layer.base.weight.detach().clone()
+    update = torch.zeros_like(W)
+    for i in range(3):
+        for o in range(4):
+            for k in range(6):
+                update[o, k] += 5.0 / divisor * layer.c[i] * layer.B[o, i] * layer.A[i, k]
+    x = inputs(10, 6).view(2, 5, 6)
+    expected = torch.zeros(2, 5, 4).double()
+    for n in range(2):
+        for t in range(5):
+            for o in range(4):
+                expected[n, t, o] = layer.base.bias[o] + sum(
+                    (W + update)[o, k] * x[n, t, k] for k in range(6))
+    torch.testing.assert_close(layer.delta_weight(), update, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_eq6_gradients():
+    """dL/da_i, dL/db_i and dL/dc_i equal those that autograd finds through the explicit sum."""
+    layer = layer_of(4, 6, rank=3, start_rank=3)
+    A, B, c = (p.detach().clone().requires_grad_() for p in (layer.A, layer.B, layer.c))
+    x = inputs(10, 6)
+    layer(x).sin().sum().backward()
+    W = layer.base.weight + layer.scale * sum(c[i] * torch.outer(B[:, i], A[i]) for i in range(3))
+    (x @ W.T + layer.base.bias).sin().sum().backward()
+    for ours, naive in ((layer.A, A), (layer.B, B), (layer.c, c)):
+        torch.testing.assert_close(ours.grad, naive.grad, rtol=1e-10, atol=1e-12)
+    assert layer.base.weight.grad is None and layer.base.bias.grad is None
+
+
+def test_base_without_bias():
+    """A base without bias: forward equals x (W0 + Delta W)^T."""
+    layer = DoRALinear(nn.Linear(6, 4, bias=False).double(), settings())
+    randomize({"": layer})
+    x = inputs(3, 6)
+    torch.testing.assert_close(layer(x), x @ (layer.base.weight + layer.delta_weight()).T)
+
+
+@pytest.mark.parametrize("dropout_on", ["input", "components"])
+def test_dropout_acts_where_the_setting_says(dropout_on):
+    """Training mode equals F.dropout on x, or on the r' numbers a_i . x, drawn from the same seed;
+    the base's own path is untouched, and eval mode has none."""
+    layer = layer_of(4, 6, dropout=0.5, dropout_on=dropout_on)
+    x = inputs(10, 6)
+    torch.manual_seed(5)
+    ours = layer.train()(x)
+    torch.manual_seed(5)
+    h = F.dropout(x, 0.5) @ layer.A.T if dropout_on == "input" else F.dropout(x @ layer.A.T, 0.5)
+    expected = layer.base(x) + h @ (layer.scale * layer.B * layer.c).T
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(layer.eval()(x), layer.base(x) + x @ layer.delta_weight().T)
+
+
+# ---- the start ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dropout_on", ["input", "components"])
+@pytest.mark.parametrize("init", ["zero_b", "kaiming", "gaussian"])
+def test_step_0_changes_nothing(init, dropout_on, dtype):
+    """The adapted model's output equals the base model's bit for bit, with dropout and without."""
+    config = settings(init=init, dropout_on=dropout_on, dropout=0.3)
+    x = inputs(dtype=dtype)
+    expected = plain(dtype=dtype)(x)
+    model, layers = adapted(config, dtype=dtype)
+    for mode in (model.train(), model.eval()):
+        assert torch.equal(mode(x), expected)
+    assert all(layer.A.abs().sum() > 0 for layer in layers.values())     # and yet it can learn
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_can_leave_its_start(method):
+    """One SGD step from each method's start changes the output of every matrix."""
+    model, layers = adapted(settings(**METHODS[method]))
+    before = plain()(inputs())
+    for _ in range(2):       # B = 0 or c = 0: the first step moves only what is 0
+        model.zero_grad()
+        model(inputs()).square().sum().backward()
+        with torch.no_grad():
+            for layer in layers.values():
+                for p in (layer.A, layer.B, layer.c):
+                    if p.requires_grad:
+                        p -= 0.1 * p.grad
+    assert all(layer.delta_weight().abs().max() > 0 for layer in layers.values())
+    assert not torch.equal(model(inputs()), before)
+
+
+def test_starts_have_the_stated_distributions():
+    """Bounds of the uniform starts and the deviation of the Gaussian one, on 200,000 entries, equal
+    the formulas; and c, B are 0 or 1 where they should be."""
+    d_in, d_out, r = 2000, 100, 100
+
+    def start(init):
+        torch.manual_seed(0)
+        return DoRALinear(nn.Linear(d_in, d_out), settings(init=init, rank=r, start_rank=r))
+
+    zero_b, kaiming, gaussian = start("zero_b"), start("kaiming"), start("gaussian")
+    assert zero_b.A.abs().max().item() == pytest.approx(1 / math.sqrt(d_in), rel=1e-3)     # a = √5
+    assert not zero_b.B.any() and zero_b.c.eq(1).all()
+    assert kaiming.A.abs().max().item() == pytest.approx(math.sqrt(6 / d_in), rel=1e-3)    # a = 0
+    assert kaiming.B.abs().max().item() == pytest.approx(math.sqrt(6 / r), rel=1e-3)
+    for weight in (gaussian.A, gaussian.B):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert abs(weight.mean().item()) < 1e-3
+    assert not kaiming.c.any() and not gaussian.c.any()
+    assert kaiming.A.mean().abs() < 1e-3 and kaiming.B.std().item() == pytest.approx(
+        math.sqrt(2 / r), rel=0.05)
+
+
+def test_half_precision_base():
+    """Over a bfloat16 base, A, B and c are float32 (small updates would be rounded away) and the
+    output is bfloat16; a float64 base gets float64 components."""
+    layer = DoRALinear(nn.Linear(6, 4, dtype=torch.bfloat16), settings())
+    assert {p.dtype for p in (layer.A, layer.B, layer.c)} == {torch.float32}
+    assert layer(inputs(3, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert DoRALinear(nn.Linear(6, 4).double(), settings()).A.dtype == torch.float64
+
+
+# ---- inject -------------------------------------------------------------------------------------
+
+class Roberta(nn.Module):
+    """Two layers' worth of RoBERTa's names."""
+
+    def __init__(self):
+        super().__init__()
+        def pair(dense):
+            return nn.ModuleDict({"dense": dense, "LayerNorm": nn.LayerNorm(4)})
+        self.layer = nn.ModuleList(nn.ModuleDict({
+            "attention": nn.ModuleDict({
+                "self": nn.ModuleDict({n: nn.Linear(4, 4) for n in ("query", "key", "value")}),
+                "output": pair(nn.Linear(4, 4))}),
+            "intermediate": pair(nn.Linear(4, 6)), "output": pair(nn.Linear(6, 4))})
+            for _ in range(2))
+        self.classifier = nn.Linear(4, 2)
+
+
+@pytest.mark.parametrize("targets, expected", [
+    (("output.dense",), ["0.attention.output.dense", "0.output.dense",
+                         "1.attention.output.dense", "1.output.dense"]),
+    (("attention.output.dense",), ["0.attention.output.dense", "1.attention.output.dense"]),
+    (("0.output.dense",), ["0.output.dense"]),
+    (("layer.1.attention.self.key",), ["1.attention.self.key"]),
+    (("value", "self.query"), ["0.attention.self.query", "0.attention.self.value",
+                               "1.attention.self.query", "1.attention.self.value"]),
+    (("dense", "output.dense"), [f"{i}.{m}.dense" for i in "01"
+                                 for m in ("attention.output", "intermediate", "output")]),
+])
+def test_a_target_is_a_whole_dotted_suffix(targets, expected):
+    """The names found equal the list by hand, in the model's order, each once."""
+    model = Roberta()
+    layers = inject(model, DoRAConfig(targets=targets))
+    assert list(layers) == ["layer." + name for name in expected]
+    assert all(model.get_submodule(name) is layer for name, layer in layers.items())
+
+
+def test_default_targets_are_the_papers_six_matrices_a_layer():
+    """The default targets find query, key, value, attention.output, intermediate and output, and
+    not the classifier."""
+    layers = inject(Roberta(), DoRAConfig())
+    assert len(layers) == 12 and "classifier" not in layers
+
+
+@pytest.mark.parametrize("target", ["put.dense", "ense", "output", "query.weight", "0", "Query", ""])
+def test_a_target_that_is_no_suffix_of_a_linear(target):
+    """Neither a substring nor a container matches, and the model is left as it was."""
+    model = Roberta()
+    with pytest.raises(DoRAError, match=repr(target)):
+        inject(model, DoRAConfig(targets=("query", target)))
+    assert not any(isinstance(m, DoRALinear) for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_no_match_lists_the_candidates():
+    """The error for a target that matches nothing names every nn.Linear there is, and the target."""
+    with pytest.raises(DoRAError) as error:
+        inject(Roberta(), DoRAConfig(targets=("q_proj",)))
+    for name in ("q_proj", "attention.self.query", "intermediate.dense", "output.dense", "classifier"):
+        assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_target_that_is_no_linear_says_why():
+    """GPT-2's Conv1D has a weight (d_in, d_out): the error names the module, its class and why."""
+    class Conv1D(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, 12))
+
+    model = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"c_attn": Conv1D()})])})
+    with pytest.raises(DoRAError, match=r"h\.0\.c_attn is a Conv1D, not an nn\.Linear"):
+        inject(model, DoRAConfig(targets=("c_attn",)))
+
+
+def test_inject_freezes_the_rest():
+    """After inject exactly A, B and c train; lora's gate is held at 1 and does not."""
+    model = Net()
+    inject(model, settings())
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n.rsplit(".", 1)[1] for n in names} == {"A", "B", "c"} and len(names) == 6 * 3
+    layers = inject(lora := Net(), settings(**METHODS["lora"]))
+    assert {n.rsplit(".", 1)[1] for n, p in lora.named_parameters() if p.requires_grad} == {"A", "B"}
+    assert all(layer.c.eq(1).all() for layer in layers.values())
+
+
+def test_shapes_and_names():
+    """A (r', d_in), B (d_out, r'), c (r',), mask (r',) bool and all live, as the design names them."""
+    _, layers = adapted(settings(rank=2, start_rank=3))
+    up = layers["layer.1.up"]
+    assert (up.A.shape, up.B.shape, up.c.shape, up.mask.shape) == ((3, 5), (8, 3), (3,), (3,))
+    assert up.mask.dtype == torch.bool and up.mask.all() and up.rank == 3
+    assert isinstance(up.base, nn.Linear) and up.delta_weight().shape == (8, 5)
+
+
+# ---- configuration ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(rank=0), "rank"), (dict(rank=-1), "rank"), (dict(rank=math.inf), "rank"),
+    (dict(rank=math.nan), "rank"),
+    (dict(rank=4, start_rank=3), "start_rank.*rank"),
+    (dict(rank=0.5, start_rank=0), "start_rank"),
+    (dict(rank=2, start_rank=3, schedule=None, importance=None), "start_rank"),
+    (dict(importance=None), "schedule"), (dict(schedule=None, start_rank=2), "importance"),
+    (dict(gate=False), "gate"),
+    (dict(alpha=0), "alpha"), (dict(alpha=math.nan), "alpha"),
+    (dict(dropout=1.0), "dropout"), (dict(dropout=-0.1), "dropout"),
+    (dict(targets=()), "targets"),
+    (dict(beta1=1.0), "beta1"), (dict(beta2=-0.5), "beta2"), (dict(eps=0), "eps"),
+    (dict(initial_phase=-0.1), "initial_phase"), (dict(final_phase=1.0), "final_phase"),
+    (dict(interval=0), "interval"), (dict(eta=-1), "eta"),
+    (dict(init="xavier"), "init.*kaiming"), (dict(importance="magnitude"), "importance.*sensitivity"),
+    (dict(schedule="linear"), "schedule.*adalora"), (dict(scale="r"), "scale.*start_rank"),
+    (dict(penalty="l2"), "penalty.*dem"), (dict(dropout_on="output"), "dropout_on.*components"),
+])
+def test_a_configuration_that_cannot_work(changes, says):
+    """Each is an error of one line that names the setting, its value and what would do."""
+    with pytest.raises(DoRAError, match=says) as error:
+        DoRAConfig(**changes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rank, expected", [(2, 3), (8, 12), (1, 2), (0.5, 1), (3, 5), (0.1, 1)])
+def test_start_rank_is_half_as_much_again(rank, expected):
+    """r' = ceil(1.5 r), the paper's rule, by hand; and rank itself where nothing is pruned."""
+    assert len(layer_of(3, 3, rank=rank).c) == expected
+    if rank >= 1:
+        lora = DoRALinear(nn.Linear(3, 3), settings(**METHODS["lora"], rank=rank))
+        assert len(lora.c) == rank
+
+
+def test_a_configuration_is_frozen():
+    """A DoRAConfig cannot be changed after it was checked."""
+    with pytest.raises(AttributeError):
+        DoRAConfig().rank = 3
+
+
+METHOD_TABLE = {        # shared/design.md; "dora" is chosen by evidence, see benchmarks/RESULTS.md
+    "lora": dict(init="zero_b", gate=False, scale="rank", penalty=None, importance=None,
+                 schedule=None, dropout_on="input"),
+    "adalora": dict(init="gaussian", gate=True, scale="start_rank", penalty="orthogonal",
+                    importance="triplet", beta1=0.85, beta2=0.85, schedule="adalora",
+                    dropout_on="input"),
+    "paper": dict(init="kaiming", gate=True, scale="start_rank", penalty="dem", importance="norm",
+                  beta1=0.9, beta2=None, schedule="dora", dropout_on="input", alpha=8, dropout=0.1,
+                  initial_phase=0.15, final_phase=0.5),
+}
+
+
+@pytest.mark.parametrize("method", METHOD_TABLE)
+def test_methods_are_rows_of_one_table(method):
+    """Each method's settings equal its row in the design, whatever the defaults become."""
+    config = DoRAConfig(**METHODS[method])
+    assert {k: getattr(config, k) for k in METHOD_TABLE[method]} == METHOD_TABLE[method]
+
+
+def test_the_default_method_prunes_with_trained_gates():
+    """`dora` is a row like the others: gates trained, a score and a curve set."""
+    config = DoRAConfig(**METHODS["dora"])
+    assert list(METHODS) == ["dora", "paper", "lora", "adalora"]
+    assert config.gate and config.importance == "sensitivity" and config.schedule is not None
+
+
+def test_methods_differ_by_settings_alone():
+    """dora.py's code never asks for a method: the name stands in no expression of it; it imports
+    the standard library and torch."""
+    tree = ast.parse(Path(dora.__file__).read_text())
+    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    names |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    assert "method" not in names
+    strings = {n.value for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)
+               for n in ast.walk(f) if isinstance(n, ast.Constant)}
+    assert "paper" not in strings and "METHODS" not in strings
+    modules = {(n.module if isinstance(n, ast.ImportFrom) else alias.name).split(".")[0]
+               for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))
+               for alias in n.names}
+    assert modules - set(sys.stdlib_module_names) == {"torch"}
+
+
+# ---- the rank map -------------------------------------------------------------------------------
+
+def test_rank_map_by_hand():
+    """The table of two layers of three matrices equals the text below, sums included."""
+    ranks = {"roberta.encoder.layer.0.attention.self.query": 3, "roberta.encoder.layer.0.output.dense": 0,
+             "roberta.encoder.layer.10.attention.self.query": 1,
+             "roberta.encoder.layer.10.output.dense": 12}
+    rows = [line.split() for line in rank_map(ranks).splitlines()]
+    assert rows == [["layer", "query", "output.dense", "total"], ["0", "3", "0", "3"],
+                    ["10", "1", "12", "13"], ["total", "4", "12", "16"]]
+    ends = [len(line) for line in rank_map(ranks).splitlines()]
+    assert len(set(ends)) == 1                                           # the columns line up
+
+
+def test_rank_map_of_uneven_layers():
+    """A matrix that a layer lacks is a dot, and a name without a layer number has its own row."""
+    rows = [line.split() for line in rank_map({"a.0.up": 2, "a.1.down": 1, "head": 4}).splitlines()]
+    assert rows == [["layer", "up", "down", "head", "total"], ["0", "2", ".", ".", "2"],
+                    ["1", ".", "1", ".", "1"], ["-", ".", ".", "4", "4"],
+                    ["total", "2", "1", "4", "7"]]
+
+
+# ---- against recorded numbers -------------------------------------------------------------------
+
+def test_lora_equals_the_recorded_peft():
+    """METHODS["lora"] gives the outputs and gradients that PEFT's LoRA gave for the same weights
+    (fixtures/record_peft.py; live in peers/test_peft.py)."""
+    recorded = json.loads(RECORDED.read_text())["lora"]
+    weights = {name: torch.tensor(rows) for name, rows in recorded["weights"].items()}
+    base = nn.Linear(*weights["W"].shape[::-1])
+    layer = DoRALinear(base, settings(**METHODS["lora"], rank=recorded["r"], alpha=recorded["alpha"]))
+    with torch.no_grad():
+        for p, name in ((base.weight, "W"), (base.bias, "bias"), (layer.A, "A"), (layer.B, "B")):
+            p.copy_(weights[name])
+    y = layer(weights["x"])
+    y.sin().sum().backward()
+    torch.testing.assert_close(y, torch.tensor(recorded["y"]))
+    torch.testing.assert_close(layer.A.grad, torch.tensor(recorded["grad_A"]))
+    torch.testing.assert_close(layer.B.grad, torch.tensor(recorded["grad_B"]))
+    assert layer.c.grad is None

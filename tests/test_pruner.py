@@ -1,0 +1,488 @@
+"""dora.py: whole runs. Pruner (Algorithm 1), regrowth, the final mask, resuming, compact_."""
+import io
+import random
+
+import pytest
+import torch
+from small import adapted, feed, gates, inputs, plain, randomize, settings, trained, trainer
+from torch import nn
+
+from dora import METHODS, DoRAError, DoRALinear, Pruner, budget, compact_, dem_penalty
+
+EXACT = dict(beta1=0.0, beta2=None)        # the score of a step is that step's number
+
+
+def pruner_of(total, **changes):
+    """(layers, pruner) of Net's six matrices."""
+    config = settings(**changes)
+    _, layers = adapted(config)
+    return layers, Pruner(layers, config, total)
+
+
+def masks(layers):
+    return torch.cat([layer.mask for layer in layers.values()])
+
+
+# ---- exactly b(t) gates, at the right steps -----------------------------------------------------
+
+@pytest.mark.parametrize("total, interval", [(40, 3), (40, 1), (41, 4), (100, 7), (100, 50), (23, 100)])
+@pytest.mark.parametrize("schedule", ["dora", "adalora"])
+@pytest.mark.parametrize("equal", [False, True])
+def test_exactly_b_gates_after_every_prune(total, interval, schedule, equal):
+    """Through whole runs, with random scores and with all scores equal: after every step due exactly
+    b(t) gates are not 0, those of the b(t) best components; in the steps between none is closed."""
+    layers, pruner = pruner_of(total, schedule=schedule, interval=interval, rank=2, start_rank=4, **EXACT)
+    config = pruner.config
+    first, last = round(0.15 * total), total - round(0.5 * total)
+    g = torch.Generator().manual_seed(0)
+    for t in range(1, total + 1):
+        scores = torch.ones(24) if equal else torch.rand(24, generator=g)
+        feed(pruner, scores)
+        live = gates(layers).ne(0)
+        b = budget(t, total, config, 6)
+        due = first < t < last and (t - first) % interval == 0 or t == last
+        if due:
+            best = sorted(range(24), key=lambda i: (-scores[i].item(), i))[:b]
+            assert live.tolist() == [i in set(best) for i in range(24)]
+            assert torch.equal(masks(layers), live)
+        if t > last:
+            assert live.sum() == 12 and torch.equal(live, masks(layers))
+        elif not due:
+            assert live.all()                     # feed() opened them all, and nobody closed one
+    assert sum(pruner.ranks().values()) == 12
+    assert pruner.ranks() == {name: layer.rank for name, layer in layers.items()}
+
+
+def test_the_last_prune_falls_on_the_same_step_whatever_the_interval():
+    """200 random runs: the step after which the budget is first met is T - t_f, where `last` puts
+    it, and the mask stays as it is from then on."""
+    rng = random.Random(0)
+    for _ in range(200):
+        total, interval = rng.randint(10, 80), rng.randint(1, 90)
+        initial, final = rng.choice([0, 0.1, 0.15, 0.33]), rng.choice([0, 0.25, 0.5])
+        config = settings(schedule="dora", rank=1, start_rank=2, interval=interval,
+                          initial_phase=initial, final_phase=final, targets=("query",), **EXACT)
+        _, layers = adapted(config)
+        pruner = Pruner(layers, config, total)
+        met, mask = None, None
+        for t in range(1, total + 1):
+            feed(pruner, [rng.random() for _ in range(4)])
+            if met is None and masks(layers).sum() == 2:
+                met, mask = t, masks(layers)
+            assert mask is None or torch.equal(masks(layers), mask)
+        assert met == pruner.last == total - round(final * total)
+
+
+@pytest.mark.parametrize("method", ["dora", "paper", "adalora"])
+@pytest.mark.parametrize("rank, start_rank", [(1, 2), (0.5, None), (1.5, 3), (2, 2)])
+def test_real_runs_end_on_budget(method, rank, start_rank):
+    """Whole training runs with AdamW: at every step after a prune, and at every step from the last
+    one on, exactly b(t) gates are open (the rest is 0, however much momentum it has)."""
+    total = 40
+    config = settings(**METHODS[method] | dict(rank=rank, start_rank=start_rank, dropout=0.0, interval=4))
+    model, layers = adapted(config)
+    randomize(layers)                              # no gate is 0 by itself
+    pruner = Pruner(layers, config, total)
+    _, step = trainer(model, pruner)
+    for t in range(1, total + 1):
+        step()
+        if t > 6 and (t - 6) % 4 == 0 and t < 20 or t >= 20:
+            assert gates(layers).ne(0).sum() == budget(t, total, config, 6)
+    assert sum(layer.rank for layer in layers.values()) == round(rank * 6)
+    assert pruner.live == round(rank * 6)
+
+
+def test_pruning_is_global():
+    """The budget is the whole model's: matrices end with differing ranks, some with none."""
+    layers, pruner = pruner_of(20, rank=1, start_rank=2, interval=2, **EXACT)
+    scores = torch.tensor([0., 0, 9, 8, 7, 1, 0, 0, 6, 5, 4, 1])
+    for _ in range(20):
+        feed(pruner, scores)
+    assert list(pruner.ranks().values()) == [0, 2, 1, 0, 2, 1]
+    assert [layer.rank for layer in layers.values()] == [0, 2, 1, 0, 2, 1]
+
+
+def test_a_method_without_pruning_runs_through_the_same_calls():
+    """`lora`: all gates stay open and 1 through a run of observe() and step(), penalty 0."""
+    config = settings(**METHODS["lora"])
+    model, layers, pruner = trained(config)
+    assert gates(layers).eq(1).all() and masks(layers).all()
+    assert pruner.penalty().item() == 0
+    assert sum(pruner.ranks().values()) == 12
+
+
+def test_no_layers():
+    """A Pruner of no matrices (full fine-tuning, BitFit) goes through the same calls."""
+    pruner = Pruner({}, settings(**METHODS["lora"]), 10)
+    assert pruner.penalty().item() == 0
+    pruner.observe()
+    pruner.step()
+    assert pruner.ranks() == {}
+
+
+# ---- regrowth, and the end of it ----------------------------------------------------------------
+
+def test_a_pruned_component_comes_back_before_the_final_mask():
+    """The pair closed by the first prunings is the better one from step 7 on, and comes back in the
+    place of the other; from the final mask, of step 8, on nobody comes back, however good it becomes
+    and whatever is written into its gate."""
+    layers, pruner = pruner_of(16, targets=("query",), rank=1, start_rank=2, interval=1,
+                               schedule="adalora", initial_phase=0.25, final_phase=0.5, **EXACT)
+    history = []
+    for t in range(1, 17):
+        feed(pruner, [1.0, 2.0, 3.0, 4.0] if t < 7 else [4.0, 3.0, 2.0, 1.0] if t < 9 else [0., 0, 9, 9])
+        history.append(gates(layers).int().tolist())
+    assert history == [[1] * 4] * 4 + [[0, 0, 1, 1]] * 2 + [[1, 1, 0, 0]] * 10
+
+
+def test_momentum_reopens_a_gate_until_the_final_mask():
+    """In real training with AdamW every closed gate moves off 0 in the steps between two prunings and
+    keeps its a and b; from the last pruning on it is 0 after every step."""
+    config = settings(rank=1, start_rank=3, interval=4, schedule="adalora")
+    model, layers = adapted(config)
+    pruner = Pruner(layers, config, 120)
+    _, step = trainer(model, pruner)
+    for t in range(1, 121):
+        step()
+        live, closed = masks(layers), gates(layers)[~masks(layers)]
+        pruned_now = t > 18 and (t - 18) % 4 == 0 or t >= 60
+        assert (closed == 0).all() if pruned_now else (closed != 0).all()
+    assert live.sum() == 6
+    assert all((layer.A.abs().sum(1) > 0).all() for layer in layers.values())
+
+
+def test_an_emptied_matrix_is_its_base():
+    """A matrix whose components all went gives its base's output, has no update, and trains on."""
+    layers, pruner = pruner_of(20, rank=1, start_rank=2, interval=2, **EXACT)
+    for _ in range(20):
+        feed(pruner, [0., 0, 9, 8, 7, 1, 0, 0, 6, 5, 4, 1])
+    query = layers["layer.0.query"]
+    randomize({"": query})
+    query.c.data.mul_(query.mask)
+    assert query.rank == 0 and not query.delta_weight().any()
+    assert torch.equal(query(inputs()), query.base(inputs()))
+
+
+# ---- wrong use ----------------------------------------------------------------------------------
+
+def test_a_step_without_observe():
+    """step() without observe(), at the start, twice in a row, and in the final phase: an error that
+    says which call is missing and in which step."""
+    layers, pruner = pruner_of(20)
+    with pytest.raises(DoRAError, match=r"step 1.*without.*observe"):
+        pruner.step()
+    feed(pruner, torch.ones(18))
+    with pytest.raises(DoRAError, match=r"step 2.*observe\(\)"):
+        pruner.step()
+    for _ in range(14):
+        feed(pruner, torch.ones(18))
+    with pytest.raises(DoRAError, match=r"step 16.*observe\(\)"):
+        pruner.step()
+
+
+@pytest.mark.parametrize("importance", ["sensitivity", "triplet", "norm", "frobenius"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_names_the_layer(importance, bad):
+    """One bad weight or gradient: the next pruning stops with step and layer, the masks as before."""
+    config = settings(importance=importance, interval=4)
+    model, layers = adapted(config)
+    randomize(layers)
+    pruner = Pruner(layers, config, 40)
+    with pytest.raises(DoRAError, match=r"step 10.*layer\.1\.up.*not finite"):
+        for _ in range(40):
+            model.zero_grad()
+            model(inputs()).sum().backward()
+            if importance in ("norm", "frobenius"):
+                layers["layer.1.up"].A.data[0, 0] = bad
+                model.zero_grad()
+            else:
+                layers["layer.1.up"].c.grad[0] = bad
+            pruner.observe()
+            pruner.step()
+    assert masks(layers).all()
+
+
+def test_pruner_counts_optimizer_steps():
+    """Under gradient accumulation observe() and step() once a step: four backward passes of a
+    quarter of the batch give the scores and masks of one pass."""
+    results = []
+    for pieces in (1, 4):
+        config = settings(rank=1, start_rank=2)
+        model, layers = adapted(config)
+        pruner = Pruner(layers, config, 20)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for t in range(20):
+            optimizer.zero_grad()
+            for x in inputs(16, seed=t).chunk(pieces):
+                (model(x).sin().square().sum() / 16).backward()
+            pruner.observe()
+            optimizer.step()
+            pruner.step()
+        results.append((masks(layers), gates(layers)))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-9, atol=1e-12)
+
+
+# ---- the same run again, and in two parts -------------------------------------------------------
+
+@pytest.mark.parametrize("method", ["dora", "paper", "adalora"])
+def test_runs_repeat(method):
+    """Two runs with the same seeds end bit for bit equal."""
+    config = settings(**METHODS[method] | dict(rank=1, start_rank=2, dropout=0.1))
+    ends = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        ends.append(trained(config)[0].state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(ends[0].values(), ends[1].values(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["dora", "paper", "adalora", "lora"])
+@pytest.mark.parametrize("stop", [3, 11, 20, 27])
+def test_state_dict_continues_bit_for_bit(method, stop):
+    """A run cut in any phase, its state through torch.save and weights_only load into a new model,
+    optimizer and Pruner, ends bit for bit as the uncut run does."""
+    rank = dict(rank=2) if method == "lora" else dict(rank=1, start_rank=2)
+    config = settings(**METHODS[method] | dict(rank, dropout=0.0))
+    whole, _, _ = trained(config)
+
+    model, layers = adapted(config)
+    pruner = Pruner(layers, config, 40)
+    optimizer, step = trainer(model, pruner)
+    for _ in range(stop):
+        step()
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict(), pruner.state_dict()], file)
+    file.seek(0)
+    weights, moments, memory = torch.load(file, weights_only=True)
+
+    second, new_layers = adapted(config, seed=9)
+    second.load_state_dict(weights)
+    resumed = Pruner(new_layers, config, 40)
+    resumed.load_state_dict(memory)
+    assert resumed.ranks() == pruner.ranks() and resumed.live == pruner.live
+    optimizer, step = trainer(second, resumed, start=stop)
+    optimizer.load_state_dict(moments)
+    for _ in range(stop, 40):
+        step()
+    assert all(torch.equal(a, b) for a, b in
+               zip(whole.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+def test_state_of_another_model():
+    """A state with another number of components is refused, naming what has to be the same."""
+    _, pruner = pruner_of(20)
+    _, other = pruner_of(20, rank=2, start_rank=4)
+    with pytest.raises(DoRAError, match="24 components.*18.*rank"):
+        pruner.load_state_dict(other.state_dict())
+
+
+def test_the_state_is_plain():
+    """state_dict() holds numbers, lists and tensors, so that weights_only loading takes it; as new
+    as the Pruner it is empty of averages."""
+    _, pruner = pruner_of(20)
+    state = pruner.state_dict()
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True).keys() == state.keys()
+    assert state["t"] == 0
+
+
+# ---- compaction ---------------------------------------------------------------------------------
+
+OPTIMIZERS = [(torch.optim.AdamW, {}), (torch.optim.AdamW, dict(amsgrad=True)),
+              (torch.optim.SGD, dict(momentum=0.9)), (torch.optim.RMSprop, {})]
+
+
+@pytest.mark.parametrize("optimizer, options", OPTIMIZERS)
+@pytest.mark.parametrize("method", ["dora", "paper"])
+def test_compaction_keeps_the_trajectory(method, optimizer, options):
+    """Two equal runs, one compacted at the last pruning: 50 steps later all live components, the
+    head and the outputs are those of the masked run to 1e-9; matrices of rank 0 became nn.Linear."""
+    config = settings(**METHODS[method] | dict(rank=0.5, start_rank=2, dropout=0.0, interval=2))
+    runs = []
+    for compact in (False, True):
+        model, layers = adapted(config)
+        pruner = Pruner(layers, config, 100)
+        opt, step = trainer(model, pruner, lr=1e-2, optimizer=optimizer, **options)
+        for _ in range(50):
+            step()
+        if compact:
+            compact_(model, opt)
+            assert sum(len(p) for p in opt.param_groups[0]["params"]) < 60
+            assert all(opt.state[p] for p in opt.param_groups[0]["params"])
+        for _ in range(50):
+            step()
+        runs.append((model, layers, pruner))
+    (masked, layers, pruner), (small, _, other) = runs
+    assert pruner.ranks() == other.ranks() and 0 in pruner.ranks().values()
+    torch.testing.assert_close(small(inputs()), masked(inputs()), rtol=0, atol=1e-9)
+    torch.testing.assert_close(small.head.weight, masked.head.weight, rtol=0, atol=1e-9)
+    for name, layer in layers.items():
+        short = small.get_submodule(name)
+        if layer.rank == 0:
+            assert type(short) is nn.Linear and torch.equal(short.weight, layer.base.weight)
+            continue
+        live = layer.mask
+        for ours, theirs in ((short.A, layer.A[live]), (short.B, layer.B[:, live]), (short.c, layer.c[live])):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+def test_compaction_keeps_parameter_groups():
+    """Several groups with their own settings stay in place, each with its own parameters, and the
+    parameters of emptied matrices leave the optimizer."""
+    config = settings(rank=1, start_rank=2, interval=2, **EXACT)
+    model, layers = adapted(config)
+    pruner = Pruner(layers, config, 20)
+    parts = [[layer.A for layer in layers.values()],
+             [p for layer in layers.values() for p in (layer.B, layer.c)], list(model.head.parameters())]
+    optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in zip(parts, (1e-3, 1e-2, 1e-1))])
+    for _ in range(20):
+        feed(pruner, [0., 0, 9, 8, 7, 1, 0, 0, 6, 5, 4, 1])
+    compact_(model, optimizer)
+    left = [layer for layer in model.modules() if isinstance(layer, DoRALinear)]
+    assert len(left) == 4
+    groups = optimizer.param_groups
+    assert [group["lr"] for group in groups] == [1e-3, 1e-2, 1e-1]
+    expected = [[layer.A for layer in left], [p for layer in left for p in (layer.B, layer.c)], parts[2]]
+    for group, params in zip(groups, expected, strict=True):
+        assert [id(p) for p in group["params"]] == [id(p) for p in params]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compaction_changes_no_output(method):
+    """compact_ without an optimizer: outputs to 1e-12, fewer numbers stored, and compacting again or
+    a method without pruning changes nothing."""
+    rank = dict(rank=2) if method == "lora" else dict(rank=1, start_rank=2)
+    model, layers, _ = trained(settings(**METHODS[method] | dict(rank, dropout=0.0)))
+    expected, size = model(inputs()), sum(p.numel() for p in model.parameters())
+    assert compact_(model) is model
+    torch.testing.assert_close(model(inputs()), expected, rtol=0, atol=1e-12)
+    live = sum(k * (sum(layers[n].base.weight.shape) + 1) for n, k in
+               ((n, layer.rank) for n, layer in layers.items()))
+    base = sum(p.numel() for p in plain().parameters())
+    assert sum(p.numel() for p in model.parameters()) == base + live <= size
+    compact_(model)
+    torch.testing.assert_close(model(inputs()), expected, rtol=0, atol=1e-12)
+
+
+def test_compaction_before_the_budget():
+    """Before the last pruning, and without any pruner.step(), compact_ is an error that says which,
+    and leaves the model as it is."""
+    config = settings(rank=1, start_rank=2)
+    model, layers = adapted(config)
+    with pytest.raises(DoRAError, match=r"12 components.*budget is 6.*never called.*observe"):
+        compact_(model)
+    pruner = Pruner(layers, config, 40)
+    _, step = trainer(model, pruner)
+    for _ in range(8):
+        step()
+    with pytest.raises(DoRAError, match=r"budget is 6.*step 8 of 40.*last pruning.*20"):
+        compact_(model)
+    assert all(len(layer.c) == 2 for layer in layers.values())
+
+
+def test_compaction_between_an_optimizer_step_and_pruner_step():
+    """In the final phase, after optimizer.step() moved a closed gate: an error that says so, since
+    dropping the component would change the output."""
+    model, layers, _ = trained(settings(rank=1, start_rank=2))
+    layer = next(layer for layer in layers.values() if layer.rank < 2)
+    layer.c.data[~layer.mask] = 0.1
+    with pytest.raises(DoRAError, match=r"pruned gate is not 0.*pruner\.step\(\)"):
+        compact_(model)
+
+
+def test_training_goes_on_after_compaction():
+    """The Pruner still asks for observe(), still counts, and its penalty stays 0."""
+    config = settings(rank=1, start_rank=2)
+    model, layers, pruner = trained(config, steps=40)
+    model, layers = adapted(config)
+    pruner = Pruner(layers, config, 40)
+    optimizer, step = trainer(model, pruner)
+    for t in range(40):
+        step()
+        if t == 20:
+            compact_(model, optimizer)
+    assert pruner.t == 40 and pruner.penalty().item() == 0
+    with pytest.raises(DoRAError, match="without.*observe"):
+        pruner.step()
+
+
+# ---- the paper's own form against its authors' algorithm ----------------------------------------
+
+class Authors:
+    """What the authors' code does after each optimizer step, one component at a time, from the facts
+    in shared/paper.md; penalty(), observe() and step() as a Pruner's, for the same training loop.
+
+    One thing is ours: exactly `number` components are closed, the later position first where scores
+    tie (theirs closes all that tie with the worst, and one where none is due).
+
+    Their step index counts from 0 and ours from 1: their index t is our step t, and their index 0
+    sees the model before training. All c are 0 there, so are all scores, and nothing changes. With
+    T = 300 all phases are whole steps, and the two agree step by step.
+    """
+
+    def __init__(self, layers, config, total):
+        self.layers, self.config, self.T = list(layers.values()), config, total
+        self.smoothed = [[0.0] * len(layer.c) for layer in self.layers]
+        self.mask = [[1.0] * len(layer.c) for layer in self.layers]
+        self.t = 0
+        self.after_step()
+
+    def penalty(self):                        # until pruning ends, as ours
+        return self.config.eta * dem_penalty(self.layers) if self.t <= self.T * 0.5 else 0.0
+
+    def observe(self):
+        pass
+
+    def step(self):
+        self.after_step()
+
+    def after_step(self):
+        p, P = int(self.t - self.T * 0.15), int(self.T * (1 - 0.15 - 0.5))
+        self.t += 1
+        if p > P:
+            for layer, mask in zip(self.layers, self.mask, strict=True):
+                for i, keep in enumerate(mask):
+                    layer.c.data[i] *= keep
+            return
+        for layer, smoothed in zip(self.layers, self.smoothed, strict=True):
+            parts = [layer.c[i] * torch.outer(layer.B[:, i], layer.A[i]) for i in range(len(layer.c))]
+            norm = sum(parts).norm() + 1e-8
+            for i, part in enumerate(parts):
+                smoothed[i] = 0.9 * smoothed[i] + 0.1 * (part.norm() / norm).item()
+        if p >= 0 and (p % self.config.interval == 0 or p == P):
+            r_prime, r = len(self.layers[0].c), self.config.rank
+            everyone = [(s, -i, -j) for i, smoothed in enumerate(self.smoothed)
+                        for j, s in enumerate(smoothed)]
+            number = int(len(everyone) * ((r_prime - r) / r_prime) * (p / P) ** 3)
+            self.mask = [[1.0] * r_prime for _ in self.layers]
+            for _, i, j in sorted(everyone)[:number]:
+                self.mask[-i][-j] = 0.0
+                self.layers[-i].c.data[-j] = 0.0
+
+
+@pytest.mark.parametrize("interval", [10, 7])
+def test_the_papers_form_follows_the_authors_algorithm(interval):
+    """300 steps of two equal runs with AdamW, `paper` and the class above: after every step the same
+    gates are 0, and at the end all weights are equal to 1e-9."""
+    config = settings(**METHODS["paper"] | dict(rank=2, start_rank=3, dropout=0.0, interval=interval,
+                                                targets=("query", "down")))
+    ours, layers = adapted(config)
+    theirs, twins = adapted(config)
+    pruner = Pruner(layers, config, 300)
+    _, step = trainer(ours, pruner)
+    _, their_step = trainer(theirs, Authors(twins, config, 300))
+    changes = 0
+    before = gates(layers).ne(0)
+    for t in range(1, 301):
+        step()
+        their_step()
+        now = gates(layers).ne(0)
+        assert torch.equal(now, gates(twins).ne(0)), t
+        changes += int((now != before).any())
+        before = now
+    assert changes > 5 and sum(pruner.ranks().values()) == 8
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
