@@ -92,8 +92,10 @@ TASKS = {task.name: task for task in (
     Task("wnli", "WNLI", PAIR, "label", ("accuracy",), source="WNLI.zip"),
     Task("ax", "AX", PAIR, "label", ("matthews",), NLI3, source="AX.tsv",
          files={"test": "test.tsv"}),       # GLUE's diagnostic set, for a model trained on MNLI
-    *(Task(name, name, ("sentence",), "label", ("matthews",), files=TOY_FILES,
-           columns=("source", "label", "mark", "sentence")) for name in ("toy", "toy-pretrain")),
+    Task("toy", "toy", ("sentence",), "label", ("matthews",), files=TOY_FILES,
+         columns=("source", "label", "mark", "sentence")),
+    Task("toy-pretrain", "toy-pretrain", ("sentence",), "label", ("accuracy",),
+         ("0", "1", "2", "3"), files=TOY_FILES, columns=("source", "label", "mark", "sentence")),
 )}
 
 class Example(NamedTuple):
@@ -330,39 +332,40 @@ ADJECTIVES = ("old", "young", "happy", "quiet", "tall", "clever")
 PREPOSITIONS = ("near", "behind", "with", "beside", "above")
 
 
-def toy_sentence(rng: np.random.Generator, phrases: int) -> tuple[str, int]:
-    """(sentence, 1 if its verb agrees with its subject else 0), half of them right.
-
-    `phrases` stand between subject and verb: "these dogs near the king see a bird".
-    """
+def toy_sentence(rng: np.random.Generator, phrases: int) -> tuple[str, int, int]:
+    """(text, subject is plural, verb is plural), with `phrases` between the two:
+    "these dogs near the king see a bird". In half of the sentences the verb does not agree."""
     def noun_phrase(plural: int) -> list[str]:
         determiner = rng.choice((("the", "this", "a"), ("the", "these", "some"))[plural])
         adjective = [rng.choice(ADJECTIVES)] if rng.random() < 0.3 else []
         return [determiner, *adjective, rng.choice(NOUNS) + "s" * plural]
 
-    plural, right = int(rng.integers(2)), int(rng.integers(2))
-    words = noun_phrase(plural)
+    subject, verb = (int(plural) for plural in rng.integers(2, size=2))
+    words = noun_phrase(subject)
     for _ in range(phrases):
         words += [rng.choice(PREPOSITIONS), *noun_phrase(int(rng.integers(2)))]
-    words.append(rng.choice(VERBS) + "s" * (plural != right))
-    return " ".join(words + noun_phrase(int(rng.integers(2)))), right
-
+    words += [rng.choice(VERBS) + "s" * (1 - verb), *noun_phrase(int(rng.integers(2)))]
+    return " ".join(words), subject, verb
 
 def write_toy(data_dir: AnyPath, model_dir: AnyPath) -> BPE:
-    """Write the toy's files in CoLA's layout, and a tokenizer learned from them: toy-pretrain has
-    no phrase between subject and verb, toy has one or two, so that the nearest noun misleads."""
+    """Write the toy's files in CoLA's layout, and a tokenizer learned from them.
+
+    toy-pretrain asks for the numbers of subject and verb in short sentences (four classes). toy
+    asks if a sentence is right, with one or two phrases in which the nearest noun misleads.
+    """
     rng, texts = np.random.default_rng(0), []
-    for name, split, size, phrases in (("toy-pretrain", "train", 4000, (0, 1)),
-                                       ("toy-pretrain", "dev", 400, (0, 1)),
-                                       ("toy", "train", 1000, (1, 3)), ("toy", "dev", 400, (1, 3))):
-        rows = [toy_sentence(rng, int(rng.integers(*phrases))) for _ in range(size)]
+    for name, split, size in (("toy-pretrain", "train", 4000), ("toy-pretrain", "dev", 400),
+                              ("toy", "train", 1000), ("toy", "dev", 400)):
         with written_whole(Path(data_dir) / name / f"{split}.tsv") as file:
-            file.write("".join(f"toy\t{label}\t\t{text}\n" for text, label in rows).encode())
-        texts += [text for text, _ in rows if split == "train"]
+            for _ in range(size):
+                phrases = 0 if name == "toy-pretrain" else int(rng.integers(1, 3))
+                text, subject, verb = toy_sentence(rng, phrases)
+                label = int(subject == verb) if phrases else 2 * subject + verb
+                file.write(f"toy\t{label}\t\t{text}\n".encode())
+                texts.append(text)
     paths = Path(model_dir) / "vocab.json", Path(model_dir) / "merges.txt"
     train_bpe(texts, 200, *paths)
     return BPE(*paths)
-
 
 # ---- Batches -----------------------------------------------------------------------------------
 

@@ -447,13 +447,13 @@ class Pruner:
                 raise DoRAError(f"step {self.t}: a score of {name} is not finite; lower the "
                                 f"learning rate")
         self.mask, self.live = keep_mask(scores, k), k
-        self._apply_mask()
+        self._apply_mask(close=True)
 
-    def _apply_mask(self) -> None:
-        masks = self.mask.split(self.config.r_prime)
-        for layer, mask in zip(self.layers.values(), masks, strict=True):
+    def _apply_mask(self, close: bool) -> None:
+        for layer, mask in zip(self.layers.values(), self.mask.split(self.config.r_prime)):
             layer.mask.copy_(mask)
-            layer.c.mul_(layer.mask)
+            if close:
+                layer.c.mul_(layer.mask)
 
     def ranks(self) -> dict[str, int]:
         """Live components of each matrix, by name."""
@@ -474,8 +474,7 @@ class Pruner:
             setattr(self, key, value)
         for layer in self.layers.values():
             layer.progress = (self.t, self.last, self.total_steps)
-        if self.layers:
-            self._apply_mask()
+        self._apply_mask(close=self.done)  # before that, momentum may have moved closed gates
 
 
 def rank_map(ranks: dict[str, int]) -> str:
@@ -713,8 +712,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
     path = Path(folder) / "adapter_config.json"
     try:
         config = json.loads(path.read_bytes(), object_pairs_hook=_unique)
-        patterns = [(config.get(k) or {}).items() for k in ("rank_pattern", "alpha_pattern")]
-    except (ValueError, RecursionError, AttributeError):
+        alphas = dict(config.get("alpha_pattern") or {})
+        for pattern in alphas:
+            re.compile(pattern)
+    except (ValueError, RecursionError, AttributeError, re.error):
         raise DoRAError(f"{path}: not an adapter's JSON; save the adapter anew") from None
     for key, value in {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none",
                        "fan_in_fan_out": False}.items():
@@ -723,33 +724,36 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
                             f"({key} = {value!r})")
     tensors = read_safetensors(Path(folder) / "adapter_model.safetensors")
     modules, weights = dict(model.named_modules()), model.state_dict()
+    found: dict[str, tuple[Tensor, Tensor, float]] = {}
     names = {key.split(".lora_")[0] for key in tensors if ".lora_" in key}
-    layers: dict[str, DoRALinear] = {}
     for name in sorted(name.removeprefix(PREFIX) for name in names):
         A, B = (tensors.pop(f"{PREFIX}{name}.lora_{m}.weight", torch.empty(0)) for m in "AB")
         base = modules.get(name)
         shape = tuple(base.weight.shape) if type(base) is nn.Linear else None
-        if not A.numel() or not B.numel() or (*B.shape[:1], *A.shape[1:]) != shape or \
-                B.shape[1:] != A.shape[:1]:
+        if not A.numel() or shape != (*B.shape[:1], *A.shape[1:]) or B.shape[1:] != A.shape[:1]:
             raise DoRAError(f"{folder}: {name} has lora_B {tuple(B.shape)} and lora_A "
                             f"{tuple(A.shape)}, the model's matrix is {shape}; is the adapter for "
                             f"another base model?")
-        alpha = next((value for key, value in patterns[1] if _fits(key, name)),
-                     config.get("lora_alpha"))
-        if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-            raise DoRAError(f"{path}: lora_alpha of {name} is {alpha!r}, not a number above 0")
-        layers[name] = DoRALinear(base, DoRAConfig(rank=len(A), alpha=alpha, **METHODS["lora"]))
-        layers[name].name = name
-        layers[name].A.copy_(A)
-        layers[name].B.copy_(B)
+        alpha = next((value for key, value in alphas.items()  # PEFT's rule for a pattern
+                      if re.match(rf"(.*\.)?({key})$", name)), config.get("lora_alpha"))
+        if type(alpha) not in (int, float) or not 0 < alpha < 1e9:
+            raise DoRAError(f"{path}: lora_alpha of {name} is {alpha!r:.40}, not a number above 0")
+        found[name] = A, B, alpha
     for key, tensor in tensors.items():  # what is left is the head
         old = weights.get(key.removeprefix(PREFIX))
         if old is None or old.shape != tensor.shape:
             raise DoRAError(f"{folder}: {key} is {tuple(tensor.shape)}, in the model "
                             f"{None if old is None else tuple(old.shape)}; is the adapter for "
                             f"another task or base model?")
-    if not layers:
+    if not found:
         raise DoRAError(f"{folder}: no lora_A and lora_B in adapter_model.safetensors")
+    layers: dict[str, DoRALinear] = {}
+    for name, (A, B, alpha) in found.items():
+        settings = {**METHODS["lora"], "rank": len(A), "alpha": alpha}
+        layers[name] = DoRALinear(modules[name], DoRAConfig(**settings))  # type: ignore[arg-type]
+        layers[name].name = name
+        layers[name].A.copy_(A)
+        layers[name].B.copy_(B)
     model.requires_grad_(False)
     for name, layer in layers.items():
         _replace(model, name, layer)
@@ -758,7 +762,3 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
         model.get_submodule(key.removeprefix(PREFIX).rpartition(".")[0]).requires_grad_(True)
     return layers
 
-
-def _fits(pattern: str, name: str) -> bool:
-    """PEFT's rule for the keys of rank_pattern and alpha_pattern."""
-    return bool(re.match(pattern if pattern.startswith("^") else rf"(.*\.)?({pattern})$", name))

@@ -744,9 +744,10 @@ def checksum(tensors: Iterable[Tensor]) -> str:
 def toy(config: TrainConfig) -> dict[str, Any]:
     """The whole story in under a minute: pretrain a tiny RoBERTa, freeze it, adapt it with DoRA.
 
-    Pretraining is full fine-tuning on short sentences: "these dogs see a king", right or wrong?
-    The adaptation task puts phrases between subject and verb: "these dogs near the king sees ...",
-    where the nearest noun misleads. Files, tokenizer, loader and loop are those of GLUE.
+    Pretraining is full fine-tuning on short sentences: are subject and verb of "these dogs see a
+    king" singular or plural? The adaptation task asks if a sentence is right, and puts phrases
+    between the two in which the nearest noun misleads: "these dogs near the king sees a bird".
+    Files, tokenizer, loader and loop are those of GLUE.
     """
     root = Path(config.out or tempfile.mkdtemp(prefix="dora-toy-"))
     untrained, pretrained = root / "untrained", root / "pretrain" / "model"
@@ -756,7 +757,7 @@ def toy(config: TrainConfig) -> dict[str, Any]:
                          num_attention_heads=4, intermediate_size=256, max_position_embeddings=64,
                          hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
                          initializer_range=0.1)
-    save_model(RobertaForSequenceClassification(tiny, 2), untrained)
+    save_model(RobertaForSequenceClassification(tiny, 4), untrained)
     none = DoRAConfig(**METHODS["lora"])  # no adapter
 
     def run(name: str, model_dir: Path, what: str, **settings: Any) -> dict[str, Any]:
@@ -765,7 +766,7 @@ def toy(config: TrainConfig) -> dict[str, Any]:
                                          out=str(root / name), max_len=48, **settings))
 
     run("pretrain", untrained, "pretraining on short sentences, all weights", task="toy-pretrain",
-        method="full", lr=1e-3, batch_size=32, epochs=6, max_steps=None, dora=none)
+        method="full", lr=1e-3, batch_size=32, epochs=3, max_steps=None, dora=none)
     result = run("adapted", pretrained, f"{config.method} on the pretrained encoder")
     head = run("head", pretrained, "a head alone on the pretrained encoder", method="head",
                dora=none)

@@ -9,12 +9,13 @@ from small import adapted, feed, inputs, plain, randomize, settings, trained, tr
 from torch import nn
 
 from dora import (
-    METHODS, DoRAError, DoRALinear, Pruner, compact_, inject, load_adapter, merge_, read_safetensors,
-    save_adapter, write_safetensors)
+    METHODS, DoRAError, DoRALinear, Pruner, compact_, inject, load_adapter, merge_,
+    read_safetensors, save_adapter, write_safetensors)
 
 EXACT = dict(beta1=0.0, beta2=None)
-SCORES = [0., 0, 9, 8, 7, 1, 0, 0, 6, 5, 4, 1]        # ranks 0, 2, 1, 0, 2, 1
-RANKS = dict(zip([f"layer.{i}.{m}" for i in "01" for m in ("query", "up", "down")], [0, 2, 1, 0, 2, 1]))
+SCORES = [0., 0, 9, 8, 7, 1, 0, 0, 6, 5, 4, 1]        # of two components a matrix; six are kept
+RANKS = {"layer.0.query": 0, "layer.0.up": 2, "layer.0.down": 1,
+         "layer.1.query": 0, "layer.1.up": 2, "layer.1.down": 1}
 
 
 def pruned(dtype=torch.float64, **changes):
@@ -55,9 +56,10 @@ def change(folder, **values):
 
 
 def change_tensors(folder, edit):
-    tensors = {k: v.clone() for k, v in read_safetensors(folder / "adapter_model.safetensors").items()}
+    path = folder / "adapter_model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in read_safetensors(path).items()}
     edit(tensors)
-    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    write_safetensors(path, tensors)
 
 
 def key(name, matrix):
@@ -83,12 +85,14 @@ def test_masked_compacted_merged_reloaded(method, tmp_path):
         loaded = base_with()
         load_adapter(loaded, tmp_path / source)
         torch.testing.assert_close(loaded.eval()(x), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(merge_(loaded)(x), expected, rtol=0, atol=1e-12)
     assert not any(isinstance(m, DoRALinear) for m in merged.modules())
     assert merged.state_dict().keys() == plain().state_dict().keys()
 
 
 def test_merge_by_hand():
-    """A merged weight equals W0 + s sum c b a^T; the bias and the head stay; nothing of it trains."""
+    """A merged weight equals W0 + s sum c b a^T; the bias and the head stay; nothing of it
+    trains."""
     model = pruned()
     layers = {name: model.get_submodule(name) for name in RANKS}
     expected = {name: layer.base.weight + layer.scale * sum(
@@ -199,7 +203,7 @@ def test_load_returns_trainable_layers(folder):
     base and c do not."""
     model = base_with()
     layers = load_adapter(model, folder)
-    assert {name: layer.rank for name, layer in layers.items()} == {n: r for n, r in RANKS.items() if r}
+    assert {n: layer.rank for n, layer in layers.items()} == {n: r for n, r in RANKS.items() if r}
     assert all(model.get_submodule(name) is layer for name, layer in layers.items())
     assert type(model.layer[0].query) is nn.Linear
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -238,15 +242,16 @@ def handmade(tmp_path, tensors, **config):
     (dict(r=2, lora_alpha=6, alpha_pattern={"0.up": 2, "up": 8}), (1, 3)),   # the first that fits
     (dict(r=2, lora_alpha=6, alpha_pattern={r"^layer\.0\.up$": 8}), (4, 3)),
     (dict(r=2, lora_alpha=6, alpha_pattern={r"layer\.\d\.(up|down)": 8}), (4, 4)),
-    (dict(r=2, lora_alpha=6, alpha_pattern={"p": 8, "layer": 8, "layer.0": 8, "ayer.0.up": 8}), (3, 3)),
+    (dict(r=2, lora_alpha=6, alpha_pattern={"p": 8, "layer.0": 8, "ayer.0.up": 8}), (3, 3)),
     (dict(r=2, lora_alpha=6, alpha_pattern={"^layer": 8, "^up": 8, r"^layer\.0": 8}), (3, 3)),
     (dict(r=2, lora_alpha=6, alpha_pattern={"^.*up": 8}), (4, 3)),
-    (dict(r=7, lora_alpha=6, rank_pattern={"up": 2, "down": 2}), (3, 3)),    # the tensors' rank counts
+    (dict(r=7, lora_alpha=6, rank_pattern={"up": 2, "down": 2}), (3, 3)),   # the tensors' rank
     (dict(r=2, lora_alpha=6, rank_pattern=None, alpha_pattern=None), (3, 3)),
 ])
 def test_alpha_of_a_matrix(tmp_path, config, scales):
-    """A hand-made adapter of rank 2 on layer.0.up and layer.1.down: the update is alpha / r B A with
-    the alpha that PEFT's rule gives, a regular expression for a whole dotted suffix of the name."""
+    """A hand-made adapter of rank 2 on layer.0.up and layer.1.down: the update is alpha / r B A
+    with the alpha that PEFT's rule gives, a regular expression for a whole dotted suffix of the
+    name."""
     torch.manual_seed(0)
     shapes = {"layer.0.up": (8, 5), "layer.1.down": (5, 8)}
     tensors = {}
@@ -283,15 +288,20 @@ def refuses(model, folder, says):
 @pytest.mark.parametrize("values, says", [
     (dict(use_dora=True), "use_dora"), (dict(use_rslora=True), "use_rslora"),
     (dict(bias="all"), "bias.*'all'"), (dict(bias="lora_only"), "bias.*lora_only"),
-    (dict(fan_in_fan_out=True), "fan_in_fan_out"), (dict(peft_type="ADALORA"), "peft_type.*ADALORA"),
-    (dict(peft_type=None), "peft_type"),
+    (dict(fan_in_fan_out=True), "fan_in_fan_out"),
+    (dict(peft_type="ADALORA"), "peft_type.*ADALORA"), (dict(peft_type=None), "peft_type"),
+    (dict(init_lora_weights="pissa_niter_16"), "init_lora_weights.*pissa"),   # starts that changed
+    (dict(init_lora_weights="olora"), "init_lora_weights.*olora"),            # the base's weights
+    (dict(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens"),
     (dict(lora_alpha=None), "lora_alpha"), (dict(lora_alpha="8"), "lora_alpha"),
     (dict(lora_alpha=0), "lora_alpha"), (dict(lora_alpha=-1), "lora_alpha"),
     (dict(lora_alpha=float("nan")), "lora_alpha"), (dict(lora_alpha=float("inf")), "lora_alpha"),
     (dict(lora_alpha=True), "lora_alpha"), (dict(lora_alpha=10**400), "lora_alpha"),
     (dict(alpha_pattern={"up": None}), "alpha"), (dict(alpha_pattern={"up": [8]}), "alpha"),
-    (dict(alpha_pattern=[1]), "alpha_pattern|JSON"), (dict(alpha_pattern="up"), "alpha_pattern|JSON"),
+    (dict(alpha_pattern=[1]), "alpha_pattern|JSON"),
+    (dict(alpha_pattern="up"), "alpha_pattern|JSON"),
     (dict(alpha_pattern={"(": 3}), "alpha_pattern|JSON"),
+    (dict(alpha_pattern={"(?i)up": 3}), "alpha_pattern|JSON"),
 ])
 def test_refused_configs(folder, values, says):
     """A variant of LoRA that Eq. 6 does not cover, or an absurd value, is refused by its name."""
@@ -317,7 +327,8 @@ def replace(name, value):
 
 
 @pytest.mark.parametrize("edit, says", [
-    (drop(key("layer.0.up", "B")), r"layer\.0\.up"), (drop(key("layer.1.down", "A")), r"layer\.1\.down"),
+    (drop(key("layer.0.up", "B")), r"layer\.0\.up"),
+    (drop(key("layer.1.down", "A")), r"layer\.1\.down"),
     (replace(key("layer.1.up", "A"), torch.ones(2, 6)), r"layer\.1\.up.*\(8, 5\)"),
     (replace(key("layer.1.up", "A"), torch.ones(3, 5)), r"layer\.1\.up"),
     (replace(key("layer.1.up", "A"), torch.ones(2, 5, 1)), r"layer\.1\.up"),
@@ -338,6 +349,13 @@ def test_refused_tensors(folder, edit, says):
     """Tensors of another model or another task, half a pair, odd shapes: refused by their name."""
     change_tensors(folder, edit)
     refuses(base_with(), folder, says)
+
+
+def test_a_matrix_of_rank_0(folder):
+    """lora_A (0, d_in) and lora_B (d_out, 0) fit together, and are refused all the same."""
+    change_tensors(folder, lambda tensors: tensors.update({
+        key("layer.1.up", "A"): torch.ones(0, 5), key("layer.1.up", "B"): torch.ones(8, 0)}))
+    refuses(base_with(), folder, r"layer\.1\.up")
 
 
 def test_no_components_in_the_file(folder):
@@ -376,8 +394,8 @@ def test_another_base_model(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_mutated_adapters(folder, seed):
-    """Mutations of both files, 2,000 in all: loaded, or a DoRAError that names the folder and leaves
-    the model alone; never another exception."""
+    """Mutations of both files, 2,000 in all: loaded, or a DoRAError that names the folder and
+    leaves the model alone; never another exception."""
     from test_safetensors import mutations
     files = {name: (folder / name).read_bytes() for name in sorted(os.listdir(folder))}
     model = base_with()

@@ -84,14 +84,15 @@ def test_a_rank_that_is_not_pruned():
     (100, dict(initial_phase=0.8, final_phase=0.5), "initial_phase.*final_phase"),
     (100, dict(rank=0.01, start_rank=1), "rank = 0.01.*no component")])
 def test_a_budget_that_cannot_work(total, changes, says):
-    """Each is an error, from budget() and from Pruner() before the first step, saying what to change."""
+    """Each is an error that says what to change."""
     config = settings(**{"rank": 2, **changes})
     with pytest.raises(DoRAError, match=says):
         budget(1, total, config, 6)
 
 
 def test_a_short_run_still_prunes():
-    """Every T from 1 on leaves a step to prune in by the default phases: b(0) is r'L, b(T) is r L."""
+    """Every T from 1 on leaves a step to prune in by the default phases: b(0) is r'L, b(T) is r
+    L."""
     for total in range(1, 40):
         b = curve(SLOW, 2, 3, 6, total)
         assert b[0] == 18 and b[-1] == 12
@@ -137,4 +138,5 @@ def test_the_threshold_rule_would_miss_the_budget():
     scores = torch.ones(5)
     assert (scores > scores.kthvalue(2).values).sum() == 0 and keep_mask(scores, 3).sum() == 3
     scores = torch.arange(5.0)
-    assert (scores > scores.kthvalue(max(0, 1)).values).sum() == 4 and keep_mask(scores, 5).sum() == 5
+    assert (scores > scores.kthvalue(max(0, 1)).values).sum() == 4
+    assert keep_mask(scores, 5).sum() == 5

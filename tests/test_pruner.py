@@ -25,13 +25,16 @@ def masks(layers):
 
 # ---- exactly b(t) gates, at the right steps -----------------------------------------------------
 
-@pytest.mark.parametrize("total, interval", [(40, 3), (40, 1), (41, 4), (100, 7), (100, 50), (23, 100)])
+@pytest.mark.parametrize("total, interval", [
+    (40, 3), (40, 1), (41, 4), (100, 7), (100, 50), (23, 100)])
 @pytest.mark.parametrize("schedule", ["dora", "adalora"])
 @pytest.mark.parametrize("equal", [False, True])
 def test_exactly_b_gates_after_every_prune(total, interval, schedule, equal):
-    """Through whole runs, with random scores and with all scores equal: after every step due exactly
-    b(t) gates are not 0, those of the b(t) best components; in the steps between none is closed."""
-    layers, pruner = pruner_of(total, schedule=schedule, interval=interval, rank=2, start_rank=4, **EXACT)
+    """Through whole runs, with random scores and with all scores equal: after every step due
+    exactly b(t) gates are not 0, those of the b(t) best components; in the steps between none is
+    closed."""
+    layers, pruner = pruner_of(total, schedule=schedule, interval=interval,
+                               rank=2, start_rank=4, **EXACT)
     config = pruner.config
     first, last = round(0.15 * total), total - round(0.5 * total)
     g = torch.Generator().manual_seed(0)
@@ -79,7 +82,8 @@ def test_real_runs_end_on_budget(method, rank, start_rank):
     """Whole training runs with AdamW: at every step after a prune, and at every step from the last
     one on, exactly b(t) gates are open (the rest is 0, however much momentum it has)."""
     total = 40
-    config = settings(**METHODS[method] | dict(rank=rank, start_rank=start_rank, dropout=0.0, interval=4))
+    config = settings(**METHODS[method] | dict(
+        rank=rank, start_rank=start_rank, dropout=0.0, interval=4))
     model, layers = adapted(config)
     randomize(layers)                              # no gate is 0 by itself
     pruner = Pruner(layers, config, total)
@@ -124,20 +128,20 @@ def test_no_layers():
 
 def test_a_pruned_component_comes_back_before_the_final_mask():
     """The pair closed by the first prunings is the better one from step 7 on, and comes back in the
-    place of the other; from the final mask, of step 8, on nobody comes back, however good it becomes
-    and whatever is written into its gate."""
+    place of the other; from the final mask, of step 8, on nobody comes back, however good it
+    becomes and whatever is written into its gate."""
     layers, pruner = pruner_of(16, targets=("query",), rank=1, start_rank=2, interval=1,
                                schedule="adalora", initial_phase=0.25, final_phase=0.5, **EXACT)
     history = []
     for t in range(1, 17):
-        feed(pruner, [1.0, 2.0, 3.0, 4.0] if t < 7 else [4.0, 3.0, 2.0, 1.0] if t < 9 else [0., 0, 9, 9])
+        feed(pruner, [1., 2, 3, 4] if t < 7 else [4., 3, 2, 1] if t < 9 else [0., 0, 9, 9])
         history.append(gates(layers).int().tolist())
     assert history == [[1] * 4] * 4 + [[0, 0, 1, 1]] * 2 + [[1, 1, 0, 0]] * 10
 
 
 def test_momentum_reopens_a_gate_until_the_final_mask():
-    """In real training with AdamW every closed gate moves off 0 in the steps between two prunings and
-    keeps its a and b; from the last pruning on it is 0 after every step."""
+    """In real training with AdamW every closed gate moves off 0 in the steps between two prunings
+    and keeps its a and b; from the last pruning on it is 0 after every step."""
     config = settings(rank=1, start_rank=3, interval=4, schedule="adalora")
     model, layers = adapted(config)
     pruner = Pruner(layers, config, 120)
@@ -183,7 +187,8 @@ def test_a_step_without_observe():
 @pytest.mark.parametrize("importance", ["sensitivity", "triplet", "norm", "frobenius"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_score_that_is_not_finite_names_the_layer(importance, bad):
-    """One bad weight or gradient: the next pruning stops with step and layer, the masks as before."""
+    """One bad weight or gradient: the next pruning stops with step and layer, the masks as
+    before."""
     config = settings(importance=importance, interval=4)
     model, layers = adapted(config)
     randomize(layers)
@@ -238,9 +243,11 @@ def test_runs_repeat(method):
 
 @pytest.mark.parametrize("method", ["dora", "paper", "adalora", "lora"])
 @pytest.mark.parametrize("stop", [3, 11, 20, 27])
-def test_state_dict_continues_bit_for_bit(method, stop):
-    """A run cut in any phase, its state through torch.save and weights_only load into a new model,
-    optimizer and Pruner, ends bit for bit as the uncut run does."""
+@pytest.mark.parametrize("weights_first", [True, False])
+def test_state_dict_continues_bit_for_bit(method, stop, weights_first):
+    """A run cut in any phase, its trained weights and states through torch.save and weights_only
+    load into a new model, optimizer and Pruner, in either order, ends bit for bit as the uncut
+    run does."""
     rank = dict(rank=2) if method == "lora" else dict(rank=1, start_rank=2)
     config = settings(**METHODS[method] | dict(rank, dropout=0.0))
     whole, _, _ = trained(config)
@@ -250,22 +257,57 @@ def test_state_dict_continues_bit_for_bit(method, stop):
     optimizer, step = trainer(model, pruner)
     for _ in range(stop):
         step()
+    trains = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     file = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict(), pruner.state_dict()], file)
+    torch.save([trains, optimizer.state_dict(), pruner.state_dict()], file)
     file.seek(0)
     weights, moments, memory = torch.load(file, weights_only=True)
 
-    second, new_layers = adapted(config, seed=9)
-    second.load_state_dict(weights)
+    second, new_layers = adapted(config)
+    for p in second.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p)
     resumed = Pruner(new_layers, config, 40)
-    resumed.load_state_dict(memory)
+    if weights_first:
+        second.load_state_dict(weights, strict=False)
+        resumed.load_state_dict(memory)
+    else:
+        resumed.load_state_dict(memory)
+        second.load_state_dict(weights, strict=False)
     assert resumed.ranks() == pruner.ranks() and resumed.live == pruner.live
+    assert torch.equal(masks(new_layers), masks(layers))
     optimizer, step = trainer(second, resumed, start=stop)
     optimizer.load_state_dict(moments)
     for _ in range(stop, 40):
         step()
     assert all(torch.equal(a, b) for a, b in
                zip(whole.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+def test_a_state_of_the_final_phase_can_be_compacted():
+    """A new model that has only taken up the Pruner's state, past the last pruning, compacts to the
+    shapes that a checkpoint of the compacted run has."""
+    model, layers, pruner = trained(settings(rank=1, start_rank=2))
+    shapes = {name: p.shape for name, p in compact_(model).named_parameters()}
+    fresh, new_layers = adapted(pruner.config)
+    resumed = Pruner(new_layers, pruner.config, 40)
+    resumed.load_state_dict(pruner.state_dict())
+    assert {name: p.shape for name, p in compact_(fresh).named_parameters()} == shapes
+
+
+def test_a_state_moves_to_the_layers_device():
+    """A state saved on the CPU goes on where the layers are, as an optimizer's does; the meta
+    device stands in for a GPU."""
+    layers, pruner = pruner_of(40)
+    feed(pruner, torch.ones(18))
+    model, layers = adapted(pruner.config)
+    model.to("meta")
+    resumed = Pruner(layers, pruner.config, 40)
+    resumed.load_state_dict(pruner.state_dict())
+    for layer in layers.values():
+        layer.c.grad = torch.ones_like(layer.c)
+    resumed.observe()
+    assert all(average.is_meta for average in resumed.state_dict()["I_bar"])
 
 
 def test_state_of_another_model():
@@ -298,7 +340,8 @@ OPTIMIZERS = [(torch.optim.AdamW, {}), (torch.optim.AdamW, dict(amsgrad=True)),
 @pytest.mark.parametrize("method", ["dora", "paper"])
 def test_compaction_keeps_the_trajectory(method, optimizer, options):
     """Two equal runs, one compacted at the last pruning: 50 steps later all live components, the
-    head and the outputs are those of the masked run to 1e-9; matrices of rank 0 became nn.Linear."""
+    head and the outputs are those of the masked run to 1e-9; matrices of rank 0 became
+    nn.Linear."""
     config = settings(**METHODS[method] | dict(rank=0.5, start_rank=2, dropout=0.0, interval=2))
     runs = []
     for compact in (False, True):
@@ -324,7 +367,8 @@ def test_compaction_keeps_the_trajectory(method, optimizer, options):
             assert type(short) is nn.Linear and torch.equal(short.weight, layer.base.weight)
             continue
         live = layer.mask
-        for ours, theirs in ((short.A, layer.A[live]), (short.B, layer.B[:, live]), (short.c, layer.c[live])):
+        for ours, theirs in ((short.A, layer.A[live]), (short.B, layer.B[:, live]),
+                             (short.c, layer.c[live])):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
@@ -334,9 +378,12 @@ def test_compaction_keeps_parameter_groups():
     config = settings(rank=1, start_rank=2, interval=2, **EXACT)
     model, layers = adapted(config)
     pruner = Pruner(layers, config, 20)
-    parts = [[layer.A for layer in layers.values()],
-             [p for layer in layers.values() for p in (layer.B, layer.c)], list(model.head.parameters())]
-    optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in zip(parts, (1e-3, 1e-2, 1e-1))])
+
+    def parts(layers):
+        return [[layer.A for layer in layers], [p for layer in layers for p in (layer.B, layer.c)],
+                list(model.head.parameters())]
+    optimizer = torch.optim.AdamW([{"params": params, "lr": lr} for params, lr in zip(
+        parts(layers.values()), (1e-3, 1e-2, 1e-1))])
     for _ in range(20):
         feed(pruner, [0., 0, 9, 8, 7, 1, 0, 0, 6, 5, 4, 1])
     compact_(model, optimizer)
@@ -344,15 +391,14 @@ def test_compaction_keeps_parameter_groups():
     assert len(left) == 4
     groups = optimizer.param_groups
     assert [group["lr"] for group in groups] == [1e-3, 1e-2, 1e-1]
-    expected = [[layer.A for layer in left], [p for layer in left for p in (layer.B, layer.c)], parts[2]]
-    for group, params in zip(groups, expected, strict=True):
+    for group, params in zip(groups, parts(left), strict=True):
         assert [id(p) for p in group["params"]] == [id(p) for p in params]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_compaction_changes_no_output(method):
-    """compact_ without an optimizer: outputs to 1e-12, fewer numbers stored, and compacting again or
-    a method without pruning changes nothing."""
+    """compact_ without an optimizer: outputs to 1e-12, fewer numbers stored, and compacting again
+    or a method without pruning changes nothing."""
     rank = dict(rank=2) if method == "lora" else dict(rank=1, start_rank=2)
     model, layers, _ = trained(settings(**METHODS[method] | dict(rank, dropout=0.0)))
     expected, size = model(inputs()), sum(p.numel() for p in model.parameters())
@@ -380,6 +426,13 @@ def test_compaction_before_the_budget():
     with pytest.raises(DoRAError, match=r"budget is 6.*step 8 of 40.*last pruning.*20"):
         compact_(model)
     assert all(len(layer.c) == 2 for layer in layers.values())
+
+
+def test_one_component_too_many():
+    """Two live components where the budget is one are too many, too."""
+    model, _ = adapted(settings(targets=("layer.0.query",), rank=1, start_rank=2))
+    with pytest.raises(DoRAError, match=r"2 components.*budget is 1:"):
+        compact_(model)
 
 
 def test_compaction_between_an_optimizer_step_and_pruner_step():
@@ -411,8 +464,9 @@ def test_training_goes_on_after_compaction():
 # ---- the paper's own form against its authors' algorithm ----------------------------------------
 
 class Authors:
-    """What the authors' code does after each optimizer step, one component at a time, from the facts
-    in shared/paper.md; penalty(), observe() and step() as a Pruner's, for the same training loop.
+    """What the authors' code does after each optimizer step, one component at a time, from the
+    facts in ../shared/paper.md; penalty(), observe() and step() as a Pruner's, for the same
+    training loop.
 
     One thing is ours: exactly `number` components are closed, the later position first where scores
     tie (theirs closes all that tie with the worst, and one where none is due).
@@ -447,7 +501,7 @@ class Authors:
                     layer.c.data[i] *= keep
             return
         for layer, smoothed in zip(self.layers, self.smoothed, strict=True):
-            parts = [layer.c[i] * torch.outer(layer.B[:, i], layer.A[i]) for i in range(len(layer.c))]
+            parts = [c * torch.outer(layer.B[:, i], layer.A[i]) for i, c in enumerate(layer.c)]
             norm = sum(parts).norm() + 1e-8
             for i, part in enumerate(parts):
                 smoothed[i] = 0.9 * smoothed[i] + 0.1 * (part.norm() / norm).item()
@@ -464,10 +518,10 @@ class Authors:
 
 @pytest.mark.parametrize("interval", [10, 7])
 def test_the_papers_form_follows_the_authors_algorithm(interval):
-    """300 steps of two equal runs with AdamW, `paper` and the class above: after every step the same
-    gates are 0, and at the end all weights are equal to 1e-9."""
-    config = settings(**METHODS["paper"] | dict(rank=2, start_rank=3, dropout=0.0, interval=interval,
-                                                targets=("query", "down")))
+    """300 steps of two equal runs with AdamW, `paper` and the class above: after every step the
+    same gates are 0, and at the end all weights are equal to 1e-9."""
+    config = settings(**METHODS["paper"] | dict(
+        rank=2, start_rank=3, dropout=0.0, interval=interval, targets=("query", "down")))
     ours, layers = adapted(config)
     theirs, twins = adapted(config)
     pruner = Pruner(layers, config, 300)

@@ -1,0 +1,485 @@
+"""dora.py against Hugging Face PEFT and transformers: adapters both ways, LoRA, AdaLoRA,
+merging."""
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+import train_glue
+from dora import (
+    METHODS, DoRAConfig, DoRAError, DoRALinear, Pruner, compact_, inject, load_adapter, merge_,
+    save_adapter)
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in (
+    "FutureWarning", "RuntimeWarning", "UserWarning")]              # theirs, of each other
+MINILM = Path(__file__).parents[2] / "../shared/models/minilm-l6-roberta"
+transformers.utils.logging.set_verbosity_error()        # a new head is no news here
+transformers.utils.logging.disable_progress_bar()
+SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+LABELS = 3
+CLASSES = torch.tensor([0, 1, 2, 0])        # of the four examples of batch()
+
+
+def new_roberta(seed=0):
+    """transformers' RoBERTa with random weights; biases and LayerNorms random, too."""
+    torch.manual_seed(seed)
+    config = transformers.RobertaConfig(
+        vocab_size=60, max_position_embeddings=40, type_vocab_size=1, num_labels=LABELS,
+        pad_token_id=1, **SIZES)
+    model = transformers.RobertaForSequenceClassification(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.fixture(scope="module", params=["tiny", "minilm"])
+def base(request, tmp_path_factory):
+    """Folder of a base model in the Hugging Face layout."""
+    if request.param == "minilm":
+        if not MINILM.exists():
+            pytest.skip("needs ../shared/models")
+        return MINILM
+    folder = tmp_path_factory.mktemp("tiny")
+    new_roberta().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    new_roberta().save_pretrained(folder)
+    return folder
+
+
+def ours(folder, seed=1):
+    torch.manual_seed(seed)
+    return train_glue.load_roberta(folder, LABELS).eval()
+
+
+def theirs(folder, seed=2):
+    torch.manual_seed(seed)
+    return transformers.RobertaForSequenceClassification.from_pretrained(
+        folder, num_labels=LABELS, dtype=torch.float32).eval()
+
+
+def batch(model):
+    """Padded ids and their mask, for a model in the Hugging Face layout."""
+    vocabulary = model.config.vocab_size
+    g = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, vocabulary, (4, 12), generator=g)
+    mask = torch.arange(12) < torch.tensor([12, 5, 9, 2])[:, None]
+    return ids.masked_fill(~mask, 1), mask
+
+
+def logits(model):
+    """Of any of the three kinds: ours, transformers', PEFT's."""
+    with torch.no_grad():
+        ids, mask = batch(model)
+        if isinstance(model, train_glue.RobertaForSequenceClassification):
+            return model.eval()(ids, mask)
+        return model.eval()(input_ids=ids, attention_mask=mask.long()).logits
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def prune_to(layers, config, ranks):
+    """Random components, of which ranks[i] are live in matrix i, through a Pruner fed with
+    scores."""
+    pruner = Pruner(layers, config, 10)
+    torch.manual_seed(3)
+    for _ in range(10):
+        for layer, rank in zip(layers.values(), ranks, strict=True):
+            for p in (layer.A, layer.B, layer.c):
+                nn.init.normal_(p, std=0.3)
+            score = torch.tensor([2.0] * rank + [1.0] * (len(layer.c) - rank))
+            layer.c.grad = score.flip(0) / layer.c.detach()      # |c dL/dc| = score
+        pruner.observe()
+        pruner.step()
+    assert list(pruner.ranks().values()) == list(ranks)
+
+
+def pruned(folder):
+    """Our RoBERTa with matrices of rank 0 to 3, and what their ranks are by name."""
+    model = ours(folder)
+    config = DoRAConfig(rank=1.5, start_rank=3, interval=1, beta1=0.0, beta2=None)
+    layers = inject(model, config)
+    model.classifier.requires_grad_(True)
+    prune_to(layers, config, [(0, 1, 2, 3, 1, 2)[i % 6] for i in range(len(layers))])
+    return model, {name: layer.rank for name, layer in layers.items()}
+
+
+# ---- our adapters in PEFT -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_peft_loads_our_adapter(base, tmp_path, compact):
+    """PEFT on transformers' RoBERTa loads what we saved, with ranks 0 to 3 and with `output.dense`
+    unlike `attention.output.dense`, and gives our logits to 1e-5; every matrix has its own rank."""
+    model, ranks = pruned(base)
+    expected = logits(model)
+    if compact:
+        compact_(model)
+    save_adapter(model, tmp_path)
+    loaded = PeftModel.from_pretrained(theirs(base), tmp_path)
+    close(logits(loaded), expected)
+    assert (expected - logits(ours(base))).abs().max() > 1e-2         # the adapter does something
+    found = {name.removeprefix("base_model.model."): module.r["default"]
+             for name, module in loaded.named_modules() if hasattr(module, "lora_A")}
+    assert found == {name: rank for name, rank in ranks.items() if rank}
+    assert {0, 1, 2, 3} == set(ranks.values())
+    name = "roberta.encoder.layer.0.{}output.dense"
+    assert ranks[name.format("")] != ranks[name.format("attention.")]
+
+
+def test_transformers_loads_our_adapter(tiny, tmp_path):
+    """transformers' own load_adapter (its PEFT integration) gives our logits, head included."""
+    model, _ = pruned(tiny)
+    save_adapter(model, tmp_path)
+    loaded = theirs(tiny)
+    loaded.load_adapter(str(tmp_path))
+    close(logits(loaded), logits(model))
+
+
+def test_peft_merges_our_adapter(tiny, tmp_path):
+    """PEFT's merge_and_unload of our adapter equals our merge_, weight by weight."""
+    model, _ = pruned(tiny)
+    save_adapter(model, tmp_path)
+    merged = PeftModel.from_pretrained(theirs(tiny), tmp_path).merge_and_unload().state_dict()
+    for name, weight in merge_(model).state_dict().items():
+        torch.testing.assert_close(merged[name], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_ends_as_an_adapter(tiny, tmp_path, method):
+    """Ten training steps of each method on transformers' RoBERTa, saved, loaded by PEFT: its
+    logits."""
+    model = theirs(tiny)
+    train_ten_steps(model, method, ("query", "value", "output.dense"), model.classifier)
+    expected = logits(model)
+    assert (expected - logits(theirs(tiny))).abs().max() > 1e-3
+    save_adapter(model, tmp_path)
+    close(logits(PeftModel.from_pretrained(theirs(tiny, seed=5), tmp_path)), expected)
+
+
+def test_our_merged_model_loads_in_transformers(base, tmp_path):
+    """merge_ and train_glue.save_model, loaded by transformers: the same logits, no key missing."""
+    model, _ = pruned(base)
+    expected = logits(model)
+    train_glue.save_model(merge_(model), tmp_path)
+    loaded, info = transformers.RobertaForSequenceClassification.from_pretrained(
+        tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    close(logits(loaded), expected)
+    close(logits(ours(tmp_path)), expected)
+
+
+# ---- PEFT's adapters here -----------------------------------------------------------------------
+
+ALL = ["query", "key", "value", "output.dense", "intermediate.dense"]
+
+
+def save_lora(folder, tmp_path, **config):
+    """Save an adapter that PEFT made, with random components and a random head."""
+    model = get_peft_model(theirs(folder), LoraConfig(modules_to_save=["classifier"], **config))
+    torch.manual_seed(4)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("config", [
+    dict(r=4, target_modules=["query", "value"]),
+    dict(r=3, lora_alpha=7, target_modules=ALL, lora_dropout=0.2),
+    dict(r=4, lora_alpha=6, target_modules=ALL,
+         rank_pattern={"query": 2, "attention.output.dense": 1},
+         alpha_pattern={"query": 3, "intermediate.dense": 9}),
+    dict(r=4, lora_alpha=6, target_modules=ALL,
+         rank_pattern={r"^roberta\.encoder\.layer\.0\..*": 2},
+         alpha_pattern={r"layer\.1\.output\.dense": 3, "output.dense": 5, "^roberta": 9,
+                        "dense": 7}),
+    dict(r=2, target_modules=r".*layer\.1\..*(query|dense)", task_type="SEQ_CLS"),
+    dict(r=2, target_modules=["query"], layers_to_transform=[1]),
+    dict(r=2, target_modules="all-linear", exclude_modules=["key"]),
+])
+def test_we_load_pefts_adapters(tiny, tmp_path, config):
+    """What PEFT's LoRA saved, with patterns of rank and alpha too, gives the logits here that it
+    gives in PEFT, to 1e-5. (Loaded, not before saving: PEFT sorts the patterns when it saves them,
+    and the first that fits counts, so its own logits may change.)"""
+    save_lora(tiny, tmp_path, **config)
+    expected = logits(PeftModel.from_pretrained(theirs(tiny), tmp_path))
+    model = ours(tiny)
+    load_adapter(model, tmp_path)
+    close(logits(model), expected)
+    assert (expected - logits(ours(tiny))).abs().max() > 1e-2
+
+
+def test_we_load_what_peft_trained(base, tmp_path):
+    """Five training steps in PEFT, saved; here and loaded back into PEFT: the same logits, and
+    saved again by us, PEFT still gives them."""
+    model = get_peft_model(theirs(base), LoraConfig(
+        r=4, lora_alpha=6, target_modules=["query", "output.dense"],
+        modules_to_save=["classifier"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids, mask = batch(model)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(input_ids=ids, attention_mask=mask.long(), labels=CLASSES).loss.backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path / "theirs")
+    loaded = ours(base)
+    load_adapter(loaded, tmp_path / "theirs")
+    close(logits(loaded), logits(model))
+    save_adapter(loaded, tmp_path / "ours")
+    close(logits(PeftModel.from_pretrained(theirs(base, seed=6), tmp_path / "ours")), logits(model))
+
+
+@pytest.mark.parametrize("config, says", [
+    (dict(use_dora=True), "use_dora"), (dict(use_rslora=True), "use_rslora"),
+    (dict(bias="all"), "bias"), (dict(bias="lora_only"), "bias"),
+    (dict(lora_bias=True), "lora_B.bias|lora_bias"),
+    (dict(target_modules=["query", "word_embeddings"]), "word_embeddings"),
+    (dict(trainable_token_indices=[3, 4]), "token"),
+])
+def test_refused_variants(tiny, tmp_path, config, says):
+    """What PEFT saved with DoRA (NVIDIA's), rsLoRA, trained biases, embeddings: refused by name."""
+    save_lora(tiny, tmp_path, **{"r": 2, "target_modules": ["query"], **config})
+    model = ours(tiny)
+    with pytest.raises(DoRAError, match=says):
+        load_adapter(model, tmp_path)
+    assert not any(isinstance(m, DoRALinear) for m in model.modules())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_starts_that_change_the_base(tiny, tmp_path, init):
+    """PiSSA and OLoRA take the start out of the base's weights, which the file does not hold:
+    loaded on the plain base it would give other logits than PEFT's, so it is refused."""
+    save_lora(tiny, tmp_path, r=2, target_modules=["query"], init_lora_weights=init)
+    with pytest.raises(DoRAError, match="init_lora_weights"):
+        load_adapter(ours(tiny), tmp_path)
+
+
+def test_an_adalora_adapter_of_peft(tiny, tmp_path):
+    """PEFT's AdaLoRA format has other tensors: refused by peft_type."""
+    get_peft_model(theirs(tiny), AdaLoraConfig(target_modules=["query"], total_step=10, tinit=1,
+                                               tfinal=1)).save_pretrained(tmp_path)
+    with pytest.raises(DoRAError, match="peft_type.*ADALORA"):
+        load_adapter(ours(tiny), tmp_path)
+
+
+# ---- other models -------------------------------------------------------------------------------
+
+def train_ten_steps(model, method, targets, head=None):
+    """The training step of dora.py's head on a transformers model, pruning from 2 to 1 a matrix."""
+    rank = dict(rank=1) if method == "lora" else dict(rank=1, start_rank=2)
+    config = DoRAConfig(targets=targets, **{**METHODS[method], **rank, "interval": 2})
+    torch.manual_seed(8)
+    layers = inject(model, config)
+    if head is not None:
+        head.requires_grad_(True)
+    pruner = Pruner(layers, config, 10)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids, mask = batch(model)
+    labels = ids if head is None else CLASSES
+    model.train()
+    for _ in range(10):
+        loss = model(input_ids=ids, attention_mask=mask.long(), labels=labels).loss
+        loss = loss + pruner.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        pruner.observe()
+        optimizer.step()
+        pruner.step()
+    assert sum(pruner.ranks().values()) == len(layers)
+    return layers
+
+
+def new_llama():
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=60, num_key_value_heads=1, **SIZES)).eval()
+
+
+def new_bert():
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(transformers.BertConfig(
+        vocab_size=60, num_labels=LABELS, **SIZES)).eval()
+
+
+LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ROBERTA = DoRAConfig().targets
+
+
+@pytest.mark.parametrize("new, targets, head", [
+    (new_roberta, ROBERTA, "classifier"), (new_llama, LLAMA, None),
+    (new_bert, ROBERTA, "classifier")])
+@pytest.mark.parametrize("compact", [False, True])
+def test_other_models(tmp_path, new, targets, head, compact):
+    """transformers' RoBERTa, a small Llama and a small BERT: ten training steps with pruning,
+    saved; PEFT loads it on a fresh model and gives the same logits; so does load_adapter, and
+    merging."""
+    model = new()
+    before = logits(model)
+    layers = train_ten_steps(model, "dora", targets, head and model.get_submodule(head))
+    assert len(layers) == 2 * len(targets)
+    expected = logits(model)
+    assert (expected - before).abs().max() > 1e-3
+    if compact:
+        compact_(model)
+    save_adapter(model, tmp_path)
+    close(logits(PeftModel.from_pretrained(new(), tmp_path)), expected)
+    fresh = new()
+    load_adapter(fresh, tmp_path)
+    close(logits(fresh), expected)
+    close(logits(merge_(model)), expected)
+    assert model.state_dict().keys() == new().state_dict().keys()
+
+
+def test_gpt2_has_no_linear():
+    """GPT-2's Conv1D has weights (d_in, d_out): the error names module and class; a target that
+    GPT-2 lacks lists its one nn.Linear."""
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=60, n_embd=16, n_layer=2, n_head=2))
+    with pytest.raises(DoRAError, match=r"h\.0\.attn\.c_attn is a Conv1D, not an nn\.Linear"):
+        inject(model, DoRAConfig(targets=("c_attn",)))
+    with pytest.raises(DoRAError, match=r"q_proj.*candidates: lm_head"):
+        inject(model, DoRAConfig(targets=("q_proj",)))
+
+
+# ---- LoRA ---------------------------------------------------------------------------------------
+
+def test_lora_equals_pefts_lora():
+    """METHODS["lora"] and PEFT's LoRA with the same A and B on the same RoBERTa: logits, gradients
+    and five AdamW steps are equal, in training mode with all dropout from the same seed."""
+    targets, r, alpha = ("query", "value", "output.dense"), 4, 6
+    config = DoRAConfig(rank=r, alpha=alpha, dropout=0.2, targets=targets, **METHODS["lora"])
+    model = new_roberta()
+    layers = inject(model, config)
+    model.classifier.requires_grad_(True)
+    reference = get_peft_model(new_roberta(), LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=0.2, target_modules=list(targets)))
+    pairs = []
+    torch.manual_seed(1)
+    for name, layer in layers.items():
+        twin = reference.base_model.model.get_submodule(name)
+        A, B = twin.lora_A["default"].weight, twin.lora_B["default"].weight
+        for p, q in ((layer.A, A), (layer.B, B)):
+            assert p.shape == q.shape
+            q.data.copy_(nn.init.normal_(p, std=0.2))
+            pairs.append((p, q))
+    head = reference.base_model.model.classifier
+    head.requires_grad_(True)
+    pairs += zip(model.classifier.parameters(), head.parameters(), strict=True)
+    optimizers = [torch.optim.AdamW(params, lr=1e-2) for params in zip(*pairs, strict=True)]
+    ids, mask = batch(model)
+    close(logits(model), logits(reference))
+    for step in range(5):
+        for net, optimizer in zip((model, reference), optimizers, strict=True):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            net.train()(input_ids=ids, attention_mask=mask.long(),
+                        labels=CLASSES).loss.backward()
+        for p, q in pairs:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+        for optimizer in optimizers:
+            optimizer.step()
+    close(logits(model), logits(reference))
+    assert all(torch.allclose(p, q, atol=1e-5) for p, q in pairs)
+
+
+# ---- AdaLoRA ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(3))
+def test_adalora_equals_pefts_allocator(seed):
+    """`adalora` and PEFT's RankAllocator, fed with the same random weights and gradients through a
+    whole run: the same scores in every step, the same budget and mask in every pruning.
+
+    Two things are PEFT's own. It prunes where step % deltaT == 0, so tinit is a multiple of deltaT
+    here. And it leaves the score of the last pruning's step out (update_ipt is not called in it),
+    which we do not: the test calls it.
+    """
+    T, T_I, T_F, interval, r_prime, r = 60, 10, 20, 5, 6, 2
+    config = DoRAConfig(**{**METHODS["adalora"], "targets": ("query", "output.dense"), "rank": r,
+                           "start_rank": r_prime, "initial_phase": T_I / T, "final_phase": T_F / T,
+                           "interval": interval, "dropout": 0.0})
+    model = new_roberta().double()
+    layers = inject(model, config)
+    pruner = Pruner(layers, config, T)
+    reference = get_peft_model(new_roberta().double(), AdaLoraConfig(
+        init_r=r_prime, target_r=r, tinit=T_I, tfinal=T_F, deltaT=interval, total_step=T,
+        target_modules=list(config.targets))).base_model
+    allocator = reference.rankallocator
+    twins = {name: reference.model.get_submodule(name) for name in layers}
+    g = torch.Generator().manual_seed(seed)
+    prunings = 0
+    for step in range(1, T + 1):
+        for name, layer in layers.items():
+            for letter, p in (("E", layer.c), ("A", layer.A), ("B", layer.B)):
+                q = getattr(twins[name], f"lora_{letter}")["default"]
+                p.data.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64))
+                p.grad = torch.randn(p.shape, generator=g, dtype=torch.float64)
+                q.data.copy_(p.data.view(q.shape))
+                q.grad = p.grad.view(q.shape)
+        pruner.observe()
+        pruner.step()
+        if step == T - T_F:
+            allocator.update_ipt(reference.model)
+        reference.update_and_allocate(step)
+        if step < T - T_F:                          # at its last pruning PEFT forgets the averages
+            scores = []
+            for name in layers:
+                E, A, B = (allocator._element_score(f"{name}.lora_{x}.default") for x in "EAB")
+                scores.append(E[:, 0] + A.mean(1) + B.mean(0))
+            torch.testing.assert_close(pruner.scores(), torch.cat(scores), rtol=1e-9, atol=0)
+        ours = torch.cat([layer.c.ne(0) for layer in layers.values()])
+        peers = torch.cat([twin.lora_E["default"][:, 0].ne(0) for twin in twins.values()])
+        assert torch.equal(ours, peers), step
+        prunings += not ours.all()
+        assert ours.sum() == (allocator.budget_schedule(step)[0] if not ours.all() else len(ours))
+    assert prunings == 6 + T_F
+    pattern = reference.peft_config["default"].rank_pattern
+    assert {name.removesuffix(".lora_E.default"): sum(live) for name, live in pattern.items()} == {
+        name: layer.rank for name, layer in layers.items()}
+
+
+def test_orthogonal_penalty_equals_pefts():
+    """The penalty of `adalora` equals what PEFT's AdaLoRA adds to the loss, and so do its
+    gradients."""
+    reference = get_peft_model(new_roberta(), AdaLoraConfig(
+        init_r=4, target_r=2, total_step=10, tinit=1, tfinal=1, orth_reg_weight=0.5,
+        target_modules=["query", "output.dense"])).eval()
+    config = DoRAConfig(rank=2, start_rank=4, targets=("query", "output.dense"),
+                        **METHODS["adalora"])
+    layers = inject(new_roberta(), config)
+    torch.manual_seed(0)
+    for name, layer in layers.items():
+        twin = reference.base_model.model.get_submodule(name)
+        for p, q in ((layer.A, twin.lora_A["default"]), (layer.B, twin.lora_B["default"])):
+            q.data.copy_(nn.init.normal_(p))
+    ids, mask = batch(reference)
+    losses = []
+    for weight in (0.5, 0.0):
+        reference.peft_config["default"].orth_reg_weight = weight
+        losses.append(reference.base_model(input_ids=ids, attention_mask=mask.long(),
+                                           labels=CLASSES).loss)
+    penalty = Pruner(layers, config, 100).penalty()
+    torch.testing.assert_close(penalty, losses[0] - losses[1], rtol=1e-4, atol=1e-5)
+
+
+def test_peft_writes_what_we_expect(tiny, tmp_path):
+    """The version of PEFT in requirements.txt is the one at work, and its config has the fields
+    that load_adapter checks."""
+    pinned = (Path(__file__).parent / "requirements.txt").read_text()
+    assert f"peft=={peft.__version__}\n" in pinned
+    assert f"transformers=={transformers.__version__}\n" in pinned
+    save_lora(tiny, tmp_path, r=2, target_modules=["query"])
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config.keys() >= {
+        "peft_type", "use_dora", "use_rslora", "bias", "fan_in_fan_out", "r", "lora_alpha",
+        "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "init_lora_weights"}
