@@ -470,8 +470,9 @@ class Pruner:
         if state["mask"].shape != self.mask.shape:
             raise DoRAError(f"the state has {len(state['mask'])} components, the model "
                             f"{len(self.mask)}; use the same rank, start_rank and targets")
-        for key, value in state.items():
-            setattr(self, key, value)
+        self.t, self.live, self.mask = state["t"], state["live"], state["mask"]
+        device = next((layer.c.device for layer in self.layers.values()), self.mask.device)
+        self.I_bar, self.U_bar = ([v.to(device) for v in state[k]] for k in ("I_bar", "U_bar"))
         for layer in self.layers.values():
             layer.progress = (self.t, self.last, self.total_steps)
         self._apply_mask(close=self.done)  # before that, momentum may have moved closed gates
@@ -712,16 +713,18 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
     path = Path(folder) / "adapter_config.json"
     try:
         config = json.loads(path.read_bytes(), object_pairs_hook=_unique)
-        alphas = dict(config.get("alpha_pattern") or {})
-        for pattern in alphas:
-            re.compile(pattern)
+        alphas = {re.compile(rf"(.*\.)?({key})$"): value  # PEFT's rule for a pattern
+                  for key, value in (config.get("alpha_pattern") or {}).items()}
     except (ValueError, RecursionError, AttributeError, re.error):
         raise DoRAError(f"{path}: not an adapter's JSON; save the adapter anew") from None
-    for key, value in {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none",
-                       "fan_in_fan_out": False}.items():
-        if config.get(key, value) != value:
+    plain: dict[str, tuple[Any, ...]] = {
+        "peft_type": ("LORA",), "use_dora": (False,), "use_rslora": (False,), "bias": ("none",),
+        "fan_in_fan_out": (False,), "alora_invocation_tokens": (None,),
+        "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}  # W0 unchanged
+    for key, allowed in plain.items():
+        if config.get(key, allowed[0]) not in allowed:
             raise DoRAError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be loaded "
-                            f"({key} = {value!r})")
+                            f"({key} = {allowed[0]!r})")
     tensors = read_safetensors(Path(folder) / "adapter_model.safetensors")
     modules, weights = dict(model.named_modules()), model.state_dict()
     found: dict[str, tuple[Tensor, Tensor, float]] = {}
@@ -734,8 +737,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
             raise DoRAError(f"{folder}: {name} has lora_B {tuple(B.shape)} and lora_A "
                             f"{tuple(A.shape)}, the model's matrix is {shape}; is the adapter for "
                             f"another base model?")
-        alpha = next((value for key, value in alphas.items()  # PEFT's rule for a pattern
-                      if re.match(rf"(.*\.)?({key})$", name)), config.get("lora_alpha"))
+        alpha = next((value for pattern, value in alphas.items() if pattern.match(name)),
+                     config.get("lora_alpha"))
         if type(alpha) not in (int, float) or not 0 < alpha < 1e9:
             raise DoRAError(f"{path}: lora_alpha of {name} is {alpha!r:.40}, not a number above 0")
         found[name] = A, B, alpha

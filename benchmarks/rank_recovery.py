@@ -12,8 +12,8 @@ and prunes itself to exactly the teacher's total. Two figures a run:
     python benchmarks/rank_recovery.py --short   # about 20 s, with assertions: what CI runs
 
 A row is a set of DoRAConfig values and nothing else. The seed fixes teacher, data and start, so
-rows meet the same problems. Cells are told apart by their settings, not by the code: after a change of
-what dora.py computes, delete benchmarks/results/rank_recovery.jsonl.
+rows meet the same problems. Cells are told apart by their settings, not by the code: after a change
+of what dora.py computes, delete benchmarks/results/rank_recovery.jsonl.
 """
 
 from __future__ import annotations
@@ -102,8 +102,9 @@ def tables() -> dict[str, dict[str, dict[str, Any]]]:
 
     grid = {f"{a}, {b}, {c}": {**BASE, **SCORES[a], **STARTS[b], **CURVES[c]}
             for a in SCORES for b in STARTS for c in CURVES}
+    changed = {label(change): {**BASE, **change} for change in CHANGES}
     return {"Methods": dict(METHODS), "Score, start, curve": grid,
-            "Ī·Ū .85, B=0, fast, but for": {label(change): {**BASE, **change} for change in CHANGES}}
+            "Ī·Ū .85, B=0, fast, but for": changed}
 
 
 class Residual(nn.Module):
@@ -138,7 +139,7 @@ def misplaced(kept: list[int], truth: tuple[int, ...]) -> float:
 
 @torch.no_grad()
 def loss_over_floor(student: nn.Module, teacher: nn.Module, x: Tensor) -> float:
-    """E (student - teacher - noise)^2 / NOISE^2, noise integrated out: exactly 1 for the teacher."""
+    """E (student - teacher - noise)^2 / NOISE^2, noise integrated out: the teacher gets 1."""
     return 1 + float((student(x) - teacher(x)).square().mean()) / NOISE**2
 
 
@@ -232,8 +233,8 @@ def averages(cells: list[dict[str, Any]],
 
 def markdown(result: dict[str, list[dict[str, Any]]], seeds: int) -> str:
     """The tables: misplaced % / loss over the floor."""
-    text = (f"Misplaced % / loss over the floor, mean of {seeds} seeds; worst: of all patterns but "
-            f"{', '.join(STRESS)}.\nWritten by `python benchmarks/rank_recovery.py --seeds {seeds}`, "
+    text = (f"Misplaced % / loss over the floor, mean of {seeds} seeds; worst: of all but "
+            f"{', '.join(STRESS)}.\nWritten by `benchmarks/rank_recovery.py --seeds {seeds}`, "
             f"torch {torch.__version__.split('+')[0]}, lr {LR:g}.\n")
     for title, cells in result.items():
         rows, names, wrong = averages(cells, "misplaced")
@@ -273,7 +274,7 @@ def short() -> None:
     figures = {}
     for name in ("dora", "paper"):
         cells = [run(make_config(METHODS[name], pattern), pattern, seed) for seed in range(3)]
-        figures[name] = [statistics.mean(c[field] for c in cells) for field in ("misplaced", "loss")]
+        figures[name] = [statistics.mean(c[f] for c in cells) for f in ("misplaced", "loss")]
         print(f"{name}: misplaced {100 * figures[name][0]:.1f} %, "
               f"loss {figures[name][1]:.3f} of the floor")
     assert figures["dora"][0] <= 0.05 and figures["dora"][1] <= 1.05, "the default lost its way"
@@ -284,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Share of components pruned into a wrong matrix.")
     parser.add_argument("--seeds", type=int, default=20, help="runs per cell (default: 20)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results",
-                        help="folder of rank_recovery.jsonl and of the tables (default: %(default)s)")
+                        help="folder of rank_recovery.jsonl, tables and plot (default: results)")
     parser.add_argument("--short", action="store_true", help="6 runs, two assertions, no files")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # matrices this small only wait for other threads
