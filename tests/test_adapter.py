@@ -9,8 +9,18 @@ from small import adapted, feed, inputs, plain, randomize, settings, trained, tr
 from torch import nn
 
 from dora import (
-    METHODS, DoRAError, DoRALinear, Pruner, compact_, inject, load_adapter, merge_,
-    read_safetensors, save_adapter, write_safetensors)
+    METHODS,
+    DoRAError,
+    DoRALinear,
+    Pruner,
+    compact_,
+    inject,
+    load_adapter,
+    merge_,
+    read_safetensors,
+    save_adapter,
+    write_safetensors,
+)
 
 EXACT = dict(beta1=0.0, beta2=None)
 SCORES = [0., 0, 9, 8, 7, 1, 0, 0, 6, 5, 4, 1]        # of two components a matrix; six are kept
@@ -73,7 +83,7 @@ def test_masked_compacted_merged_reloaded(method, tmp_path):
     """After a run of each method the masked model, the compacted, the merged, and the saved and
     reloaded one (saved from either form) give the same outputs to 1e-12."""
     rank = dict(rank=2) if method == "lora" else dict(rank=1, start_rank=2)
-    model, layers, _ = trained(settings(**METHODS[method] | dict(rank, dropout=0.1)))
+    model, _layers, _ = trained(settings(**METHODS[method] | dict(rank, dropout=0.1)))
     x, expected = inputs(), model.eval()(inputs())
     assert (expected - plain()(x)).abs().max() > 1e-3
     compacted, merged = compact_(copy.deepcopy(model)), merge_(copy.deepcopy(model))

@@ -9,7 +9,15 @@ from fixtures.record_peft import INTERVAL, R_PRIME, SHAPES, T_F, T_I, R, T, fed
 from small import adapted, feed, gates, inputs, randomize, settings
 from torch import nn
 
-from dora import METHODS, DoRAError, DoRALinear, Pruner, dem_penalty, norm_score, sensitivity
+from dora import (
+    METHODS,
+    DoRAError,
+    DoRALinear,
+    Pruner,
+    dem_penalty,
+    norm_score,
+    sensitivity,
+)
 
 RECORDED = Path(__file__).parent / "fixtures/peft.json"
 
@@ -311,7 +319,7 @@ def test_eq10_by_hand():
 def test_eq10_against_the_double_loop():
     """R and its gradients equal a loop over matrices and components, of differing shapes; gates and
     masks play no part in it."""
-    model, layers = adapted(settings())
+    _model, layers = adapted(settings())
     randomize(layers)
     layers["layer.0.up"].c.data.zero_()
 

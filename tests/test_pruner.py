@@ -4,7 +4,17 @@ import random
 
 import pytest
 import torch
-from small import adapted, feed, gates, inputs, plain, randomize, settings, trained, trainer
+from small import (
+    adapted,
+    feed,
+    gates,
+    inputs,
+    plain,
+    randomize,
+    settings,
+    trained,
+    trainer,
+)
 from torch import nn
 
 from dora import METHODS, DoRAError, DoRALinear, Pruner, budget, compact_, dem_penalty
@@ -109,7 +119,7 @@ def test_pruning_is_global():
 def test_a_method_without_pruning_runs_through_the_same_calls():
     """`lora`: all gates stay open and 1 through a run of observe() and step(), penalty 0."""
     config = settings(**METHODS["lora"])
-    model, layers, pruner = trained(config)
+    _model, layers, pruner = trained(config)
     assert gates(layers).eq(1).all() and masks(layers).all()
     assert pruner.penalty().item() == 0
     assert sum(pruner.ranks().values()) == 12
@@ -172,7 +182,7 @@ def test_an_emptied_matrix_is_its_base():
 def test_a_step_without_observe():
     """step() without observe(), at the start, twice in a row, and in the final phase: an error that
     says which call is missing and in which step."""
-    layers, pruner = pruner_of(20)
+    _layers, pruner = pruner_of(20)
     with pytest.raises(DoRAError, match=r"step 1.*without.*observe"):
         pruner.step()
     feed(pruner, torch.ones(18))
@@ -287,7 +297,7 @@ def test_state_dict_continues_bit_for_bit(method, stop, weights_first):
 def test_a_state_of_the_final_phase_can_be_compacted():
     """A new model that has only taken up the Pruner's state, past the last pruning, compacts to the
     shapes that a checkpoint of the compacted run has."""
-    model, layers, pruner = trained(settings(rank=1, start_rank=2))
+    model, _layers, pruner = trained(settings(rank=1, start_rank=2))
     shapes = {name: p.shape for name, p in compact_(model).named_parameters()}
     fresh, new_layers = adapted(pruner.config)
     resumed = Pruner(new_layers, pruner.config, 40)

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -235,7 +236,7 @@ def little_memory():
     """At most 300 MB more than what the process has now; beyond that an allocation fails."""
     resource = pytest.importorskip("resource")
     try:
-        pages = int(open("/proc/self/statm").read().split()[0])
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
     except OSError:
         pytest.skip("needs /proc")
     old = resource.getrlimit(resource.RLIMIT_AS)

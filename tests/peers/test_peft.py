@@ -12,8 +12,17 @@ from torch import nn
 
 import train_glue
 from dora import (
-    METHODS, DoRAConfig, DoRAError, DoRALinear, Pruner, compact_, inject, load_adapter, merge_,
-    save_adapter)
+    METHODS,
+    DoRAConfig,
+    DoRAError,
+    DoRALinear,
+    Pruner,
+    compact_,
+    inject,
+    load_adapter,
+    merge_,
+    save_adapter,
+)
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in (
     "FutureWarning", "RuntimeWarning", "UserWarning")]              # theirs, of each other

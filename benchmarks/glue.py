@@ -1,0 +1,202 @@
+"""The methods side by side on GLUE, at one final budget and with one tuning effort.
+
+    python benchmarks/glue.py --stage 1    # STS-B and RTE: lora, adalora, dora, paper, full
+    python benchmarks/glue.py --stage 2    # adds MRPC, CoLA, bitfit and the paper's ablations
+    python benchmarks/glue.py --report     # only write RESULTS.md from the runs that are there
+
+The learning rate of each method is the best of three on a tenth of STS-B's *train* set, held out;
+no dev set is looked at before that. A finished run is a line of results/glue.jsonl and never
+repeated; a broken one goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train_glue  # noqa: E402
+from dora import DoRAError  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+LOG = HERE / "results" / "glue.jsonl"
+EPOCHS = {"stsb": 4, "rte": 6, "mrpc": 6, "cola": 5}
+BASE_LR = {"full": 1e-4, "bitfit": 2e-3}  # others 2e-3; each tries half, once, twice as much
+FACTORS = (0.5, 1.0, 2.0)
+METHODS = ("dora", "lora", "adalora", "paper", "full")
+ABLATIONS: dict[str, dict[str, Any]] = {  # of dora on STS-B, the paper's Tables 4 and 5
+    "dora, no DEM": dict(penalty=None),
+    "dora, r' = 2, nothing pruned": dict(start_rank=2, schedule=None, importance=None,
+                                         penalty=None),
+    "dora, r' = 4": dict(start_rank=4),
+    "dora, r' = 8": dict(start_rank=8),
+}
+PAPER = """| method | parameters | RTE | MRPC | STS-B | CoLA | SST-2 | QNLI | QQP | MNLI | mean |
+|---|---|---|---|---|---|---|---|---|---|---|
+| full | 124.65M | 78.63 | 88.33 | 90.31 | 60.26 | 94.73 | 92.58 | 90.75 | 87.68 | 85.41 |
+| BitFit | 0.10M | 79.57 | 89.07 | 90.55 | 61.16 | 94.38 | 90.99 | 88.08 | 85.50 | 84.91 |
+| LoRA | 0.33M | 78.63 | 88.68 | 91.24 | 62.40 | 93.25 | 92.75 | 90.12 | 87.01 | 85.50 |
+| AdaLoRA | 0.32M | 79.04 | 88.81 | 91.06 | 63.17 | 94.79 | 92.87 | 90.07 | 87.64 | 85.93 |
+| DoRA | 0.34M | 79.15 | 89.72 | 91.28 | 64.90 | 94.98 | 92.93 | 90.64 | 87.45 | 86.38 |"""
+
+
+def held_out(data_dir: Path) -> Path:
+    """A data folder whose STS-B dev set is a tenth of the train set (seed 0)."""
+    folder = ROOT / "runs" / "bench" / "held-out"
+    lines = (data_dir / "STS-B" / "train.tsv").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    rows = np.random.default_rng(0).permutation(len(lines) - 1) + 1
+    tenth = len(rows) // 10
+    (folder / "STS-B").mkdir(parents=True, exist_ok=True)
+    for name, part in (("dev", rows[:tenth]), ("train", rows[tenth:])):
+        text = "\n".join([lines[0], *(lines[i] for i in sorted(part))]) + "\n"
+        (folder / "STS-B" / f"{name}.tsv").write_text(text, encoding="utf-8")
+    return folder
+
+
+def cell(name: str, split: str, task: str, method: str, seed: int, lr: float,
+         **more: Any) -> dict[str, Any]:
+    return dict(name=name, split=split, task=task, method=method, seed=seed, lr=lr, more=more)
+
+
+def key_of(c: dict[str, Any]) -> str:
+    return hashlib.sha1(json.dumps(c, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def finished() -> dict[str, dict[str, Any]]:
+    lines = LOG.read_text().splitlines() if LOG.exists() else []
+    return {line["key"]: line for line in map(json.loads, lines)}
+
+
+def run(c: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The finished line of a cell, from the log or from a run made now."""
+    key = key_of(c)
+    if key in finished():
+        return finished()[key]
+    out = ROOT / "runs" / "bench" / key
+    data_dir = held_out(args.data_dir) if c["split"] == "held out" else args.data_dir
+    print(f"--- {c['name']}, {c['task']} {c['split']}, lr {c['lr']:g}, seed {c['seed']}", flush=True)
+    config = train_glue.make_config(
+        c["task"], c["method"], seed=c["seed"], lr=c["lr"], data_dir=str(data_dir), device="cpu",
+        model_dir=str(args.model_dir), out=str(out), batch_size=32, epochs=EPOCHS[c["task"]],
+        dtype=args.dtype, save_every=100, resume=any(out.glob("checkpoints/*.pt")), **c["more"])
+    r = train_glue.train(config)
+    metric = list(r["best"])[2]
+    line = {"key": key, **c, "dtype": args.dtype, "metric": metric, "best": r["best"][metric],
+            "last": r["last"][metric], "epochs": [e[metric] for e in r["epochs"]],
+            "adapter": r["adapter_parameters_after_pruning"], "start": r["adapter_parameters"],
+            "trainable": r["trainable_parameters"], "head": r["head_parameters"],
+            "seconds": r["seconds"], "ranks": list(r["ranks"].values()),
+            "torch": torch.__version__, "threads": torch.get_num_threads()}
+    LOG.parent.mkdir(exist_ok=True)
+    with open(LOG, "a") as f:
+        f.write(json.dumps(line) + "\n")
+    return line
+
+
+def choose_lr(method: str, args: argparse.Namespace) -> float:
+    """The best of three on the held-out tenth, after the last epoch."""
+    base = BASE_LR.get(method, 2e-3)
+    tried = [run(cell(method, "held out", "stsb", method, 1, base * f), args) for f in FACTORS]
+    return max(tried, key=lambda line: line["last"])["lr"]
+
+
+def report() -> None:
+    """RESULTS.md from the log: only what was run is in it."""
+    lines = list(finished().values())
+    out = ["# GLUE, methods side by side", "",
+           "Written by `python benchmarks/glue.py` from benchmarks/results/glue.jsonl. The encoder "
+           "is MiniLM-L6 in RoBERTa's layout (6 layers, width 384), not RoBERTa-base: compare rows, "
+           "not these numbers with the paper's. Final budget r = 2 over 36 matrices, batch 32, "
+           f"epochs {EPOCHS}, frozen weights in bf16 (full and bitfit: bf16 products, float32 "
+           "weights). Score: best dev epoch after the last pruning, median of the seeds "
+           "(smallest to largest).", "",
+           f"torch {torch.__version__}, Python {platform.python_version()}, CPU, one thread a run.",
+           "", "## Learning rate, on a tenth of STS-B's train set held out (Pearson, last epoch)", ""]
+    tuned = [c for c in lines if c["split"] == "held out"]
+    out += ["| method | " + " | ".join(f"{f:g} x base" for f in FACTORS) + " | base |",
+            "|---|" + "---|" * (len(FACTORS) + 1)]
+    for method in dict.fromkeys(c["method"] for c in tuned):
+        base = BASE_LR.get(method, 2e-3)
+        found = {round(c["lr"] / base, 3): c["last"] for c in tuned if c["method"] == method}
+        out.append(f"| {method} | " + " | ".join(
+            f"{found[f]:.4f}" if f in found else "not run" for f in FACTORS) + f" | {base:g} |")
+    dev = [c for c in lines if c["split"] == "dev"]
+    tasks = [t for t in EPOCHS if any(c["task"] == t for c in dev)]
+    out += ["", "## Dev", "", "| method | adapter parameters | " + " | ".join(tasks) +
+            " | mean of medians |", "|---|---|" + "---|" * (len(tasks) + 1)]
+    for name in dict.fromkeys(c["name"] for c in dev):
+        cells, medians = [], []
+        mine = [c for c in dev if c["name"] == name]
+        for task in tasks:
+            scores = sorted(c["best"] for c in mine if c["task"] == task)
+            if scores:
+                medians.append(statistics.median(scores))
+                cells.append(f"{medians[-1]:.4f} ({scores[0]:.4f} to {scores[-1]:.4f}, "
+                             f"{len(scores)} seeds)")
+            else:
+                cells.append("not run")
+        mean = f"{statistics.mean(medians):.4f}" if len(medians) == len(tasks) else "incomplete"
+        sizes = sorted({c["adapter"] or c["trainable"] - c["head"] for c in mine})
+        size = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
+        out.append(f"| {name} | {size} | " + " | ".join(cells) + f" | {mean} |")
+    seconds = sum(c["seconds"] for c in lines)
+    out += ["", f"{len(lines)} runs, {seconds / 3600:.1f} hours of one core in all (the machine was "
+            "shared, so seconds are no measure of speed; benchmarks/README.md has that).", "",
+            "Not run: whatever is marked so above; stage 3 (5 seeds, the paper's epochs, SST-2), "
+            "which needs an accelerator.", "", "## The paper's Table 2, r = 2 (RoBERTa-base, not "
+            "run here)", "", PAPER, ""]
+    (HERE / "RESULTS.md").write_text("\n".join(out))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "../shared/data/glue")
+    parser.add_argument("--model-dir", type=Path, default=ROOT / "../shared/models/minilm-l6-roberta")
+    parser.add_argument("--dtype", default="bf16", help="of the frozen weights")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--short", action="store_true", help="check the machinery only, for CI")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.short:
+        folder = held_out(args.data_dir)
+        rows = sum(len((folder / "STS-B" / f"{s}.tsv").read_text().split("\n")) - 2
+                   for s in ("train", "dev"))
+        assert rows == 5749, rows
+        assert all(len(line["epochs"]) for line in finished().values())
+        print(f"{len(finished())} finished runs on record")
+        return
+    if not args.report:
+        methods = METHODS + (("bitfit",) if args.stage == 2 else ())
+        lrs = {method: choose_lr(method, args) for method in methods}
+        for task in ("stsb", "rte") + (("mrpc", "cola") if args.stage == 2 else ()):
+            for seed in (1, 2, 3):
+                for method in methods:
+                    run(cell(method, "dev", task, method, seed, lrs[method]), args)
+                    report()
+        if args.stage == 2:
+            for name, more in ABLATIONS.items():
+                for seed in (1, 2, 3):
+                    run(cell(name, "dev", "stsb", "dora", seed, lrs["dora"], **more), args)
+                    report()
+    report()
+    print(f"wrote {HERE / 'RESULTS.md'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DoRAError as error:
+        sys.exit(f"glue.py: error: {error}")

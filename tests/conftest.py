@@ -1,0 +1,29 @@
+"""What runs when: the default is fast and needs only requirements.txt; --slow adds the rest."""
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also whole runs, kills, fuzzing, notebooks")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: a longer test, left out unless --slow is given")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in set(slow)]
+
+
+def pytest_ignore_collect(collection_path, config):
+    """tests/peers needs transformers and others: only when it is asked for by path."""
+    asked = any("peers" in str(arg) for arg in config.args)
+    return True if collection_path.name == "peers" and not asked else None
