@@ -312,7 +312,7 @@ def save_model(model: RobertaForSequenceClassification, folder: str | Path) -> N
 class TrainConfig:
     """All that a run depends on. The command line's flags are made from these fields."""
 
-    task: str = setting("toy", "GLUE task", tuple(t for t in TASKS if t != "ax"))
+    task: str = setting("toy", "a row of TASKS that has a train file: cola, stsb, ...")
     method: str = setting("dora", "what trains", (*METHODS, "bitfit", "full", "head"))
     data_dir: str | None = setting(None, "folder with CoLA/, STS-B/ ...; none = download")
     model_dir: str | None = setting(None, "model folder; none = download FacebookAI/roberta-base")
@@ -339,6 +339,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        tasks = [name for name, task in TASKS.items() if "train" in task.files]
+        if self.task not in tasks:
+            raise DoRAError(f"task = {self.task}: choose one of {', '.join(tasks)}")
 
 
 # The paper's Table 8: lr, batch size, epochs, eta, interval. WNLI, not in it, has RTE's.
@@ -631,7 +634,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     pruner = Pruner(layers, config.dora, total)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr,
                                   weight_decay=config.weight_decay, fused=True)
-    step, records, best = 0, [], None  # records: the metrics after each epoch
+    step, best = 0, None
+    records: list[dict[str, Any]] = []  # the metrics after each epoch
     with Run(config, identity) as run:
         if config.resume:
             step, records, best = run.load(model, optimizer, pruner)
@@ -644,7 +648,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             for batch in data.batches(train_set, batch_size, config.seed, epoch, skip=done):
                 # ---- one optimizer step; DoRA is three lines of it
                 model.train()
-                lr, penalty, loss = learning_rate(step, total, config), pruner.penalty(), 0.0
+                lr, penalty = learning_rate(step, total, config), pruner.penalty()
+                loss = torch.zeros((), device=device)
                 for i, micro in enumerate(batch.split(config.accumulate)):
                     part = micro.split(world)[rank].to(device)
                     share = len(part.labels) / len(batch.labels)  # one mean, however it is cut up
@@ -788,7 +793,7 @@ def main(argv: list[str] | None = None) -> int:
     seeds, eval_only, adapter, split = (
         args.pop(name) for name in ("seeds", "eval_only", "adapter", "predict"))
     try:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and process()[1] == 1:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and process()[1] == 1:
             torch.distributed.init_process_group()
         results = []
         for seed in seeds:
@@ -803,9 +808,10 @@ def main(argv: list[str] | None = None) -> int:
             show(results[-1])
             if split:
                 folder = Path(results[-1]["folder"])
-                whole = {} if results[-1]["ranks"] else {"model_dir": str(folder / "model")}
-                evaluate_only(dataclasses.replace(config, out=str(folder), **whole),
-                              None if whole else folder / "adapter", split)
+                adapter = folder / "adapter" if results[-1]["ranks"] else None
+                model_dir = config.model_dir if adapter else str(folder / "model")
+                evaluate_only(dataclasses.replace(config, out=str(folder), model_dir=model_dir),
+                              adapter, split)
         if len(results) > 1:
             summarize(results)
     except Interrupted as error:

@@ -84,7 +84,8 @@ def run(c: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         return finished()[key]
     out = ROOT / "runs" / "bench" / key
     data_dir = held_out(args.data_dir) if c["split"] == "held out" else args.data_dir
-    print(f"--- {c['name']}, {c['task']} {c['split']}, lr {c['lr']:g}, seed {c['seed']}", flush=True)
+    print(f"--- {c['name']}, {c['task']} {c['split']}, lr {c['lr']:g}, seed {c['seed']}",
+          flush=True)
     config = train_glue.make_config(
         c["task"], c["method"], seed=c["seed"], lr=c["lr"], data_dir=str(data_dir), device="cpu",
         model_dir=str(args.model_dir), out=str(out), batch_size=32, epochs=EPOCHS[c["task"]],
@@ -115,13 +116,14 @@ def report() -> None:
     lines = list(finished().values())
     out = ["# GLUE, methods side by side", "",
            "Written by `python benchmarks/glue.py` from benchmarks/results/glue.jsonl. The encoder "
-           "is MiniLM-L6 in RoBERTa's layout (6 layers, width 384), not RoBERTa-base: compare rows, "
-           "not these numbers with the paper's. Final budget r = 2 over 36 matrices, batch 32, "
+           "is MiniLM-L6 in RoBERTa's layout (6 layers, width 384), not RoBERTa-base: compare "
+           "rows, not these numbers with the paper's. Final budget r = 2 over 36 matrices, batch 32, "
            f"epochs {EPOCHS}, frozen weights in bf16 (full and bitfit: bf16 products, float32 "
            "weights). Score: best dev epoch after the last pruning, median of the seeds "
            "(smallest to largest).", "",
            f"torch {torch.__version__}, Python {platform.python_version()}, CPU, one thread a run.",
-           "", "## Learning rate, on a tenth of STS-B's train set held out (Pearson, last epoch)", ""]
+           "", "## Learning rate: Pearson after the last epoch on a held-out tenth of STS-B's train "
+           "set", ""]
     tuned = [c for c in lines if c["split"] == "held out"]
     out += ["| method | " + " | ".join(f"{f:g} x base" for f in FACTORS) + " | base |",
             "|---|" + "---|" * (len(FACTORS) + 1)]
@@ -151,7 +153,7 @@ def report() -> None:
         out.append(f"| {name} | {size} | " + " | ".join(cells) + f" | {mean} |")
     seconds = sum(c["seconds"] for c in lines)
     out += ["", f"{len(lines)} runs, {seconds / 3600:.1f} hours of one core in all (the machine was "
-            "shared, so seconds are no measure of speed; benchmarks/README.md has that).", "",
+            "shared: seconds are no measure of speed, benchmarks/README.md has that).", "",
             "Not run: whatever is marked so above; stage 3 (5 seeds, the paper's epochs, SST-2), "
             "which needs an accelerator.", "", "## The paper's Table 2, r = 2 (RoBERTa-base, not "
             "run here)", "", PAPER, ""]
@@ -163,7 +165,8 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
     parser.add_argument("--data-dir", type=Path, default=ROOT / "../shared/data/glue")
-    parser.add_argument("--model-dir", type=Path, default=ROOT / "../shared/models/minilm-l6-roberta")
+    parser.add_argument("--model-dir", type=Path,
+                        default=ROOT / "../shared/models/minilm-l6-roberta")
     parser.add_argument("--dtype", default="bf16", help="of the frozen weights")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true")

@@ -2,13 +2,12 @@
 import sys
 from pathlib import Path
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also whole runs, kills, fuzzing, notebooks")
+    parser.addoption("--slow", action="store_true",
+                     help="also whole runs, kills, fuzzing, notebooks")
 
 
 def pytest_configure(config):

@@ -1,0 +1,90 @@
+"""The README is true: its tables, its list of differences and its code."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data
+import dora
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_first_command_by_line_12():
+    """Line of the first command, compared with the promise of line 12."""
+    line = TEXT.split("\n").index("python train_glue.py") + 1
+    assert line <= 12
+
+
+def test_each_equation_has_its_function_and_its_test():
+    """Rows of the table, compared with dora.py and with the text of the test files."""
+    table = TEXT.split("## From equation to line to test")[1].split("**Reading order**")[0]
+    rows = [row.strip("|").split("|") for row in table.strip().split("\n")[2:]]
+    assert len(rows) >= 10
+    for equation, functions, test in rows:
+        source = (ROOT / test.strip().strip("`")).read_text(encoding="utf-8")
+        for name in re.findall(r"`(\w+)`", functions):
+            assert name in source, f"{equation}: {test} does not test {name}"
+            assert callable(getattr(dora, name))
+
+
+def test_list_of_differences():
+    """Lines that begin `# differs:` in the source, compared with the README's list."""
+    found = [match for name in ("dora.py", "train_glue.py", "data.py") for match in re.findall(
+        r"# differs: (.*)", (ROOT / name).read_text(encoding="utf-8"))]
+    assert len(found) >= 4
+    listed = re.findall(r"^- `differs`: (.*)$", TEXT, re.MULTILINE)
+    assert listed == found
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code, tmp_path, monkeypatch):
+    """Each Python block of the README, run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "TASKS", data.TASKS)
+    try:
+        exec(compile(code, "README.md", "exec"), {})
+    finally:
+        data.TASKS.pop("mine", None)
+
+
+def test_shell_blocks_name_what_exists():
+    """Flags and files in the shell blocks, compared with --help and the checkout."""
+    usage = subprocess.run([sys.executable, "train_glue.py", "--help"], cwd=ROOT, text=True,
+                           capture_output=True, check=True).stdout
+    shell = "\n".join(blocks("sh"))
+    assert "train_glue.py" in shell
+    for flag in re.findall(r"--[a-z-]+", shell.replace("--task cola", "")):
+        assert flag in usage
+    for name in re.findall(r"\S+\.(?:py|txt)", shell):
+        assert (ROOT / name).exists()
+
+
+def test_own_task_trains(tmp_path):
+    """The README's row of TASKS with a TSV of one's own: trained and scored like any other."""
+    import train_glue
+    exec(blocks("python")[1], {})
+    bpe = data.write_toy(tmp_path, tmp_path / "model")
+    tiny = train_glue.RobertaConfig(vocab_size=len(bpe.vocab), hidden_size=16, num_hidden_layers=2,
+                                    num_attention_heads=2, intermediate_size=32)
+    train_glue.save_model(train_glue.RobertaForSequenceClassification(tiny, 2), tmp_path / "model")
+    (tmp_path / "mine").mkdir()
+    for split in ("train", "dev"):
+        rows = "".join(f"{i}\tthe king number {i}\t{('bad', 'good')[i % 2]}\n" for i in range(40))
+        (tmp_path / "mine" / f"{split}.tsv").write_text("id\treview\tstars\n" + rows)
+    try:
+        config = train_glue.make_config("mine", data_dir=str(tmp_path), max_len=32, epochs=3,
+                                        model_dir=str(tmp_path / "model"), interval=1,
+                                        out=str(tmp_path / "run"))
+        result = train_glue.train(config)
+    finally:
+        data.TASKS.pop("mine", None)
+    assert result["steps"] == 9 and 0 <= result["best"]["accuracy"] <= 1
+    assert sum(result["ranks"].values()) == 24

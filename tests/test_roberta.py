@@ -1,0 +1,353 @@
+"""train_glue.py: the encoder by hand and the loader of its weights (live peers:
+peers/test_transformers.py)."""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import MINILM, tiny_config, tiny_model
+
+from dora import DoRAError, read_safetensors, write_safetensors
+from train_glue import (
+    RobertaConfig, RobertaForSequenceClassification, load_roberta, read_config, save_model)
+
+HERE = Path(__file__).parent
+
+
+def sentences(rows=3, length=9, seed=1, vocab=437):
+    """(ids, mask) of rows of falling length, padded on the right; no token is <pad>."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, vocab, (rows, length), generator=g)
+    ids[:, 0] = 0
+    for i in range(rows):
+        ids[i, length - 2 * i:] = 1
+    return ids, ids != 1
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A saved tiny model."""
+    save_model(tiny_model(), tmp_path / "m")
+    return tmp_path / "m"
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(*sentences())
+
+
+def rewrite(folder, edit, form="safetensors"):
+    """Save the folder's weights anew after edit(weights), in either format."""
+    weights = {k: t.clone() for k, t in read_safetensors(folder / "model.safetensors").items()}
+    weights = edit(weights) or weights
+    if form == "safetensors":
+        write_safetensors(folder / "model.safetensors", weights)
+    else:
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin")
+
+
+# ---- the model ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_shapes(classes):
+    """Logits are (B, classes) for any number of classes, hidden states (B, T, D)."""
+    model, (ids, mask) = tiny_model(classes), sentences()
+    assert model(ids, mask).shape == (3, classes)
+    assert model.roberta(ids, mask).shape == (3, 9, 32)
+
+
+def test_defaults_are_roberta_bases():
+    """The number of parameters of RobertaConfig()'s encoder equals roberta-base's: 124,055,040
+    without pooler, as its model card's 125 M says; built without memory."""
+    with torch.device("meta"):
+        model = RobertaForSequenceClassification(RobertaConfig(), 2)
+    assert sum(p.numel() for p in model.roberta.parameters()) == 124_055_040
+
+
+@pytest.mark.parametrize("extra", [1, 5, 30])
+def test_padding_changes_nothing(extra):
+    """Logits of a batch against the same with more padding, and against each row alone without
+    any."""
+    model, (ids, mask) = tiny_model().double(), sentences()
+    pad = torch.ones(len(ids), extra, dtype=torch.long)
+    with torch.no_grad():
+        wide = model(torch.cat([ids, pad], 1), torch.cat([mask, pad == 0], 1))
+        torch.testing.assert_close(wide, model(ids, mask), rtol=0, atol=1e-12)
+        for row, row_mask, expected in zip(ids, mask, wide):
+            alone = model(row[row_mask][None], row_mask[row_mask][None])[0]
+            torch.testing.assert_close(alone, expected, rtol=0, atol=1e-12)
+
+
+def test_positions_start_after_pad():
+    """Rows of the position table that get a gradient: pad + 1 = 2 to the longest length + 1 for
+    tokens, and pad itself only for padding."""
+    model, (ids, mask) = tiny_model(), sentences(rows=2, length=5)          # 5 and 3 tokens
+    embeddings = model.roberta.embeddings
+    embeddings(ids, mask)[mask].square().sum().backward()
+    rows = embeddings.position_embeddings.weight.grad.abs().sum(1).nonzero()[:, 0]
+    assert rows.tolist() == [2, 3, 4, 5, 6]
+    embeddings(ids, mask).square().sum().backward()
+    rows = embeddings.position_embeddings.weight.grad.abs().sum(1).nonzero()[:, 0]
+    assert rows.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_last_layers_shortcut():
+    """rows = 1, which computes only the state of <s> in the last layer, against all of it: values
+    and gradients."""
+    model, (ids, mask) = tiny_model().double(), sentences()
+    grads = []
+    for states in (model.roberta(ids, mask, rows=1), model.roberta(ids, mask)):
+        model.zero_grad()
+        states[:, 0].sin().sum().backward()
+        grads.append([p.grad.clone() for p in model.roberta.parameters()])
+        states = states[:, :1]
+        if len(grads) == 1:
+            first = states
+    torch.testing.assert_close(first, states, rtol=0, atol=1e-12)
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_attention_by_hand():
+    """SelfAttention against softmax(q k / sqrt(d)) v written as loops over batch, head and row."""
+    model, (_, mask) = tiny_model().double(), sentences()
+    part = model.roberta.encoder.layer[0].attention.self
+    x = torch.randn(3, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = part(x, x, mask)
+    for b in range(3):
+        n = int(mask[b].sum())
+        for h in range(4):
+            q, k, v = (getattr(part, m)(x[b])[:, 8 * h:8 * h + 8] for m in ("query", "key", "value"))
+            for i in range(9):
+                weights = torch.stack([q[i] @ k[j] / 8 ** 0.5 for j in range(n)]).softmax(0)
+                expected = sum(weights[j] * v[j] for j in range(n))
+                torch.testing.assert_close(found[b, i, 8 * h:8 * h + 8], expected)
+
+
+def test_dropout_only_in_training():
+    """Two passes differ in training, with dropout in every place on, and are equal in
+    evaluation."""
+    model, batch = tiny_model(), sentences()
+    assert torch.equal(model(*batch), model(*batch))
+    model.train()
+    assert not torch.equal(model(*batch), model(*batch))
+    quiet = tiny_model(hidden_dropout_prob=0.0).train()     # what is left is attention's
+    assert not torch.equal(quiet(*batch), quiet(*batch))
+
+
+def test_it_needs_one_token_type():
+    """With two token types (an odd checkpoint) all tokens have type 0."""
+    model, batch = tiny_model(type_vocab_size=2), sentences()
+    before = model(*batch)
+    model.roberta.embeddings.token_type_embeddings.weight.data[1] = 100.0
+    assert torch.equal(model(*batch), before)
+
+
+# ---- the loader ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("old_names", [True, False])
+def test_forms_of_a_checkpoint(folder, form, prefix, old_names):
+    """Logits of a loaded checkpoint against those of the model that was saved: both formats, with
+    and without `roberta.`, LayerNorm.weight/bias and gamma/beta, with keys that are ignored."""
+    def edit(weights):
+        found = {"lm_head.bias": torch.ones(3), "lm_head.dense.weight": torch.ones(2, 2)}
+        for key, tensor in weights.items():
+            if not prefix:
+                key = key.removeprefix("roberta.")
+            if old_names:
+                key = key.replace("LayerNorm.weight", "LayerNorm.gamma")
+                key = key.replace("LayerNorm.bias", "LayerNorm.beta")
+            found[key] = tensor
+        start = "roberta." if prefix else ""
+        found[f"{start}pooler.dense.weight"] = torch.ones(32, 32)
+        found[f"{start}pooler.dense.bias"] = torch.ones(32)
+        found[f"{start}embeddings.position_ids"] = torch.arange(64)[None]
+        return found
+
+    rewrite(folder, edit, form)
+    assert torch.equal(logits(load_roberta(folder, 2)), logits(tiny_model()))
+
+
+def test_half_precision_is_widened(folder):
+    """A float16 file gives float32 weights, equal to the rounded ones."""
+    rewrite(folder, lambda weights: {k: t.half() for k, t in weights.items()})
+    model = load_roberta(folder, 2)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    for a, b in zip(model.parameters(), tiny_model().parameters()):
+        assert torch.equal(a, b.half().float())
+
+
+def test_safetensors_come_first(folder):
+    """Where both files are there, the damaged .bin is not opened."""
+    (folder / "pytorch_model.bin").write_bytes(b"rubbish")
+    assert torch.equal(logits(load_roberta(folder, 2)), logits(tiny_model()))
+
+
+def test_a_round_trip(folder, tmp_path):
+    """save_model, load_roberta, save_model: the same bytes, and the head is kept."""
+    save_model(load_roberta(folder, 2), tmp_path / "again")
+    for name in ("model.safetensors", "config.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_training_leaves_the_file_alone(folder):
+    """The weights are the mapped file, but a step of an optimizer changes only memory."""
+    before = (folder / "model.safetensors").read_bytes()
+    model = load_roberta(folder, 2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("edit", [
+    lambda w: {k: t for k, t in w.items() if not k.startswith("classifier.")},
+    lambda w: {k: t for k, t in w.items() if k != "classifier.dense.bias"},
+    lambda w: {**w, "classifier.out_proj.weight": torch.ones(5, 32),
+               "classifier.out_proj.bias": torch.ones(5)},
+    lambda w: {**w, "classifier.weight": torch.ones(2, 32)}],      # a head of another kind
+    ids=["none", "half", "other size", "other kind"])
+def test_a_new_head(folder, edit):
+    """Without a whole head of this size the encoder is the file's, and the head is as a fresh
+    model's: normal of the config's deviation with zero biases, the same for the same seed. A
+    head with a key too many stays as it is."""
+    rewrite(folder, edit)
+    torch.manual_seed(5)
+    model = load_roberta(folder, 2)
+    for a, b in zip(model.roberta.parameters(), tiny_model().roberta.parameters()):
+        assert torch.equal(a, b)
+    if "classifier.weight" in read_safetensors(folder / "model.safetensors"):
+        assert torch.equal(logits(model), logits(tiny_model()))
+        return
+    head = model.classifier
+    assert not head.dense.bias.any() and not head.out_proj.bias.any()
+    assert abs(head.dense.weight.std().item() - 0.1) < 0.01
+    torch.manual_seed(5)
+    assert torch.equal(load_roberta(folder, 2).classifier.dense.weight, head.dense.weight)
+
+
+def test_regression_after_classification(folder):
+    """A checkpoint with two classes loads for one output: a new head of that width."""
+    assert load_roberta(folder, 1).classifier.out_proj.weight.shape == (1, 32)
+
+
+KEY = "roberta.encoder.layer.1.output.dense.weight"
+
+
+@pytest.mark.parametrize("edit, words", [
+    (lambda w: {k: t for k, t in w.items() if k != KEY},
+     f"{KEY} is missing, 1 weights in all"),
+    (lambda w: w.update({KEY: torch.ones(32, 63)}), f"{KEY} is (32, 63), expected (32, 64)"),
+    (lambda w: w.update({KEY: torch.ones(32 * 64)}), f"{KEY} is (2048,), expected (32, 64)"),
+    (lambda w: w.update({"roberta.encoder.layer.2.output.dense.bias": torch.ones(32)}),
+     "layer.2.output.dense.bias is (32,), expected no such weight"),
+    (lambda w: {k.replace("roberta.", "bert."): t for k, t in w.items()}, "bert.embeddings"),
+    (lambda w: {"classifier.dense.weight": torch.ones(32, 32)}, "is missing, 37 weights in all")],
+    ids=["missing", "shape", "flat", "unknown", "bert", "head alone"])
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_wrong_weights_are_named(folder, form, edit, words):
+    """A missing, misshapen or unknown weight: one line with file, key and shapes."""
+    rewrite(folder, edit, form)
+    with pytest.raises(DoRAError) as caught:
+        load_roberta(folder, 2)
+    message = str(caught.value)
+    assert words in message and str(folder) in message and "\n" not in message
+
+
+def test_no_weights(folder):
+    """A folder without weights, and one without anything: what to point at."""
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DoRAError, match="no model.safetensors or pytorch_model.bin"):
+        load_roberta(folder, 2)
+    with pytest.raises(DoRAError, match="config.json not found"):
+        load_roberta(folder / "nowhere", 2)
+
+
+@pytest.mark.parametrize("content", [
+    {"w": 3}, [torch.ones(2)], torch.ones(2), {"model": {"w": torch.ones(2)}}])
+def test_a_pickle_of_something_else(folder, content):
+    """A .bin that holds no plain dictionary of tensors."""
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+    with pytest.raises(DoRAError, match="not a dictionary of tensors"):
+        load_roberta(folder, 2)
+
+
+# ---- config.json --------------------------------------------------------------------------------
+
+def test_config_is_read_as_written(folder):
+    """Every field of RobertaConfig round-trips, and other fields of the file do no harm."""
+    assert read_config(folder / "config.json") == tiny_config()
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "torch_dtype": "float16", "x": []}))
+    assert read_config(folder / "config.json") == tiny_config()
+
+
+@pytest.mark.parametrize("field, value", [
+    ("hidden_size", None), ("hidden_size", "32"), ("hidden_size", 32.0), ("hidden_size", True),
+    ("hidden_size", -32), ("hidden_size", 2**40), ("hidden_size", 33), ("num_attention_heads", 5),
+    ("num_hidden_layers", 0), ("num_hidden_layers", 10**6), ("num_attention_heads", 0),
+    ("vocab_size", [1]), ("layer_norm_eps", -1.0), ("layer_norm_eps", float("nan")),
+    ("hidden_dropout_prob", 1.0), ("hidden_dropout_prob", float("inf")), ("pad_token_id", "x"),
+    ("model_type", "bert"), ("hidden_act", "relu"), ("hidden_act", ["gelu"]),
+    ("position_embedding_type", "relative_key")])
+def test_absurd_fields(folder, field, value):
+    """A value no model can have: an error with file and field."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(DoRAError) as caught:
+        load_roberta(folder, 2)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert field in str(caught.value) or "heads make no model" in str(caught.value)
+
+
+@pytest.mark.parametrize("field", [
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings", "layer_norm_eps"])
+def test_missing_fields(folder, field):
+    """A size that is not there is an error, never roberta-base's."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    del values[field]
+    path.write_text(json.dumps(values))
+    with pytest.raises(DoRAError, match=f"{field} is None"):
+        load_roberta(folder, 2)
+
+
+@pytest.mark.parametrize("text", [
+    b"", b"{", b"[]", b"3", b"null", b'"roberta"', b"\xff\xfe", b"[" * 100_000, b"{}"])
+def test_a_config_that_is_none(folder, text):
+    """Broken JSON, JSON that is no object, too deep, empty: one line."""
+    (folder / "config.json").write_bytes(text)
+    with pytest.raises(DoRAError, match="config.json"):
+        load_roberta(folder, 2)
+
+
+# ---- numbers of the reference -------------------------------------------------------------------
+
+@pytest.mark.skipif(not MINILM.exists(), reason="needs ../shared/models")
+def test_recorded_hidden_states():
+    """The shared encoder's states of padded sentences against those that transformers computed
+    (fixtures/record_transformers.py), to 1e-5."""
+    recorded = json.loads((HERE / "fixtures" / "transformers.json").read_text())
+    ids = torch.tensor(recorded["ids"])
+    with torch.no_grad():
+        states = load_roberta(MINILM, 2).eval().roberta(ids, ids != 1)
+    for name, position in recorded["positions"].items():
+        expected = torch.tensor(recorded["states"][name])           # (B, D) of one position
+        torch.testing.assert_close(states[:, position], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not MINILM.exists(), reason="needs ../shared/models")
+def test_the_shared_encoder_with_another_head(tmp_path):
+    """A float16 encoder without a head: saved with a head, it loads with the same logits."""
+    model = load_roberta(MINILM, 3).eval()
+    save_model(model, tmp_path)
+    ids, mask = sentences(vocab=50000)
+    with torch.no_grad():
+        assert torch.equal(model(ids, mask), load_roberta(tmp_path, 3).eval()(ids, mask))
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,126 @@
+"""A tiny RoBERTa, its tokenizer, a small task and runs on them; no test of its own."""
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import data
+from train_glue import (
+    RobertaConfig, RobertaForSequenceClassification, make_config, save_model, train)
+
+ROOT = Path(__file__).parents[1]
+MINILM = ROOT / "../shared/models/minilm-l6-roberta"
+GLUE = ROOT / "../shared/data/glue"
+NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+ROWS = {"train": 60, "dev": 40}         # 60 is no multiple of 8 or 16: the last batch is short
+EXAMPLES = functools.cache(lambda: tempfile.TemporaryDirectory(prefix="dora-test-"))
+
+
+def tiny_config(**changes):
+    """Two layers of width 32."""
+    return RobertaConfig(**{**dict(
+        vocab_size=437, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=64, initializer_range=0.1), **changes})
+
+
+def tiny_model(num_labels=2, seed=0, **changes):
+    """With seeded random weights, biases too, in evaluation mode."""
+    torch.manual_seed(seed)
+    model = RobertaForSequenceClassification(tiny_config(**changes), num_labels).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@functools.cache
+def files(dropout=True):
+    """(data_dir, model_dir): the toy's first rows and a tiny model, written once a session."""
+    root = Path(EXAMPLES().name) / str(dropout)
+    model_dir = root / "model"
+    bpe = data.write_toy(root, model_dir)
+    for split, rows in ROWS.items():
+        path = root / "toy" / f"{split}.tsv"
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:rows]))
+    save_model(tiny_model(vocab_size=len(bpe.vocab), **({} if dropout else NO_DROPOUT)), model_dir)
+    return root, model_dir
+
+
+def settings(out, dropout=True, **changes):
+    """make_config's arguments for a run of 24 steps, 8 an epoch, whose last pruning is at 12."""
+    data_dir, model_dir = files(dropout)
+    return {**dict(task="toy", data_dir=str(data_dir), model_dir=str(model_dir), out=str(out),
+                   device="cpu", batch_size=8, epochs=3, max_len=48, interval=3, log_every=1,
+                   **({} if dropout else {"dropout": 0.0})), **changes}
+
+
+def run(out, dropout=True, **changes):
+    """The result of one such run."""
+    return train(make_config(**settings(out, dropout, **changes)))
+
+
+def flags(**settings):
+    """The same settings as flags of the command line."""
+    words = []
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        words += [flag] if value is True else [f"--no{flag[1:]}"] if value is False else \
+            [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return words
+
+
+def lines(folder):
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def result(folder):
+    """result.json, seconds apart."""
+    found = json.loads((Path(folder) / "result.json").read_text())
+    del found["seconds"]
+    return found
+
+
+def newest(folder):
+    """The newest checkpoint's content."""
+    path = max((Path(folder) / "checkpoints").glob("step-*.pt"))
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b, path=""):
+    """Assert that two trees of dicts, lists, tensors and numbers are equal bit for bit."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{path}.{i}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def same_runs(a, b):
+    """Assert that two run folders hold the same, times apart: metrics.jsonl byte for byte, scores,
+    ranks, adapter, final weights, optimizer, masks and random states."""
+    for name in ("metrics.jsonl", "ranks.json", "adapter/adapter_model.safetensors",
+                 "adapter/adapter_config.json"):
+        assert (Path(a) / name).read_bytes() == (Path(b) / name).read_bytes(), name
+    assert result(a) == result(b)
+    same(newest(a), newest(b))
+
+
+def command(*words, **options):
+    """Start `python train_glue.py WORDS` in a process of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    return subprocess.Popen([sys.executable, str(ROOT / "train_glue.py"), *map(str, words)],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+                            **options)
