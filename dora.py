@@ -85,10 +85,13 @@ class DoRAConfig:
     targets: tuple[str, ...] = setting(
         ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
         "dotted suffixes of the names of the matrices to adapt")
+    # differs: the paper starts from c = 0 and large random B; B = 0 is ready to prune sooner
     init: str = setting("zero_b", "start: B = 0 and c = 1, or random A and B and c = 0",
                         ("zero_b", "kaiming", "gaussian"))
     gate: bool = setting(True, "train the gates c; if not, they stay at 1")
+    # differs: the paper has alpha / r'; with alpha / r a run ends at the scale of LoRA's
     scale: str = setting("rank", "alpha over which (Eq. 6: r')", ("rank", "start_rank"))
+    # differs: the paper has Eq. 7, which gives to each matrix, also to one that needs nothing
     importance: str | None = setting(
         "sensitivity", "score of a component; none = never prune",
         ("sensitivity", "triplet", "norm", "frobenius", None))
@@ -96,6 +99,7 @@ class DoRAConfig:
     beta2: float | None = setting(
         0.85, "smoothing of its uncertainty; none = score without it", least=0, below=1)
     eps: float = setting(1e-8, "added to the norm that Eq. 7 divides by", above=0)
+    # differs: the paper prunes slowly first, which leaves the survivors little time to move in
     schedule: str | None = setting(
         "adalora", "budget curve: dora = slow first (Eq. 9), adalora = fast first; none = flat",
         ("dora", "adalora", None))
@@ -107,6 +111,7 @@ class DoRAConfig:
     penalty: str | None = setting(
         "dem", "regulariser while pruning goes on", ("dem", "orthogonal", None))
     eta: float = setting(0.3, "weight of the regulariser (paper: 0.3 or 0.5)", least=0)
+    # differs: the paper drops out x, three times a layer and d_in wide; this costs next to nothing
     dropout_on: str = setting("components", "dropout on the input x or on the r' numbers a_i . x",
                               ("input", "components"))
 

@@ -656,7 +656,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     if not share:  # too short a last batch: some example, counted 0 times
                         part = batch.split(len(batch.labels))[0].to(device)
                     part_loss = task_loss(net(part.ids, part.mask), part.labels) * share
-                    loss += part_loss.detach()
+                    loss = loss + part_loss.detach()  # += would round float64 to float32
                     # DistributedDataParallel takes the mean of the processes' gradients
                     (part_loss * world + (0 if i else penalty)).backward()
                 pruner.observe()

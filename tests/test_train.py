@@ -1,0 +1,340 @@
+"""train_glue.py: the training loop, its run folder, evaluation, accumulation, compaction."""
+import json
+import math
+import statistics
+
+import pytest
+import torch
+from tiny import NO_DROPOUT, files, lines, newest, result, run, same, same_runs, settings, tiny_model
+
+import data
+import train_glue
+from dora import METHODS, DoRAError, Pruner, budget, load_adapter, read_safetensors
+from train_glue import (
+    TrainConfig, adapt, evaluate, evaluate_dev, learning_rate, load_roberta, make_config, predict,
+    prepare, task_loss)
+
+FLOAT64 = dict(dropout=False, dtype="float64")
+
+
+@pytest.fixture
+def masks(monkeypatch):
+    """The masks of every pruning of the runs to come: [(step, mask), ...]."""
+    found = []
+
+    class Recorder(Pruner):
+        def _prune(self, k):
+            super()._prune(k)
+            found.append((self.t, self.mask.tolist()))
+
+    monkeypatch.setattr(train_glue, "Pruner", Recorder)
+    return found
+
+
+def close(a, b, tolerance=1e-9, numbers=("loss", "penalty", "grad_norm", "lr")):
+    """Assert that two lists of metrics.jsonl's lines agree: numbers to the tolerance, relative
+    beyond 1, live components and budget exactly."""
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        assert (x["step"], x["live"], x["budget"]) == (y["step"], y["live"], y["budget"])
+        for key in numbers:
+            assert math.isclose(x[key], y[key], rel_tol=tolerance, abs_tol=tolerance), (x, y)
+
+
+# ---- a run and its folder -----------------------------------------------------------------------
+
+def test_runs_repeat(tmp_path):
+    """Two runs with one seed are equal bit for bit in every file; another seed differs."""
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(tmp_path / name, seed=seed)
+    same_runs(tmp_path / "a", tmp_path / "b")
+    assert lines(tmp_path / "a") != lines(tmp_path / "c")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run's (folder, what train returned)."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    return folder, run(folder)
+
+
+def test_files_of_a_run(finished):
+    """The folder holds what the README says, and nothing temporary; of checkpoints the newest
+    two."""
+    folder, _ = finished
+    assert sorted(p.name for p in folder.iterdir()) == [
+        ".lock", "adapter", "checkpoints", "config.json", "metrics.jsonl", "ranks.json",
+        "result.json"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "step-00000016.pt", "step-00000024.pt"]
+    assert sorted(p.name for p in (folder / "adapter").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_config_of_a_run(finished):
+    """config.json holds all settings: TrainConfig made from them is the run's own."""
+    folder, _ = finished
+    values = json.loads((folder / "config.json").read_text())
+    dora = values.pop("dora")
+    dora["targets"] = tuple(dora["targets"])
+    assert TrainConfig(**values, dora=train_glue.DoRAConfig(**dora)) == make_config(
+        **settings(folder))
+
+
+def test_metrics_of_a_run(finished):
+    """One line for each of the 24 steps with seven fields; the learning rate is learning_rate's,
+    the budget Eq. 9's, live is the budget of the last pruning, all the rest finite; the penalty is
+    0 once pruning has ended."""
+    folder, _ = finished
+    config, found = make_config(**settings(folder)), lines(folder)
+    assert [line["step"] for line in found] == [*range(1, 25)]
+    for line in found:
+        t = line["step"]
+        assert list(line) == ["step", "lr", "loss", "penalty", "grad_norm", "live", "budget"]
+        assert all(math.isfinite(value) for value in line.values())
+        assert line["lr"] == learning_rate(t - 1, 24, config)
+        assert line["budget"] == budget(t, 24, config.dora, 12)
+        pruned = [s for s in (7, 10, 12) if s <= t]             # first is 4, interval 3, last 12
+        assert line["live"] == (budget(pruned[-1], 24, config.dora, 12) if pruned else 36)
+        assert (line["penalty"] > 0) == (t <= 12)
+
+
+def test_result_of_a_run(finished):
+    """result.json is what train returned; epochs, parameter counts and ranks add up."""
+    folder, returned = finished
+    found = json.loads((folder / "result.json").read_text())
+    assert found == {k: v for k, v in returned.items() if k not in ("ranks", "folder")}
+    assert [(e["epoch"], e["step"]) for e in found["epochs"]] == [(1, 8), (2, 16), (3, 24)]
+    assert found["last"] == found["epochs"][-1]
+    assert found["best"] == max(found["epochs"][1:], key=lambda e: e["matthews"])
+    D, wide = 32, 64
+    a_matrix = {"query": 2 * D, "key": 2 * D, "value": 2 * D, "attention.output.dense": 2 * D,
+                "intermediate.dense": D + wide, "output.dense": D + wide}
+    assert found["adapter_parameters"] == 2 * 3 * sum(a_matrix.values())      # r' = 3, two layers
+    assert found["head_parameters"] == D * D + D + 2 * D + 2
+    assert found["trainable_parameters"] == (            # 36 gates, too
+        found["adapter_parameters"] + found["head_parameters"] + 36)
+    ranks = json.loads((folder / "ranks.json").read_text())
+    assert ranks == returned["ranks"] and len(ranks) == 12 and sum(ranks.values()) == 24
+    sizes = {name: next(v for k, v in reversed(a_matrix.items()) if name.endswith(k))
+             for name in ranks if "attention.output" not in name}
+    assert found["adapter_parameters_after_pruning"] == sum(
+        rank * sizes.get(name, 2 * D) for name, rank in ranks.items())
+
+
+def test_the_budget_is_live_at_the_end(finished):
+    """The adapter's file holds exactly r L = 24 components, as many of each matrix as ranks.json
+    says, and the last checkpoint has the same mask."""
+    folder, _ = finished
+    tensors = read_safetensors(folder / "adapter" / "adapter_model.safetensors")
+    kept = {key.split(".lora_A")[0].removeprefix("base_model.model."): len(t)
+            for key, t in tensors.items() if ".lora_A" in key}
+    ranks = json.loads((folder / "ranks.json").read_text())
+    assert sum(kept.values()) == 24 and kept == {k: v for k, v in ranks.items() if v}
+    state = newest(folder)
+    assert state["step"] == 24 and int(state["pruner"]["mask"].sum()) == 24
+    assert sum(len(v) for k, v in state["weights"].items() if k.endswith(".c")) == 24
+
+
+@pytest.mark.parametrize("method", [*METHODS, "bitfit", "full", "head"])
+def test_every_method_runs(tmp_path, method):
+    """Five steps of each: what trains has moved, what is frozen has not, the log is finite, and
+    the saved adapter or model scores as the result says."""
+    found = run(tmp_path, method=method, max_steps=5, interval=1)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    model, before = load_roberta(files()[1], 2), load_roberta(files()[1], 2)
+    if method in METHODS:
+        load_adapter(model, tmp_path / "adapter")
+        assert sum(found["ranks"].values()) == 24
+        assert not (tmp_path / "model").exists()
+    else:
+        model = load_roberta(tmp_path / "model", 2)
+        assert found["ranks"] == {} and not (tmp_path / "adapter").exists()
+        assert (tmp_path / "model" / "vocab.json").exists()
+        moved = {name for (name, p), q in zip(model.named_parameters(), before.parameters())
+                 if not torch.equal(p, q) and name.startswith("roberta.")}
+        assert {"head": not moved, "full": len(moved) > 30,
+                "bitfit": moved and all(name.endswith("bias") for name in moved)}[method]
+    assert evaluate(model, dev(), data.TASKS["toy"])["matthews"] == found["best"]["matthews"]
+
+
+def dev():
+    data_dir, model_dir = files()
+    return data.load_task("toy", data_dir, "dev",
+                          data.BPE(model_dir / "vocab.json", model_dir / "merges.txt"), 48)
+
+
+def test_max_steps(tmp_path):
+    """max_steps ends a run within an epoch, and the budget's curve is that of the shorter run."""
+    found = run(tmp_path, max_steps=11)
+    assert found["steps"] == 11 and found["last"]["epoch"] == 1.375
+    assert [line["step"] for line in lines(tmp_path)] == [*range(1, 12)]
+    assert lines(tmp_path)[-1]["live"] == 24
+
+
+def test_log_every(tmp_path):
+    """A line each fourth step, and one at the end."""
+    run(tmp_path, log_every=4, max_steps=11)
+    assert [line["step"] for line in lines(tmp_path)] == [4, 8, 11]
+
+
+def test_the_learning_rate():
+    """By hand: 50 steps, 6 % = 3 of warm-up, then straight to 0 after the last step."""
+    config = make_config("cola", lr=1.0)
+    rates = [learning_rate(step, 50, config) for step in range(50)]
+    assert rates[:4] == [1 / 3, 2 / 3, 1.0, 1.0] and rates[-1] == 1 / 47
+    falls = [a - b for a, b in zip(rates[3:], rates[4:])]
+    assert max(falls) - min(falls) < 1e-12
+    assert learning_rate(0, 5, config) == 1.0                        # no warm-up in short runs
+
+
+def test_losses():
+    """Cross entropy and squared error by hand, on two examples."""
+    logits = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2
+    assert math.isclose(task_loss(logits, torch.tensor([0, 0])), expected, rel_tol=1e-6)
+    assert task_loss(logits[:, :1], torch.tensor([0.5, 1.0])) == (0.25 + 1) / 2
+
+
+def test_a_run_that_diverges(tmp_path, monkeypatch):
+    """A loss of NaN stops the run: step, learning rate, a layer or the head, the way out."""
+    def bad(logits, labels):
+        bad.calls = getattr(bad, "calls", 0) + 1
+        return task_loss(logits, labels) * (math.nan if bad.calls == 6 else 1.0)
+
+    monkeypatch.setattr(train_glue, "task_loss", bad)
+    with pytest.raises(DoRAError, match=r"step 6: .*nan.* learning rate .*lower --lr"):
+        run(tmp_path, save_every=2)
+    assert newest(tmp_path)["step"] == 4
+
+
+# ---- evaluation ---------------------------------------------------------------------------------
+
+def test_predictions_keep_the_files_order():
+    """predict, which sorts by length, against each example alone in the file's order."""
+    model, examples = tiny_model(), dev()
+    logits = [model(torch.tensor([e.ids]), torch.ones(1, len(e.ids), dtype=torch.bool)).detach()[0]
+              for e in examples]
+    shift = torch.stack(logits).median(0).values                 # so that both classes occur
+    model.classifier.out_proj.bias.data -= shift
+    alone = [int((row - shift).argmax()) for row in logits]
+    assert predict(model, examples).tolist() == alone and len(set(alone)) == 2
+    assert len({len(e.ids) for e in examples}) > 5
+
+
+def test_predictions_of_a_regression():
+    """With one output: its value, cut to 0..1."""
+    model, examples = tiny_model(1), dev()
+    model.classifier.out_proj.weight.data *= 10
+    alone = [model(torch.tensor([e.ids]), torch.ones(1, len(e.ids), dtype=torch.bool)).item()
+             for e in examples]
+    assert min(alone) < 0 or max(alone) > 1
+    for a, b in zip(predict(model, examples), alone):
+        assert math.isclose(a, min(max(b, 0), 1), abs_tol=1e-6)
+
+
+def test_a_collapsed_model_says_so(capsys):
+    """A model that always predicts class 1: Matthews 0 and one line that names the class."""
+    model = tiny_model()
+    model.classifier.out_proj.weight.data.zero_()
+    model.classifier.out_proj.bias.data = torch.tensor([0.0, 1.0])
+    assert evaluate(model, dev(), data.TASKS["toy"]) == {"matthews": 0.0}
+    assert "all 40 predictions are '1': the model collapsed to one class" in capsys.readouterr().out
+
+
+def test_the_mean_of_mnlis_two():
+    """Two dev files: each accuracy, and their mean as the headline."""
+    task = data.TASKS["mnli"]
+    first = [e._replace(label=i % 3) for i, e in enumerate(dev())]
+    second = [e._replace(label=0) for e in dev()[:10]]
+    scores = evaluate_dev(tiny_model(3), {"dev": first, "dev_mm": second}, task)
+    assert list(scores) == ["accuracy", "accuracy_m", "accuracy_mm"]
+    assert scores["accuracy"] == statistics.mean([scores["accuracy_m"], scores["accuracy_mm"]])
+    assert scores["accuracy_mm"] == evaluate(tiny_model(3), second, task)["accuracy"]
+
+
+# ---- accumulation, compaction, number types -----------------------------------------------------
+
+@pytest.mark.parametrize("whole, parts", [((16, 1), (8, 2)), ((12, 1), (4, 3))])
+def test_accumulation(tmp_path, masks, whole, parts):
+    """In float64 without dropout, 50 steps of a batch against the same in parts: losses to 1e-9,
+    the same masks. The last batch is short: 13 = 7 + 6 of 8 + 8, and 1 + 0 + 0 of 4 + 4 + 4."""
+    for name, (size, accumulate) in (("whole", whole), ("parts", parts)):
+        run(tmp_path / name, max_steps=50, batch_size=size, accumulate=accumulate, **FLOAT64)
+    close(lines(tmp_path / "whole"), lines(tmp_path / "parts"))
+    half = len(masks) // 2
+    assert masks[:half] == masks[half:] and len(masks) == 2 * len({t for t, _ in masks}) > 10
+
+
+@pytest.mark.parametrize("rank", [2.0, 0.5])
+def test_compaction_in_training(tmp_path, masks, monkeypatch, rank):
+    """A run that drops dead components after the last pruning against one that only masks them:
+    losses, scores and the adapter, in float64 to 1e-9. The norm of the gradient differs and is
+    not clipped: it counts the closed gates, too, where they are still there."""
+    changes = dict(max_steps=40, rank=rank, start_rank=3, clip=1e9, **FLOAT64)
+    compacted = run(tmp_path / "compacted", **changes)
+    monkeypatch.setattr(train_glue, "compact_", lambda model, optimizer=None: model)
+    masked = run(tmp_path / "masked", **changes)
+    close(lines(tmp_path / "compacted"), lines(tmp_path / "masked"), numbers=("loss", "penalty"))
+    assert compacted["epochs"] == masked["epochs"] and compacted["ranks"] == masked["ranks"]
+    half = len(masks) // 2
+    assert masks[:half] == masks[half:]
+    files = [read_safetensors(tmp_path / name / "adapter" / "adapter_model.safetensors")
+             for name in ("compacted", "masked")]
+    assert files[0].keys() == files[1].keys()
+    for key in files[0]:
+        torch.testing.assert_close(files[0][key], files[1][key], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["dora", "head"])
+def test_bf16(tmp_path, method):
+    """--dtype bf16: frozen weights are bfloat16; A, B, c and the head are float32, also in the
+    checkpoint, and five steps run."""
+    config = make_config(**settings(tmp_path, dtype="bf16", method=method, max_steps=5, interval=1))
+    _, model, _, _ = prepare(config)
+    adapt(model, config)
+    for name, p in model.named_parameters():
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
+    train_glue.train(config)
+    assert {w.dtype for w in newest(tmp_path)["weights"].values()} == {torch.float32}
+    assert all(math.isfinite(line["loss"]) for line in lines(tmp_path))
+
+
+@pytest.mark.parametrize("method", ["full", "bitfit"])
+def test_bf16_where_the_model_itself_trains(tmp_path, method):
+    """There the weights stay float32 and only products are taken in bfloat16: small updates are
+    not lost. The losses are near, not equal, to those in float32."""
+    for dtype in ("bf16", "float32"):
+        run(tmp_path / dtype, dtype=dtype, method=method, max_steps=5)
+    assert {w.dtype for w in newest(tmp_path / "bf16")["weights"].values()} == {torch.float32}
+    a, b = ([line["loss"] for line in lines(tmp_path / dtype)] for dtype in ("bf16", "float32"))
+    assert a != b and max(abs(x - y) for x, y in zip(a, b)) < 0.05
+
+
+def test_deterministic(tmp_path):
+    """--deterministic runs on the CPU and gives the same numbers there; the switch does not
+    outlive it."""
+    try:
+        run(tmp_path / "a", deterministic=True, max_steps=5)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        run(tmp_path / "b", max_steps=5)
+    assert not torch.are_deterministic_algorithms_enabled()
+    same(newest(tmp_path / "a")["weights"], newest(tmp_path / "b")["weights"])
+
+
+@pytest.mark.slow
+def test_compile(tmp_path):
+    """--compile: the same losses as without, to 1e-5, before and after the compaction."""
+    changes = dict(max_steps=12, **{**FLOAT64, "dtype": "float32"})
+    run(tmp_path / "plain", **changes)
+    run(tmp_path / "compiled", compile=True, **changes)
+    close(lines(tmp_path / "plain"), lines(tmp_path / "compiled"), 1e-4)
+    assert result(tmp_path / "plain")["last"] == result(tmp_path / "compiled")["last"]
+
+
+def test_no_dropout_is_really_off():
+    """The folder for float64 comparisons has every dropout at 0, or those would compare noise."""
+    config = load_roberta(files(False)[1], 2).config
+    assert {getattr(config, name) for name in NO_DROPOUT} == {0.0}
+    assert make_config(**settings("x", False)).dora.dropout == 0.0
