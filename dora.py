@@ -755,9 +755,12 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
                             f"another task or base model?")
     if not found:
         raise DoRAError(f"{folder}: no lora_A and lora_B in adapter_model.safetensors")
+    dropout = config.get("lora_dropout", 0.0)
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise DoRAError(f"{path}: lora_dropout is {dropout!r:.40}, not a number in [0, 1)")
     layers: dict[str, DoRALinear] = {}
     for name, (A, B, alpha) in found.items():
-        settings = {**METHODS["lora"], "rank": len(A), "alpha": alpha}
+        settings = {**METHODS["lora"], "rank": len(A), "alpha": alpha, "dropout": dropout}
         layers[name] = DoRALinear(modules[name], DoRAConfig(**settings))  # type: ignore[arg-type]
         layers[name].name = name
         layers[name].A.copy_(A)
