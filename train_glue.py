@@ -432,15 +432,19 @@ class Run:
     FREE = ("out", "resume", "device", "save_every", "data_dir", "model_dir", "compile")
 
     def __init__(self, config: TrainConfig, identity: dict[str, Any]):
-        name = f"runs/{config.task}-{config.method}-{config.seed}"
-        self.config, self.folder = config, Path(config.out or name)
+        self.config, self.folder = config, run_folder(config)
         self.metrics = self.folder / "metrics.jsonl"
         self.writes = process()[0] == 0
+        self.saved = sorted(self.folder.glob("checkpoints/step-*.pt"))  # by an earlier call
         self.signal = 0  # the one that arrived; acted upon between two steps, where all is whole
         settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in self.FREE}
         self.identity = json.loads(json.dumps({**settings.pop("dora"), **settings, **identity}))
 
     def __enter__(self) -> Run:
+        ended = (self.folder / "result.json").exists()
+        if self.saved and not self.config.resume or ended and not self.saved:
+            raise DoRAError(f"{self.folder} holds a run already; use another --out, or go on with "
+                            f"it by --resume")
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")
@@ -452,12 +456,11 @@ class Run:
             except OSError:
                 raise DoRAError(f"{self.folder}: another run is writing here; use another --out "
                                 f"or wait for its end") from None
-            if not self.config.resume:
-                if self.metrics.exists():
-                    raise DoRAError(f"{self.folder} holds a run already; use another --out, or go "
-                                    f"on with it by --resume")
+            for half in self.folder.glob("checkpoints/.step-*"):  # of a process that was killed
+                half.unlink()
+            if not self.saved:
                 write_json(self.folder / "config.json", dataclasses.asdict(self.config))
-                self.metrics.touch()
+                self.metrics.write_bytes(b"")
         handle = lambda number, frame: setattr(self, "signal", number)  # noqa: E731
         self.handlers = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -467,6 +470,12 @@ class Run:
             signal.signal(number, handler)
         if self.writes:
             self.lock.close()
+
+    def stop(self, device: torch.device) -> int:
+        """The signal that arrived at any of the processes, 0 if none did."""
+        if process()[1] == 1:
+            return self.signal
+        return int(summed(torch.tensor(self.signal, device=device), "MAX"))
 
     def log(self, line: dict[str, Any]) -> None:
         if self.writes:
@@ -497,17 +506,21 @@ class Run:
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer,
              pruner: Pruner) -> tuple[int, list[dict[str, Any]], dict[str, Any] | None]:
         """Take up the newest checkpoint that is whole; returns (step, records, best)."""
-        for path in sorted((self.folder / "checkpoints").glob("step-*.pt"), reverse=True):
+        for path in reversed(self.saved):
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-                break
+                identity = state["identity"]
+                with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                    if archive.testzip() is None:
+                        break
             except Exception:  # a damaged pickle raises nearly anything
-                say(f"{path} is damaged, going back to the one before")
+                pass
+            say(f"{path} is damaged, going back to the one before")
         else:
-            raise DoRAError(f"{self.folder}: no checkpoint to resume from; start without --resume")
+            raise DoRAError(f"{self.folder}: no checkpoint is whole; start with another --out")
         for key, value in self.identity.items():
-            if state["identity"].get(key) != value:
-                raise DoRAError(f"{path} was made with {key} = {state['identity'].get(key)}, not "
+            if identity.get(key) != value:
+                raise DoRAError(f"{path} was made with {key} = {identity.get(key)}, not "
                                 f"{value}; resume with the same, or start anew with another --out")
         pruner.load_state_dict(state["pruner"])
         if pruner.done:
@@ -532,6 +545,10 @@ class Run:
             save_model(model, self.folder / "model")
             for name in ("vocab.json", "merges.txt"):
                 write_whole(self.folder / "model" / name, [(model_dir / name).read_bytes()])
+
+
+def run_folder(config: TrainConfig) -> Path:
+    return Path(config.out or f"runs/{config.task}-{config.method}-{config.seed}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -637,8 +654,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     step, best = 0, None
     records: list[dict[str, Any]] = []  # the metrics after each epoch
     with Run(config, identity) as run:
-        if config.resume:
+        if run.saved:
             step, records, best = run.load(model, optimizer, pruner)
+        elif config.resume:
+            say(f"{run.folder}: no checkpoint yet, starting from the beginning")
         if rank:
             torch.manual_seed(config.seed + rank + step)  # other dropout in every process
         net = wrap(model, config)
@@ -677,25 +696,28 @@ def train(config: TrainConfig) -> dict[str, Any]:
                             "penalty": float(penalty.detach()), "grad_norm": float(norm),
                             "live": pruner.live, "budget": budget_at(step, pruner)}
                     run.log(line)
-                    check_line(line, layers, pruner)
+                    check_line(line, layers, pruner, device)
                     bar.set_postfix(loss=f"{line['loss']:.4f}", live=line["live"],
                                     budget=line["budget"])
-                if run.signal or step % config.save_every == 0:
-                    run.save(step, model, optimizer, pruner, records, best)
-                if run.signal:
-                    bar.close()
-                    raise Interrupted(f"stopped at step {step} of {total}, saved in {run.folder}",
-                                      run.signal)
-                if step == total:
+                ended = step % per_epoch == 0 or step == total
+                if ended or run.stop(device):
                     break
-            scores = evaluate_dev(model, dev_sets, task)
-            records.append({"epoch": round(step / per_epoch, 3), "step": step, **scores})
-            if pruner.done and (best is None or scores[task.metrics[0]] > best[task.metrics[0]]):
-                best = records[-1]
-                run.save_best(model, layers, model_dir)
+                if step % config.save_every == 0:
+                    run.save(step, model, optimizer, pruner, records, best)
+            if ended:
+                scores = evaluate_dev(model, dev_sets, task)
+                records.append({"epoch": round(step / per_epoch, 3), "step": step, **scores})
+                if pruner.done and (best is None or
+                                    scores[task.metrics[0]] > best[task.metrics[0]]):
+                    best = records[-1]
+                    run.save_best(model, layers, model_dir)
+                say(f"epoch {records[-1]['epoch']:g}  " +
+                    "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
             run.save(step, model, optimizer, pruner, records, best)
-            say(f"epoch {records[-1]['epoch']:g}  " +
-                "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+            if number := run.stop(device):
+                bar.close()
+                raise Interrupted(f"stopped at step {step} of {total}, saved in {run.folder}",
+                                  number)
         bar.close()
         ranks = pruner.ranks()
         after = sum(k * sum(layers[name].base.weight.shape) for name, k in ranks.items())
@@ -722,14 +744,15 @@ def budget_at(step: int, pruner: Pruner) -> int:
     return budget(step, pruner.total_steps, pruner.config, len(pruner.layers))
 
 
-def check_line(line: dict[str, Any], layers: dict[str, DoRALinear], pruner: Pruner) -> None:
+def check_line(line: dict[str, Any], layers: dict[str, DoRALinear], pruner: Pruner,
+               device: torch.device) -> None:
     """Stop at numbers that are not finite, or at processes that do not agree on the mask."""
     if not math.isfinite(line["loss"] + line["grad_norm"]):
         bad = [name for name, layer in layers.items() if not layer.A.isfinite().all()]
         raise DoRAError(f"step {line['step']}: loss {line['loss']} and gradient norm "
                         f"{line['grad_norm']} at learning rate {line['lr']:.3g}, first bad layer "
                         f"{bad[0] if bad else 'the head'}; the last checkpoint is good, lower --lr")
-    mask = pruner.mask.float()
+    mask = pruner.mask.to(device).float()
     if not torch.equal(summed(mask, "MIN"), summed(mask, "MAX")):
         raise DoRAError(f"step {line['step']}: the processes pruned different components; "
                         f"start them with the same settings and data")
@@ -820,6 +843,13 @@ def main(argv: list[str] | None = None) -> int:
     except (DoRAError, DataError) as error:
         print(f"train_glue.py: error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if process()[1] == 1:
+            raise
+        print(f"train_glue.py: error: a process is gone ({str(error).splitlines()[0]:.100}); go on "
+              f"from the last checkpoint in {run_folder(config)} with the same command and "
+              f"--resume", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"train_glue.py: error: {error.filename or 'a file'}: {error.strerror or error}; "
               f"what was complete is intact", file=sys.stderr)
@@ -868,6 +898,7 @@ def evaluate_only(config: TrainConfig, adapter: str | Path | None, split: str | 
 def make_parser() -> argparse.ArgumentParser:
     """Flags made from the fields of TrainConfig and DoRAConfig."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     usage="%(prog)s [--task TASK] [--SETTING VALUE ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for config, title in ((TrainConfig, "the run"), (DoRAConfig, "the method")):
         group, hints = parser.add_argument_group(title), get_type_hints(config)

@@ -5,7 +5,8 @@ import statistics
 
 import pytest
 import torch
-from tiny import NO_DROPOUT, files, lines, newest, result, run, same, same_runs, settings, tiny_model
+from tiny import (
+    NO_DROPOUT, files, lines, newest, result, run, same, same_runs, settings, tiny_model)
 
 import data
 import train_glue

@@ -118,9 +118,10 @@ def same_runs(a, b):
     same(newest(a), newest(b))
 
 
-def command(*words, **options):
-    """Start `python train_glue.py WORDS` in a process of its own."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
-    return subprocess.Popen([sys.executable, str(ROOT / "train_glue.py"), *map(str, words)],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
-                            **options)
+def command(*words, code=None, env=()):
+    """Start `python train_glue.py WORDS`, or other code with these words, in a process of its
+    own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **dict(env)}
+    program = ["-c", code] if code else ["train_glue.py"]
+    return subprocess.Popen([sys.executable, *program, *map(str, words)], cwd=ROOT, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

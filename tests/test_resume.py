@@ -1,0 +1,484 @@
+"""train_glue.py: an interrupted run goes on bit for bit, and a failed write loses nothing."""
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from tiny import GLUE, MINILM, command, flags, lines, newest, run, same, same_runs, settings
+
+import dora
+import train_glue
+from dora import DoRAError
+from train_glue import Interrupted, main, make_config, train
+
+
+def resume(out, **changes):
+    """Go on with a run."""
+    return run(out, resume=True, **changes)
+
+
+def stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """Send this process a signal while the given step is under way."""
+    real, calls = train_glue.task_loss, []
+
+    def loss(logits, labels):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return real(logits, labels)
+
+    monkeypatch.setattr(train_glue, "task_loss", loss)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    run(folder)
+    return folder
+
+
+# ---- interrupted and resumed --------------------------------------------------------------------
+
+@pytest.mark.parametrize("step", [1, 3, 7, 8, 9, 11, 12, 13, 16, 23, 24])
+def test_interrupted_and_resumed(tmp_path, capsys, monkeypatch, whole, step):
+    """SIGTERM in a step: the step is finished and saved, main says how to go on and returns 143;
+    with --resume the run's end equals the uninterrupted one's. An epoch ends at 8, 16 and 24,
+    prunings are at 7, 10 and 12, at 12 the dead components leave."""
+    words = flags(**settings(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        assert main(words) == 143
+    text = capsys.readouterr().out
+    assert f"stopped at step {step} of 24, saved in {tmp_path / 'out'}; go on with" in text
+    assert "--resume" in text
+    assert newest(tmp_path / "out")["step"] == step
+    assert not (tmp_path / "out" / "result.json").exists()
+    assert main([*words, "--resume"]) == 0
+    same_runs(tmp_path / "out", whole)
+
+
+def test_ctrl_c(tmp_path, monkeypatch):
+    """SIGINT is told apart by its exit code, 130; afterwards the old handlers are back."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    stop_at(monkeypatch, 5, signal.SIGINT)
+    assert main(flags(**settings(tmp_path))) == 130
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_interrupted_many_times(tmp_path, monkeypatch, whole):
+    """Stopped after every second step and resumed, eleven times."""
+    stops = 0
+    while True:
+        with monkeypatch.context() as patch:
+            stop_at(patch, 2)
+            try:
+                run(tmp_path, resume=stops > 0)
+            except Interrupted:
+                stops += 1
+                continue
+            break
+    assert stops >= 11
+    same_runs(tmp_path, whole)
+
+
+@pytest.mark.parametrize("method", ["paper", "adalora", "lora", "bitfit", "full", "head"])
+def test_every_method_resumes(tmp_path, monkeypatch, method):
+    """The same for the other methods, with accumulation: final weights, moments, scores."""
+    changes = dict(method=method, epochs=2, accumulate=2)
+    run(tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(patch, 9)
+        run(tmp_path / "cut", **changes)
+    assert newest(tmp_path / "cut")["step"] == 5
+    resume(tmp_path / "cut", **changes)
+    same(newest(tmp_path / "cut"), newest(tmp_path / "whole"))
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+def test_more_checkpoints_change_nothing(tmp_path, whole):
+    """A run that saves at every step ends as one that saves at the ends of epochs; only the newest
+    two files are kept."""
+    run(tmp_path, save_every=1)
+    same_runs(tmp_path, whole)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000023.pt", "step-00000024.pt"]
+
+
+def test_a_killed_run_goes_back_to_its_checkpoint(tmp_path, monkeypatch, whole):
+    """An exception in step 15 (as good as kill -9: nothing is saved) with checkpoints each third
+    step: steps 13 and 14 are done again, their lines of the log are not doubled."""
+    def dies(step):
+        real, calls = train_glue.task_loss, []
+
+        def loss(logits, labels):
+            calls.append(1)
+            if len(calls) == step:
+                raise KeyError("dies")
+            return real(logits, labels)
+
+        return loss
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(train_glue, "task_loss", dies(15))
+        run(tmp_path, save_every=3)
+    assert len(lines(tmp_path)) == 14 and newest(tmp_path)["step"] == 12
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 15, "l')                                   # and a line cut short
+    resume(tmp_path, save_every=3)
+    same_runs(tmp_path, whole)
+
+
+def test_resuming_what_has_finished(tmp_path, whole):
+    """It changes nothing and gives the same result."""
+    shutil.copytree(whole, tmp_path / "out")
+    resume(tmp_path / "out")
+    same_runs(tmp_path / "out", whole)
+
+
+def test_checkpoints_hold_tensors_alone(whole):
+    """They load with weights_only=True and hold no frozen weight: the base model is not copied."""
+    state = newest(whole)
+    assert not [key for key in state["weights"] if ".base." in key or "embeddings" in key]
+    size = max((whole / "checkpoints").iterdir()).stat().st_size
+    assert size < 200_000
+
+
+# ---- damaged checkpoints ------------------------------------------------------------------------
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flipped(path):
+    raw = bytearray(path.read_bytes())
+    weights = torch.load(path, weights_only=True)["weights"]
+    inside = raw.index(max(weights.values(), key=torch.numel).detach().numpy().tobytes())
+    raw[inside + 100] ^= 255
+    path.write_bytes(raw)
+
+
+def other(path):
+    torch.save({"step": 3}, path)
+
+
+def listed(path):
+    torch.save([1, 2], path)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, flipped, other, listed])
+def test_a_damaged_checkpoint(tmp_path, capsys, monkeypatch, whole, damage):
+    """The newest is cut short, empty, has a byte changed or holds something else: it says so by
+    name, goes on from the one before, and ends as the uninterrupted run."""
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(patch, 14)
+        run(tmp_path, save_every=5)
+    newest_path = max((tmp_path / "checkpoints").iterdir())
+    assert newest_path.name == "step-00000014.pt"
+    damage(newest_path)
+    capsys.readouterr()
+    resume(tmp_path, save_every=5)
+    assert f"{newest_path} is damaged, going back to the one before" in capsys.readouterr().out
+    same_runs(tmp_path, whole)
+
+
+def test_all_checkpoints_damaged(tmp_path, monkeypatch):
+    """None is whole: an error, and the files stay as they are."""
+    stop_at(monkeypatch, 3)
+    with pytest.raises(Interrupted):
+        run(tmp_path)
+    for path in (tmp_path / "checkpoints").iterdir():
+        empty(path)
+    with pytest.raises(DoRAError, match="no checkpoint is whole"):
+        resume(tmp_path)
+    assert len(lines(tmp_path)) == 3
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(rank=1.5), ["rank = 2.0", "1.5"]),
+    (dict(schedule="dora"), ["schedule = adalora", "dora"]),
+    (dict(start_rank=5), ["start_rank = None", "5"]), (dict(epochs=4), ["epochs = 3", "4"]),
+    (dict(max_steps=30), ["max_steps = None", "30"]), (dict(seed=2), ["seed = 1", "2"]),
+    (dict(interval=4), ["interval = 3", "4"]), (dict(lr=0.1), ["lr = 0.003", "0.1"]),
+    (dict(method="lora"), ["=", "resume with the same"]), (dict(dtype="float64"), ["dtype"]),
+    (dict(batch_size=4), ["batch_size = 8", "4"]), (dict(targets=("query",)), ["targets"]),
+    (dict(dropout=False), ["dropout"])])
+def test_another_run_is_not_resumed(tmp_path, whole, changes, words):
+    """Other budget, schedule, length, seed, method ...: refused, naming setting and both values;
+    the folder stays as it is."""
+    shutil.copytree(whole, tmp_path / "out")
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    with pytest.raises(DoRAError) as caught:
+        resume(tmp_path / "out", **changes)
+    for word in words:
+        assert word in str(caught.value)
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+
+
+def test_another_task_or_model_is_not_resumed(tmp_path, whole):
+    """Another task, other data or another model in the same folder's place: refused by name."""
+    shutil.copytree(whole, tmp_path / "out")
+    given = settings(tmp_path / "out", resume=True)
+    with pytest.raises(DoRAError, match="task = toy, not toy-pretrain"):
+        train(make_config(**{**given, "task": "toy-pretrain"}))
+    shutil.copytree(given["model_dir"], tmp_path / "m")
+    weights = dora.read_safetensors(tmp_path / "m" / "model.safetensors")
+    weights["roberta.encoder.layer.1.output.dense.bias"] += 0.5
+    dora.write_safetensors(tmp_path / "m" / "model.safetensors", weights)
+    with pytest.raises(DoRAError, match="model weights = "):
+        train(make_config(**{**given, "model_dir": str(tmp_path / "m")}))
+    shutil.copytree(given["data_dir"], tmp_path / "d")
+    path = tmp_path / "d" / "toy" / "train.tsv"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    with pytest.raises(DoRAError, match="train examples = 61, not 60"):
+        train(make_config(**{**given, "data_dir": str(tmp_path / "d")}))
+
+
+def test_a_run_is_not_overwritten(tmp_path, whole, capsys):
+    """Without --resume a folder with a run is refused, also where its checkpoints were thrown away,
+    and nothing in it changes."""
+    shutil.copytree(whole, tmp_path / "out")
+    says = "holds a run already; use another --out, or go on with it by --resume"
+    assert main(flags(**settings(tmp_path / "out"))) == 2
+    assert says in capsys.readouterr().err
+    same_runs(tmp_path / "out", whole)
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    for words in ([], ["--resume"]):
+        assert main([*flags(**settings(tmp_path / "out")), *words]) == 2
+        assert says in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+
+
+def test_two_runs_in_one_folder(tmp_path, monkeypatch):
+    """The second, started while the first is under way, is refused; the first goes on."""
+    real, errors = train_glue.task_loss, []
+
+    def loss(logits, labels):
+        if not errors:
+            errors.append("")
+            for again in (False, True):
+                with pytest.raises(DoRAError, match="another run is writing here"):
+                    run(tmp_path, max_steps=5, resume=again)
+        return real(logits, labels)
+
+    monkeypatch.setattr(train_glue, "task_loss", loss)
+    assert run(tmp_path, max_steps=5, interval=1)["steps"] == 5
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_that_died_before_its_first_checkpoint(tmp_path, capsys, whole, again):
+    """Nothing to go on from but a few lines of a log: the same command starts anew, with --resume
+    it says so, and the run is as any other. What a killed process left half-written is removed."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".step-00000008.pt.abc").write_bytes(b"half")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "l')
+    run(tmp_path, resume=again)
+    assert ("no checkpoint yet, starting from the beginning" in capsys.readouterr().out) == again
+    same_runs(tmp_path, whole)
+    assert len([*(tmp_path / "checkpoints").iterdir()]) == 2
+
+
+def test_several_seeds_resume(tmp_path, monkeypatch, whole):
+    """Stopped in the second of three seeds: the same command with --resume finishes the second,
+    does the third, and leaves the first as it is."""
+    words = [*flags(**settings(tmp_path / "out")), "--seeds", "2", "1", "3"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 30)
+        assert main(words) == 143
+    assert main([*words, "--resume"]) == 0
+    same_runs(tmp_path / "out" / "seed-1", whole)
+    assert len(lines(tmp_path / "out" / "seed-2")) == len(lines(tmp_path / "out" / "seed-3")) == 24
+
+
+# ---- disk full, read-only -----------------------------------------------------------------------
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk(tmp_path, capsys, monkeypatch, whole):
+    """The disk is full from step 11 on: one line, exit code 2, no half file, the checkpoint of
+    step 10 is whole, and with room again the run goes on to the same end."""
+    real = train_glue.torch.save
+    words = flags(**settings(tmp_path, save_every=1))
+
+    def save(state, buffer):
+        if state["step"] == 11:
+            monkeypatch.setattr(dora.os, "fsync", full)
+        return real(state, buffer)
+
+    monkeypatch.setattr(train_glue.torch, "save", save)
+    assert main(words) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and "No space left on device" in error and "intact" in error
+    monkeypatch.undo()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000009.pt", "step-00000010.pt"]
+    assert newest(tmp_path)["step"] == 10
+    assert main([*words, "--resume"]) == 0
+    same_runs(tmp_path, whole)
+
+
+@pytest.mark.parametrize("path", ["adapter/adapter_model.safetensors", "result.json", "ranks.json"])
+def test_a_full_disk_at_the_end(tmp_path, monkeypatch, whole, path):
+    """It is full when the adapter or the result is written: the old file or none stands there,
+    and the run can be finished."""
+    real = dora.os.replace
+
+    def replace(source, target):
+        if str(target).endswith(path):
+            full()
+        real(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(dora.os, "replace", replace)
+        run(tmp_path)
+    assert not (tmp_path / path).exists()
+    assert not [p for p in tmp_path.rglob("*") if ".json." in p.name or ".safetensors." in p.name]
+    resume(tmp_path)
+    same_runs(tmp_path, whole)
+
+
+def test_a_file_size_limit(tmp_path, whole):
+    """A real limit of the system, 60 kB a file, in a process of its own: exit code 2, one line,
+    no half file."""
+    words = flags(**settings(tmp_path / "out", max_steps=9))
+    limited = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+               "import train_glue; sys.exit(train_glue.main(sys.argv[1:]))")
+    process = command(*words, code=limited)
+    error = process.communicate(timeout=120)[1].strip()
+    assert process.returncode == 2 and "File too large" in error and "\n" not in error
+    assert not [*(tmp_path / "out" / "checkpoints").iterdir()]
+
+
+def test_a_read_only_folder(tmp_path, capsys, monkeypatch):
+    """No folder can be made (simulated: root may write anywhere): exit code 2, one line that
+    names it."""
+    real = train_glue.Path.mkdir
+
+    def mkdir(self, *args, **kwargs):
+        if self.name == "out":
+            raise PermissionError(errno.EROFS, "Read-only file system", str(self))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(train_glue.Path, "mkdir", mkdir)
+    assert main(flags(**settings(tmp_path / "out"))) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"{tmp_path / 'out'}: Read-only file system" in error and "\n" not in error
+
+
+def test_a_file_in_the_folders_place(tmp_path, capsys):
+    """--out is a file: one line that names it, and it stays as it is."""
+    (tmp_path / "out").write_text("mine")
+    assert main(flags(**settings(tmp_path / "out"))) == 2
+    assert str(tmp_path / "out") in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+# ---- kill -9 ------------------------------------------------------------------------------------
+
+def killed(words, seconds, folder):
+    """Start the command, kill it some seconds after its run folder is there; False if it ended
+    before that."""
+    process = command(*words)
+    while process.poll() is None and not (folder / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.kill()
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+def finish(words, folder):
+    """Go on (or start, where nothing was saved yet) until the end."""
+    if not [*folder.glob("checkpoints/step-*.pt")]:
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        words = [*words, "--resume"]
+    process = command(*words)
+    out, error = process.communicate(timeout=600)
+    assert process.returncode == 0, error
+    return out
+
+
+@pytest.mark.slow
+def test_kill_at_random_moments(tmp_path):
+    """kill -9 at 20 random moments of a run that saves at every step: resumed, each ends as the
+    one that was left alone. Half-written temporary files are no hindrance."""
+    rng = random.Random(0)
+    changes = dict(epochs=6, save_every=1)
+    started = time.monotonic()
+    run(tmp_path / "whole", **changes)
+    duration = time.monotonic() - started
+    kills = 0
+    for i in range(20):
+        words, folder = flags(**settings(tmp_path / f"{i}", **changes)), tmp_path / f"{i}"
+        kills += killed(words, rng.uniform(0, duration), folder)
+        finish(words, folder)
+        same_runs(folder, tmp_path / "whole")
+    assert kills >= 10
+
+
+@pytest.mark.slow
+def test_kill_inside_a_write(tmp_path, whole):
+    """A process dies between the two halves of the write of the checkpoint of step 14: the one of
+    step 13 is the newest, and the run ends equal."""
+    words = flags(**settings(tmp_path / "out", save_every=1))
+    dying = """
+import os, signal, sys, dora, train_glue
+def write_whole(path, chunks, real=dora.write_whole):
+    if path.name == "step-00000014.pt":
+        def halves():
+            raw = bytes(chunks[0])
+            yield raw[:len(raw) // 2]
+            os.kill(os.getpid(), signal.SIGKILL)
+        chunks = halves()
+    real(path, chunks)
+train_glue.write_whole = write_whole
+sys.exit(train_glue.main(sys.argv[1:]))"""
+    process = command(*words, code=dying)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    names = sorted(p.name for p in (tmp_path / "out" / "checkpoints").iterdir())
+    assert [name for name in names if not name.startswith(".")] == [
+        "step-00000012.pt", "step-00000013.pt"]
+    assert any(name.startswith(".step-00000014.pt") for name in names)      # the half file
+    finish(words, tmp_path / "out")
+    same_runs(tmp_path / "out", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MINILM.exists(), reason="needs ../shared/models and ../shared/data")
+def test_kill_with_the_real_encoder(tmp_path):
+    """The same with the shared encoder on RTE, 12 steps, killed three times."""
+    given = dict(task="rte", data_dir=GLUE, model_dir=MINILM, device="cpu", batch_size=4,
+                 max_steps=12, max_len=32, interval=2, save_every=1, log_every=1)
+    started = time.monotonic()
+    finish(flags(out=tmp_path / "whole", **given), tmp_path / "whole")
+    duration = time.monotonic() - started
+    rng = random.Random(1)
+    for i in range(3):
+        words, folder = flags(out=tmp_path / f"{i}", **given), tmp_path / f"{i}"
+        killed(words, rng.uniform(0, duration / 2), folder)
+        finish(words, folder)
+        same_runs(folder, tmp_path / "whole")
+
+
+def test_the_result_is_json(whole):
+    """result.json and every line of metrics.jsonl is JSON that other languages read: no NaN."""
+    json.loads((whole / "result.json").read_text(), parse_constant=pytest.fail)
+    for line in (whole / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
