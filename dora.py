@@ -178,6 +178,7 @@ class DoRALinear(nn.Module):
         self.final_budget = r  # b(T) of the whole model
         self.progress: tuple[int, int, int] | None = None  # the Pruner's t, last pruning, T
         self.reset()
+        self.train(base.training)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -353,7 +354,8 @@ def dem_penalty(layers: Iterable[DoRALinear]) -> Tensor:
     for layer in layers:
         n += len(layer.c)
         for rows in (layer.A, layer.B.T):  # (r', d_in), (r', d_out)
-            vectors.setdefault(rows.shape[1], []).append(rows)
+            if rows.shape[1] > 1:  # a single number does not vary
+                vectors.setdefault(rows.shape[1], []).append(rows)
     return torch.stack([torch.cat(rows).var(dim=1).sum() for rows in vectors.values()]).sum() / n
 
 
@@ -507,18 +509,20 @@ def rank_map(ranks: dict[str, int]) -> str:
 
 
 def _check_budget(layers: dict[str, DoRALinear]) -> None:
-    """Raise unless the budget has been reached and the mask is held, and say why it is not."""
+    """Raise unless the last pruning is done and its mask is held, and say what is missing."""
+    live = sum(layer.rank for layer in layers.values())
     for name, layer in layers.items():
+        short = f"{live} components are live, the budget is {layer.final_budget}"
+        if layer.progress is not None and layer.progress[0] < layer.progress[1]:
+            t, last, total = layer.progress
+            raise DoRAError(f"{short}: training stopped at step {t} of {total}, before the last "
+                            f"pruning at step {last}")
+        if layer.config.schedule is not None and live > layer.final_budget:
+            raise DoRAError(f"{short}: pruner.step() was never called; call observe() and step() "
+                            f"in every step")
         if bool((layer.c[~layer.mask] != 0).any()):
             raise DoRAError(f"{name}: a pruned gate is not 0; call pruner.step() after every "
                             f"optimizer.step()")
-        live, b_T = sum(other.rank for other in layers.values()), layer.final_budget
-        if layer.config.schedule is not None and live > b_T:
-            why = "pruner.step() was never called; call observe() and step() in every step"
-            if layer.progress is not None:
-                t, last, total = layer.progress
-                why = f"training stopped at step {t} of {total}, before the last pruning at {last}"
-            raise DoRAError(f"{live} components are live, the budget is {b_T}: {why}")
 
 
 @torch.no_grad()

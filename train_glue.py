@@ -152,7 +152,7 @@ class Encoder(nn.Module):
         """(B, T, D) -> (B, rows, D): the last layer computes only the first rows; None = all."""
         for layer in self.layer[:-1]:
             x = layer(x, x, mask)
-        return self.layer[-1](x[:, :rows], x, mask)
+        return self.layer[-1](x[:, :rows].contiguous(), x, mask)
 
 
 class RobertaModel(nn.Module):
@@ -238,7 +238,7 @@ def load_roberta(folder: str | Path, num_labels: int) -> RobertaForSequenceClass
     missing = [key for key in expected if key not in state]
     lost = [key for key in missing if not key.startswith("classifier.")]
     if lost:
-        raise DoRAError(f"{path}: {lost[0]} is missing, {len(lost)} weights in all; "
+        raise DoRAError(f"{path}: {lost[0]} is missing, {len(lost)} of {len(expected)} weights; "
                         f"take a whole RoBERTa model")
     if missing:
         state = {key: tensor for key, tensor in state.items() if key.startswith("roberta.")}
@@ -257,7 +257,8 @@ def read_config(path: Path) -> RobertaConfig:
                         f"vocab.json, merges.txt and the weights") from None
     except (ValueError, RecursionError):
         raise DoRAError(f"{path}: not JSON; get the file anew") from None
-    fixed = {"model_type": "roberta", "hidden_act": "gelu", "position_embedding_type": "absolute"}
+    fixed = {"model_type": "roberta", "hidden_act": "gelu", "position_embedding_type": "absolute",
+             "pad_token_id": data.PAD}
     for key, value in fixed.items():
         if not isinstance(values, dict) or values.get(key, value) != value:
             raise DoRAError(f"{path}: {key} is not {value!r}; take a RoBERTa model")
@@ -848,8 +849,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"train_glue.py: error: a process is gone ({str(error).splitlines()[0]:.100}); go on "
               f"from the last checkpoint in {run_folder(config)} with the same command and "
-              f"--resume", file=sys.stderr)
-        return 1
+              f"--resume", file=sys.stderr, flush=True)
+        os._exit(1)  # at a normal exit, threads of the broken process group may abort
     except OSError as error:
         print(f"train_glue.py: error: {error.filename or 'a file'}: {error.strerror or error}; "
               f"what was complete is intact", file=sys.stderr)

@@ -19,8 +19,8 @@ import data  # noqa: E402
 from train_glue import RobertaConfig, RobertaForSequenceClassification, save_model  # noqa: E402
 
 TEXTS = ["these dogs near the king see a bird", "the old teacher sees some painters",
-         "some robots behind a queen with this pilot admire the singers", "a cat", "", "I'm 10² naïve",
-         "this  happy\tlawyer </s> thanks <mask>!"]
+         "some robots behind a queen with this pilot admire the singers", "a cat", "",
+         "I'm 10² naïve", "this  happy\tlawyer </s> thanks <mask>!"]
 
 
 def write_checkpoint(folder):

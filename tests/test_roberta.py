@@ -119,7 +119,8 @@ def test_attention_by_hand():
     for b in range(3):
         n = int(mask[b].sum())
         for h in range(4):
-            q, k, v = (getattr(part, m)(x[b])[:, 8 * h:8 * h + 8] for m in ("query", "key", "value"))
+            q, k, v = (matrix(x[b])[:, 8 * h:8 * h + 8]
+                       for matrix in (part.query, part.key, part.value))
             for i in range(9):
                 weights = torch.stack([q[i] @ k[j] / 8 ** 0.5 for j in range(n)]).softmax(0)
                 expected = sum(weights[j] * v[j] for j in range(n))
@@ -240,13 +241,13 @@ KEY = "roberta.encoder.layer.1.output.dense.weight"
 
 @pytest.mark.parametrize("edit, words", [
     (lambda w: {k: t for k, t in w.items() if k != KEY},
-     f"{KEY} is missing, 1 weights in all"),
+     f"{KEY} is missing, 1 of 41 weights"),
     (lambda w: w.update({KEY: torch.ones(32, 63)}), f"{KEY} is (32, 63), expected (32, 64)"),
     (lambda w: w.update({KEY: torch.ones(32 * 64)}), f"{KEY} is (2048,), expected (32, 64)"),
     (lambda w: w.update({"roberta.encoder.layer.2.output.dense.bias": torch.ones(32)}),
      "layer.2.output.dense.bias is (32,), expected no such weight"),
     (lambda w: {k.replace("roberta.", "bert."): t for k, t in w.items()}, "bert.embeddings"),
-    (lambda w: {"classifier.dense.weight": torch.ones(32, 32)}, "is missing, 37 weights in all")],
+    (lambda w: {"classifier.dense.weight": torch.ones(32, 32)}, "is missing, 37 of 41 weights")],
     ids=["missing", "shape", "flat", "unknown", "bert", "head alone"])
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_wrong_weights_are_named(folder, form, edit, words):

@@ -1,0 +1,134 @@
+"""The notebooks: each runs from top to bottom, prints again what is stored, and keeps to its form.
+
+Needs notebooks/requirements.txt; without it this file is skipped.
+"""
+import ast
+import copy
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "notebooks"
+NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
+NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?")
+SECONDS = 60
+
+
+def read(name):
+    return nbformat.read(FOLDER / name, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def sections(notebook):
+    """Code cells under each heading of level two; what stands before the first is left out."""
+    found = {}
+    title = None
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            headings = re.findall(r"^## (.+)$", cell.source, re.MULTILINE)
+            title = headings[-1] if headings else title
+        elif cell.cell_type == "code" and title:
+            found.setdefault(title, []).append(cell)
+    return found
+
+
+def defined(source):
+    """Names of the functions and classes at the top level of a source."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return {node.name for node in ast.parse(source).body if isinstance(node, kinds)}
+
+
+def shown(cell):
+    """What a code cell printed or evaluated to, as text."""
+    return "".join(output.get("text") or output.get("data", {}).get("text/plain", "")
+                   for output in cell.outputs
+                   if "image/png" not in output.get("data", {}))
+
+
+def same_text(stored, fresh):
+    """Equal but for numbers, which need to agree to three significant digits only."""
+    a, b = ([float(n.replace(",", "")) for n in NUMBER.findall(text)] for text in (stored, fresh))
+    words, fresh_words = (NUMBER.sub("#", text).split() for text in (stored, fresh))
+    # half a unit of the third digit of each rounding, so 1 in 200 at worst
+    return words == fresh_words and len(a) == len(b) and all(
+        x == y or abs(x - y) <= 5e-3 * max(abs(x), abs(y)) + 1e-9 for x, y in zip(a, b))
+
+
+# ---- form: no kernel needed ---------------------------------------------------------------------
+
+def test_there_are_notebooks():
+    """The folder holds notebooks 01 to 04 at least, numbered without a gap."""
+    numbers = [int(name[:2]) for name in NAMES]
+    assert len(numbers) >= 4 and numbers == list(range(1, len(numbers) + 1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_form(name):
+    """Cells of at most 15 lines, an assert in each section, nothing defined that the modules
+    define, outputs stored in order, no error, no stderr and no path of a machine in them."""
+    notebook = read(name)
+    modules = set().union(*(defined((ROOT / f"{m}.py").read_text())
+                            for m in ("dora", "data", "train_glue")))
+    for count, cell in enumerate(code_cells(notebook), 1):
+        assert len(cell.source.splitlines()) <= 15, cell.source
+        # a line for IPython, such as %matplotlib, is none for ast
+        source = re.sub(r"^[%!].*$", "", cell.source, flags=re.MULTILINE)
+        assert not defined(source) & modules, cell.source
+        assert cell.execution_count == count, "run it from top to bottom, then save"
+        for output in cell.outputs:
+            assert output.output_type != "error" and output.get("name") != "stderr", output
+        text = shown(cell)
+        assert not re.search(r"(?<![\w.])/(tmp|home|root|work|Users|var)/", text), text
+    found = sections(notebook)
+    assert found
+    for title, cells in found.items():
+        assert any(isinstance(node, ast.Assert) for cell in cells
+                   for node in ast.walk(ast.parse(re.sub(r"(?m)^[%!].*$", "", cell.source)))), title
+
+
+@pytest.mark.parametrize("stored, fresh, same", [
+    ("loss 0.1234", "loss 0.1236", True),
+    ("loss 0.1234", "loss 0.1264", False),
+    ("12,288 of 589,824", "12,289 of 589,824", True),
+    ("12,288 of 589,824", "13,288 of 589,824", False),
+    ("ranks [3, 0, 1]", "ranks [2, 1, 1]", False),
+    ("step 10", "step 10 more", False),
+    ("-1.5e-3", "1.5e-3", False),
+    ("W0 and A[1]", "W0  and\nA[1]", True),
+])
+def test_same_text(stored, fresh, same):
+    """The comparison sees another word, sign, count or third digit, and nothing finer."""
+    assert same_text(stored, fresh) is same
+
+
+# ---- a whole run --------------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_runs(name):
+    """Executed in the notebooks folder, no cell fails, each prints what is stored and draws as many
+    figures, and all of it takes less than a minute."""
+    stored = read(name)
+    fresh = copy.deepcopy(stored)
+    started = time.monotonic()
+    nbclient.NotebookClient(fresh, timeout=SECONDS, kernel_name="python3",
+                            resources={"metadata": {"path": str(FOLDER)}}).execute()
+    assert time.monotonic() - started < SECONDS
+    for old, new in zip(code_cells(stored), code_cells(fresh), strict=True):
+        assert same_text(shown(old), shown(new)), (
+            f"stored:\n{shown(old)}\nfresh:\n{shown(new)}\nof:\n{old.source}\n"
+            f"if that is meant, run the notebook and save it")
+        figures = [sum("image/png" in output.get("data", {}) for output in cell.outputs)
+                   for cell in (old, new)]
+        assert figures[0] == figures[1]

@@ -1,0 +1,182 @@
+"""train_glue.py in two processes (gloo, on the CPU) against one: same losses, masks and scores."""
+import json
+import math
+import os
+import signal
+import socket
+import time
+
+import pytest
+from tiny import command, flags, lines, newest, result, run, same_runs, settings
+
+pytestmark = pytest.mark.slow
+FLOAT64 = dict(dropout=False, dtype="float64")
+
+# The program, noting the mask of every pruning in a file for each process.
+RECORDING = """
+import json, os, sys, train_glue
+class Recorder(train_glue.Pruner):
+    def _prune(self, k):
+        super()._prune(k)
+        with open(os.environ["MASKS"] + "." + os.environ.get("RANK", "0"), "a") as f:
+            f.write(json.dumps([self.t, self.mask.tolist()]) + "\\n")
+train_glue.Pruner = Recorder
+sys.exit(train_glue.main(sys.argv[1:]))"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(words, masks, world=2, code=RECORDING):
+    """The processes that torchrun would start, without its agent."""
+    port = str(free_port())
+    return [command(*words, code=code, env={
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASKS": str(masks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in range(world)]
+
+
+def ends(processes, timeout=240):
+    """[(exit code, stdout, stderr)] of all."""
+    texts = [process.communicate(timeout=timeout) for process in processes]
+    return [(process.returncode, *text) for process, text in zip(processes, texts)]
+
+
+@pytest.mark.parametrize("changes", [
+    {}, dict(accumulate=2), dict(batch_size=12, method="paper"), dict(batch_size=4, accumulate=3)],
+    ids=["plain", "accumulate", "last batch of one", "both"])
+def test_two_processes(tmp_path, changes):
+    """50 steps of the same global batch, in float64 without dropout, the compaction among them:
+    losses and norms to 1e-9, the masks of both processes at every pruning, scores and ranks. 61
+    examples are 5 * 12 + 1: of the last batch one process has nothing."""
+    changes = {**FLOAT64, "max_steps": 50, **changes}
+    alone, pair = tmp_path / "alone", tmp_path / "pair"
+    found = ends(start(flags(**settings(alone, **changes)), alone.with_suffix(".masks"), world=1))
+    found += ends(start(flags(**settings(pair, **changes)), pair.with_suffix(".masks")))
+    assert [code for code, _, _ in found] == [0, 0, 0], found
+    a, b = lines(alone), lines(pair)
+    assert len(a) == len(b) == 50
+    for x, y in zip(a, b):
+        assert (x["step"], x["live"], x["budget"], x["lr"]) == (
+            y["step"], y["live"], y["budget"], y["lr"])
+        for key in ("loss", "penalty", "grad_norm"):
+            assert math.isclose(x[key], y[key], rel_tol=1e-9, abs_tol=1e-9), (x, y)
+    masks = [(tmp_path / name).read_text() for name in
+             ("alone.masks.0", "pair.masks.0", "pair.masks.1")]
+    assert masks[0] == masks[1] == masks[2] and len(masks[0].splitlines()) > 5
+    assert result(alone) == result(pair)
+    assert (alone / "ranks.json").read_bytes() == (pair / "ranks.json").read_bytes()
+    assert found[2][1] == ""                             # the second process prints nothing
+
+
+def test_only_the_first_process_writes(tmp_path):
+    """The second process runs with a write guard: it may open no file of the run for writing."""
+    guarded = """
+import os, sys
+if os.environ["RANK"] == "1":
+    def guard(event, args):
+        writing = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if writing and "guarded-run" in str(args[0]):
+            os._exit(99)
+        if event in ("os.mkdir", "os.rename", "os.remove") and "guarded-run" in str(args[0]):
+            os._exit(98)
+    sys.addaudithook(guard)
+import train_glue
+sys.exit(train_glue.main(sys.argv[1:]))"""
+    out = tmp_path / "guarded-run"
+    words = flags(**settings(out, max_steps=12, save_every=2))
+    assert [code for code, _, _ in ends(start(words, tmp_path / "m", code=guarded))] == [0, 0]
+    assert (out / "result.json").exists() and newest(out)["step"] == 12
+
+
+def test_evaluation_counts_each_example_once(tmp_path):
+    """Predictions of two processes for 40 examples, gathered, against one process's; and of 1
+    example, of which the second process has none."""
+    code = """
+import os, sys, torch
+import train_glue
+from tiny import files, tiny_model
+import data
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+if world > 1:
+    torch.distributed.init_process_group("gloo")
+data_dir, model_dir = sys.argv[1:]
+bpe = data.BPE(model_dir + "/vocab.json", model_dir + "/merges.txt")
+examples = data.load_task("toy", data_dir, "dev", bpe, 48)
+model = tiny_model(1).double()
+model.classifier.out_proj.bias.data.fill_(0.5)
+for part in (examples, examples[:1], examples[:3]):
+    print(train_glue.predict(model, part).tolist())"""
+    code = "import sys; sys.path.insert(0, 'tests')" + code
+    words = [settings(tmp_path)[name] for name in ("data_dir", "model_dir")]
+    found = [out for code_, out, err in ends(start(words, "", 1, code)) + ends(
+        start(words, "", 2, code)) if not code_]
+    assert len(found) == 3
+    numbers = [[json.loads(line) for line in text.splitlines()] for text in found]
+    assert [len(row) for row in numbers[0]] == [40, 1, 3] and len({*numbers[0][0]}) > 30
+    for other in numbers[1:]:
+        for a, b in zip(numbers[0], other):
+            assert all(math.isclose(x, y, abs_tol=1e-12) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_all(tmp_path, victim):
+    """kill -9 for one of two: the other ends within a minute with exit code 1 and one line that
+    names the run folder and --resume; the newest checkpoint is whole, and two processes go on from
+    it to the same end as two that nothing disturbed."""
+    given = settings(tmp_path / "out", epochs=200, save_every=1)
+    processes = start(flags(**given), tmp_path / "m")
+    while len([*(tmp_path / "out").glob("checkpoints/step-*.pt")]) < 2:
+        assert processes[0].poll() is None, processes[0].communicate()
+        time.sleep(0.05)
+    processes[victim].kill()
+    found = ends(processes, timeout=60)
+    assert found[victim][0] == -signal.SIGKILL
+    code, _, error = found[1 - victim]
+    last = error.strip().splitlines()[-1]
+    assert code == 1 and "Traceback" not in error
+    assert str(tmp_path / "out") in last and "--resume" in last
+    assert newest(tmp_path / "out")["step"] > 1
+
+
+def test_two_processes_resume(tmp_path):
+    """SIGTERM for the second alone: both stop after the same step, the first saves, both return
+    143; resumed, losses, masks, scores and weights are those of an undisturbed pair."""
+    changes = dict(epochs=12, **FLOAT64)
+    for name in ("whole", "cut"):
+        processes = start(flags(**settings(tmp_path / name, **changes)), tmp_path / f"{name}-masks")
+        if name == "whole":
+            assert [code for code, _, _ in ends(processes)] == [0, 0]
+            continue
+        while not (tmp_path / name / "metrics.jsonl").exists() or not lines(tmp_path / name):
+            time.sleep(0.01)
+        processes[1].send_signal(signal.SIGTERM)
+        found = ends(processes)
+        assert [code for code, _, _ in found] == [143, 143], found
+        assert newest(tmp_path / name)["step"] < 96
+    words = [*flags(**settings(tmp_path / "cut", **changes)), "--resume"]
+    assert [code for code, _, _ in ends(start(words, tmp_path / "cut-masks"))] == [0, 0]
+    for a, b in zip(lines(tmp_path / "cut"), lines(tmp_path / "whole")):
+        assert a == b
+    same_runs(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_bad_input_ends_both(tmp_path):
+    """A folder that holds a run: the first process refuses, and the second does not wait for it
+    for ever."""
+    run(tmp_path / "out", max_steps=5, interval=1)
+    found = ends(start(flags(**settings(tmp_path / "out")), tmp_path / "m"), timeout=60)
+    assert found[0][0] == 2 and "holds a run already" in found[0][2]
+    assert found[1][0] in (1, 2) and "Traceback" not in found[1][2]
+
+
+def test_torchrun_itself(tmp_path):
+    """`torchrun --nproc_per_node=2 train_glue.py ...`, as the README prints it."""
+    code = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
+    process = command("--nproc_per_node=2", f"--master_port={free_port()}", "train_glue.py",
+                      *flags(**settings(tmp_path / "out", max_steps=12)), code=code)
+    out, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    assert out.count("layer by matrix") == 1 and os.path.exists(tmp_path / "out" / "result.json")
