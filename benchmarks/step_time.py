@@ -17,6 +17,7 @@ each: the largest resident size (Linux) in three steps, less that with the model
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -47,7 +48,7 @@ RESULTS = report.HERE / "results" / "step_time.json"
 FLOOR, TF_FLOOR, OURS, COMPACTED = "our floor", "transformers' floor", "dora", "dora, compacted"
 PAPER, NAIVE, FULL = "paper, scores of Eq. 7", "paper, naive scores", "full fine-tuning"
 LORA, ADALORA = "PEFT LoRA", "PEFT AdaLoRA"
-EVALUATED = (FLOOR, TF_FLOOR, OURS, COMPACTED, LORA)
+EVALUATED = (FLOOR, OURS, COMPACTED, LORA)  # in batches of 64, as train_glue.predict
 SHORT = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, NAIVE, LORA)
 Batch = tuple[Tensor, Tensor, Tensor]  # ids (B, T), mask (B, T) bool, labels (B,)
 
@@ -211,6 +212,7 @@ def measure(shape: str, size: int, width: int, names: tuple[str, ...], seconds: 
         batch = make_batch(size, width, device)
         for name in random.sample(list(rows), len(rows)):
             times[name].append(timed(step, rows[name], batch, device=device))
+        batch = make_batch(64, width, device)
         for name in random.sample(list(passes), len(passes)):
             passes[name].append(timed(evaluate, rows[name], batch, device=device))
         ours = rows[OURS]
@@ -246,6 +248,7 @@ def memory(shape: str, size: int, width: int, name: str, device: str) -> float:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what loading has freed
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = resident("VmRSS")
     row = build(name, model)

@@ -1,4 +1,5 @@
 """What runs when: the default is fast and needs only requirements.txt; --slow adds the rest."""
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -23,6 +24,11 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """tests/peers needs transformers and others: only when it is asked for by path."""
+    """Leave out what needs more than requirements.txt: tests/peers unless it is asked for by path,
+    the notebooks where notebooks/requirements.txt is not installed."""
     asked = any("peers" in str(arg) for arg in config.args)
-    return True if collection_path.name == "peers" and not asked else None
+    if collection_path.name == "peers" and not asked:
+        return True
+    if collection_path.name == "test_notebooks.py" and not importlib.util.find_spec("nbclient"):
+        return True
+    return None

@@ -441,8 +441,8 @@ def test_kill_inside_a_write(tmp_path, whole):
 import os, signal, sys, dora, train_glue
 def write_whole(path, chunks, real=dora.write_whole):
     if path.name == "step-00000014.pt":
+        raw = bytes(chunks[0])
         def halves():
-            raw = bytes(chunks[0])
             yield raw[:len(raw) // 2]
             os.kill(os.getpid(), signal.SIGKILL)
         chunks = halves()
