@@ -232,7 +232,7 @@ def load_roberta(folder: str | Path, num_labels: int) -> RobertaForSequenceClass
         if expected.get(name) == tuple(tensor.shape):
             state[name] = tensor.float()
         elif not name.startswith("classifier."):  # the head of another task is left out
-            raise DoRAError(f"{path}: {key} is {tuple(tensor.shape)}, expected "
+            raise DoRAError(f"{path}: {key!r:.120} is {tuple(tensor.shape)}, expected "
                             f"{expected.get(name, 'no such weight')} from {folder}/config.json; "
                             f"take both files from one RoBERTa model")
     missing = [key for key in expected if key not in state]
@@ -285,7 +285,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True,
                              mmap=zipfile.is_zipfile(path))
-        if isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values()):
+        if isinstance(weights, dict) and all(
+                isinstance(k, str) and isinstance(w, Tensor) for k, w in weights.items()):
             return weights
         reason = "not a dictionary of tensors"
     except Exception as error:  # a damaged pickle raises nearly anything

@@ -89,6 +89,21 @@ def test_hostile_safetensors(place, capsys, case):
     refused(capsys, place, path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_odd_names_of_weights(place, capsys, name):
+    """A line feed in a name, which the fuzzer found, and a name of a megabyte: still one short
+    line."""
+    path = place[1] / "model.safetensors"
+    weights = {key: t.clone() for key, t in read_safetensors(path).items()}
+    path.unlink()
+    for odd in ("roberta.encode\n.bias", "roberta." + "x" * 1_000_000):
+        odd = {**weights, odd: torch.ones(2)}
+        save = torch.save if name.endswith("bin") else lambda tensors, path: write_safetensors(
+            path, tensors)
+        save(odd, place[1] / name)
+        refused(capsys, place, place[1] / name)
+
+
 def test_truncated_weights(place, capsys):
     """The model's own file without its last byte, and without its second half."""
     path = place[1] / "model.safetensors"

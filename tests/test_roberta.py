@@ -242,10 +242,10 @@ KEY = "roberta.encoder.layer.1.output.dense.weight"
 @pytest.mark.parametrize("edit, words", [
     (lambda w: {k: t for k, t in w.items() if k != KEY},
      f"{KEY} is missing, 1 of 41 weights"),
-    (lambda w: w.update({KEY: torch.ones(32, 63)}), f"{KEY} is (32, 63), expected (32, 64)"),
-    (lambda w: w.update({KEY: torch.ones(32 * 64)}), f"{KEY} is (2048,), expected (32, 64)"),
+    (lambda w: w.update({KEY: torch.ones(32, 63)}), f"{KEY!r} is (32, 63), expected (32, 64)"),
+    (lambda w: w.update({KEY: torch.ones(32 * 64)}), f"{KEY!r} is (2048,), expected (32, 64)"),
     (lambda w: w.update({"roberta.encoder.layer.2.output.dense.bias": torch.ones(32)}),
-     "layer.2.output.dense.bias is (32,), expected no such weight"),
+     "layer.2.output.dense.bias' is (32,), expected no such weight"),
     (lambda w: {k.replace("roberta.", "bert."): t for k, t in w.items()}, "bert.embeddings"),
     (lambda w: {"classifier.dense.weight": torch.ones(32, 32)}, "is missing, 37 of 41 weights")],
     ids=["missing", "shape", "flat", "unknown", "bert", "head alone"])
@@ -269,7 +269,7 @@ def test_no_weights(folder):
 
 
 @pytest.mark.parametrize("content", [
-    {"w": 3}, [torch.ones(2)], torch.ones(2), {"model": {"w": torch.ones(2)}}])
+    {"w": 3}, {1: torch.ones(2)}, [torch.ones(2)], torch.ones(2), {"model": {"w": torch.ones(2)}}])
 def test_a_pickle_of_something_else(folder, content):
     """A .bin that holds no plain dictionary of tensors."""
     (folder / "model.safetensors").unlink()
