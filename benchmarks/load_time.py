@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,11 @@ SHARED = ROOT.parent / "shared"
 RESULTS = report.HERE / "results" / "load_time.json"
 
 # Each program prints one JSON object; {} are its arguments.
-PROGRAM = "import json, resource, sys, time; sys.path.insert(0, {root!r}); clock = time.process_time\n"
+PROGRAM = """
+import json, sys, time
+sys.path.insert(0, {root!r})
+clock = time.process_time
+"""
 IMPORT = """
 start = clock(); import torch; middle = clock(); import train_glue; end = clock()
 print(json.dumps(dict(torch=middle - start, rest=end - middle)))
@@ -36,7 +39,8 @@ print(json.dumps(dict(torch=middle - start, rest=end - middle)))
 TOKENISE = """
 import data
 start = clock(); bpe = data.BPE({model_dir!r} + "/vocab.json", {model_dir!r} + "/merges.txt")
-middle = clock(); examples = data.load_task({task!r}, {data_dir!r}, "train", bpe, 128); end = clock()
+middle = clock(); examples = data.load_task({task!r}, {data_dir!r}, "train", bpe, 128)
+end = clock()
 print(json.dumps(dict(tokenizer=middle - start, rows=end - middle, examples=len(examples))))
 """
 OPEN = """
