@@ -117,13 +117,14 @@ def report() -> None:
     out = ["# GLUE, methods side by side", "",
            "Written by `python benchmarks/glue.py` from benchmarks/results/glue.jsonl. The encoder "
            "is MiniLM-L6 in RoBERTa's layout (6 layers, width 384), not RoBERTa-base: compare "
-           "rows, not these numbers with the paper's. Final budget r = 2 over 36 matrices, batch 32, "
+           "rows, not these numbers with the paper's. Final budget r = 2 over 36 matrices, batch "
+           "32, "
            f"epochs {EPOCHS}, frozen weights in bf16 (full and bitfit: bf16 products, float32 "
            "weights). Score: best dev epoch after the last pruning, median of the seeds "
            "(smallest to largest).", "",
            f"torch {torch.__version__}, Python {platform.python_version()}, CPU, one thread a run.",
-           "", "## Learning rate: Pearson after the last epoch on a held-out tenth of STS-B's train "
-           "set", ""]
+           "", "## Learning rate: Pearson after the last epoch on a held-out tenth of STS-B's "
+           "train set", ""]
     tuned = [c for c in lines if c["split"] == "held out"]
     out += ["| method | " + " | ".join(f"{f:g} x base" for f in FACTORS) + " | base |",
             "|---|" + "---|" * (len(FACTORS) + 1)]
@@ -152,8 +153,8 @@ def report() -> None:
         size = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
         out.append(f"| {name} | {size} | " + " | ".join(cells) + f" | {mean} |")
     seconds = sum(c["seconds"] for c in lines)
-    out += ["", f"{len(lines)} runs, {seconds / 3600:.1f} hours of one core in all (the machine was "
-            "shared: seconds are no measure of speed, benchmarks/README.md has that).", "",
+    out += ["", f"{len(lines)} runs, {seconds / 3600:.1f} hours of one core in all (the machine "
+            "was shared: seconds are no measure of speed, benchmarks/README.md has that).", "",
             "Not run: whatever is marked so above; stage 3 (5 seeds, the paper's epochs, SST-2), "
             "which needs an accelerator.", "", "## The paper's Table 2, r = 2 (RoBERTa-base, not "
             "run here)", "", PAPER, ""]
