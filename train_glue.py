@@ -779,6 +779,7 @@ def toy(config: TrainConfig) -> dict[str, Any]:
     between the two in which the nearest noun misleads: "these dogs near the king sees a bird".
     Files, tokenizer, loader and loop are those of GLUE.
     """
+    torch.set_num_threads(1)  # matrices this small are slower when threads share them
     root = Path(config.out or tempfile.mkdtemp(prefix="dora-toy-"))
     untrained, pretrained = root / "untrained", root / "pretrain" / "model"
     bpe = data.write_toy(root, untrained)
