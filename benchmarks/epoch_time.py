@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import data  # noqa: E402
 import report  # noqa: E402
 from dora import DoRAConfig, Pruner, compact_, inject  # noqa: E402
-from step_time import LORA, MINILM, Row, build, clock, load, step  # noqa: E402
+from step_time import LORA, MINILM, Row, build, clock, keep_memory, load, step  # noqa: E402
 from train_glue import predict, task_loss  # noqa: E402
 
 RESULTS = report.HERE / "results" / "epoch_time.json"
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_memory()
     if args.short:
         made = sentences(400)
         found = measure(made, made[:64], 2)

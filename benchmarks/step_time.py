@@ -198,9 +198,18 @@ def evaluate(row: Row, batch: Batch) -> None:
     row.loss(batch)
 
 
+def keep_memory() -> None:
+    """What is freed stays with the process (glibc). Else, with many models in turn, steps of the
+    larger rows would pay for pages that they keep in a process of their own."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: none
+
+
 def measure(shape: str, size: int, width: int, names: tuple[str, ...], seconds: float,
             device: str) -> dict[str, Any]:
     """Rounds of all rows in turn, for so many seconds; at least three."""
+    keep_memory()
     rows = {name: build(name, load(shape, is_peer(name), device)) for name in names}
     times: dict[str, list[float]] = {name: [] for name in rows}
     passes: dict[str, list[float]] = {name: [] for name in rows if name in EVALUATED}
