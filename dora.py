@@ -37,8 +37,10 @@ import mmap
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,10 @@ from torch import Tensor, nn
 
 class DoRAError(ValueError):
     """Bad input. The message is one line: the value, what is wrong with it, the remedy."""
+
+
+class NotFiniteError(DoRAError):
+    """Training left the finite numbers."""
 
 
 # ---- configuration -----------------------------------------------------------------------------
@@ -455,8 +461,8 @@ class Pruner:
         scores = self.scores()
         for name, s in zip(self.layers, scores.split(self.config.r_prime), strict=True):
             if not s.isfinite().all():
-                raise DoRAError(f"step {self.t}: a score of {name} is not finite; lower the "
-                                f"learning rate")
+                raise NotFiniteError(f"step {self.t}: a score of {name} is not finite; lower the "
+                                     f"learning rate")
         self.mask, self.live = keep_mask(scores, k), k
         self._apply_mask(close=True)
 
@@ -585,22 +591,12 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     bytes, then the data. All numbers are checked; DoRAError names the file and what is wrong.
     """
 
-    def bad(problem: str) -> DoRAError:
-        return DoRAError(f"{path}: not a safetensors file ({problem:.200}); get or save it anew")
-
-    with open(path, "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        n = int.from_bytes(f.read(8), "little")
-        if size < 10 or n > min(size - 8, 100_000_000):
-            raise bad(f"a header of {n} bytes in a file of {size}")
-        try:
-            header = json.loads(f.read(n), object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:
-            raise bad(f"header: {error}") from None
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    if not isinstance(header, dict):
-        raise bad("its header is no JSON object")
+    header, begin = _header(path)
+    bad = partial(_damaged, path)
     header.pop("__metadata__", None)
+    with open(path, "rb") as f:
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    room = len(data) - begin
     tensors: dict[str, Tensor] = {}
     spans = []
     for name, entry in header.items():
@@ -613,18 +609,38 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         if dtype is None or not whole or len(span) != 2:
             raise bad(f"{name!r:.80} has type {entry['dtype']!r:.40}, shape {shape!r:.80}")
         count = math.prod(shape)
-        if span[1] - span[0] != count * dtype.itemsize or span[1] > size - 8 - n:
-            raise bad(f"{name!r:.80}: {entry['dtype']} {shape} at {span} of {size - 8 - n} bytes")
+        if span[1] - span[0] != count * dtype.itemsize or span[1] > room:
+            raise bad(f"{name!r:.80}: {entry['dtype']} {shape} at {span} of {room} bytes")
         flat = torch.empty(0, dtype=dtype) if count == 0 else torch.frombuffer(
-            data, dtype=dtype, count=count, offset=8 + n + span[0])
+            data, dtype=dtype, count=count, offset=begin + span[0])
         tensors[name] = flat.view(shape)
         spans.append(span)
     end = 0
-    for start, stop in [*sorted(spans), [size - 8 - n] * 2]:
+    for start, stop in [*sorted(spans), [room] * 2]:
         if start != end:
             raise bad(f"data bytes {end} to {start} belong to two tensors or to none")
         end = stop
     return tensors
+
+
+def _header(path: str | Path) -> tuple[dict[str, Any], int]:
+    """(header, the byte at which the data begins) of a safetensors file."""
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        n = int.from_bytes(f.read(8), "little")
+        if size < 10 or n > min(size - 8, 100_000_000):
+            raise _damaged(path, f"a header of {n} bytes in a file of {size}")
+        try:
+            header = json.loads(f.read(n), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise _damaged(path, f"header: {error}") from None
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+        raise _damaged(path, "its header or metadata is no JSON object")
+    return header, 8 + n
+
+
+def _damaged(path: str | Path, problem: str) -> DoRAError:
+    return DoRAError(f"{path}: not a safetensors file ({problem:.200}); get or save it anew")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -633,10 +649,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Write a file that read_safetensors and the safetensors library read, whole or not at all."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end, chunks = 0, []
     for name in sorted(tensors, key=lambda k: (-tensors[k].element_size(), k)):  # aligned starts
         tensor = tensors[name].detach().cpu().contiguous()
@@ -701,8 +717,17 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
               "init_lora_weights": True, "inference_mode": True}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    base = fingerprint(layers[name].base.weight for name in sorted(ranks))
+    write_safetensors(folder / "adapter_model.safetensors", tensors, base=base)
     write_whole(folder / "adapter_config.json", [json.dumps(config, indent=2).encode() + b"\n"])
+
+
+def fingerprint(weights: Iterable[Tensor]) -> str:
+    """8 hex digits that tell models apart, whatever their dtype: signs of each weight's start."""
+    crc = 0
+    for weight in weights:
+        crc = zlib.crc32((weight.detach().flatten()[:256] > 0).cpu().numpy().tobytes(), crc)
+    return f"{crc:08x}"
 
 
 def _trained_modules(model: nn.Module) -> list[str]:
@@ -738,7 +763,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
         if config.get(key, allowed[0]) not in allowed:
             raise DoRAError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be loaded "
                             f"({key} = {allowed[0]!r})")
-    tensors = read_safetensors(Path(folder) / "adapter_model.safetensors")
+    file = Path(folder) / "adapter_model.safetensors"
+    tensors = read_safetensors(file)
     modules, weights = dict(model.named_modules()), model.state_dict()
     found: dict[str, tuple[Tensor, Tensor, float]] = {}
     names = {key.split(".lora_")[0] for key in tensors if ".lora_" in key}
@@ -761,6 +787,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
             raise DoRAError(f"{folder}: {key} is {tuple(tensor.shape)}, in the model "
                             f"{None if old is None else tuple(old.shape)}; is the adapter for "
                             f"another task or base model?")
+    base = fingerprint(modules[name].weight for name in found)  # type: ignore[misc]
+    if _header(file)[0].get("__metadata__", {}).get("base", base) != base:
+        raise DoRAError(f"{file}: was trained on other weights of the same shapes; use it with the "
+                        f"base model that it was trained on")
     if not found:
         raise DoRAError(f"{folder}: no lora_A and lora_B in adapter_model.safetensors")
     dropout = config.get("lora_dropout", 0.0)

@@ -21,8 +21,7 @@ import sys
 import tempfile
 import time
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,9 +35,9 @@ from tqdm import tqdm
 
 import data
 from data import TASKS, DataError, Example, Task
-from dora import (METHODS, DoRAConfig, DoRAError, DoRALinear, Pruner, budget, check_settings,
-                  compact_, inject, load_adapter, rank_map, read_safetensors, save_adapter, setting,
-                  write_safetensors, write_whole)
+from dora import (METHODS, DoRAConfig, DoRAError, DoRALinear, NotFiniteError, Pruner, budget,
+                  check_settings, compact_, fingerprint, inject, load_adapter, rank_map,
+                  read_safetensors, save_adapter, setting, write_safetensors, write_whole)
 
 # ---- RoBERTa by hand ---------------------------------------------------------------------------
 # The module tree is the checkpoint's key tree: roberta.encoder.layer.0.attention.self.query.weight
@@ -185,6 +184,7 @@ class RobertaForSequenceClassification(nn.Module):
         self.config = config
         self.roberta = RobertaModel(config)
         self.classifier = Classifier(config, num_labels)
+        self.trained_head = False  # True once load_roberta has found one
         self.reset(self)
 
     def reset(self, part: nn.Module) -> None:
@@ -244,6 +244,7 @@ def load_roberta(folder: str | Path, num_labels: int) -> RobertaForSequenceClass
         state = {key: tensor for key, tensor in state.items() if key.startswith("roberta.")}
         model.classifier.to_empty(device="cpu")
         model.reset(model.classifier)
+    model.trained_head = not missing
     model.load_state_dict(state, strict=False, assign=True)  # the mapped file is the weights
     return model
 
@@ -424,16 +425,20 @@ class Interrupted(Exception):
 
 
 class Run:
-    """A run's folder; of several processes only the first writes, each file whole or not at all.
-
-    config.json, metrics.jsonl, checkpoints/step-N.pt (the newest two), adapter/ or model/ (of the
-    best epoch after the last pruning), result.json, ranks.json.
+    """How far a run is, and its folder: config.json, metrics.jsonl, checkpoints/step-N.pt (the
+    newest two), adapter/ or model/ (of the best epoch after the last pruning), result.json,
+    ranks.json. Of several processes only the first writes, each file whole or not at all.
     """
 
     # a resumed run may differ in these settings from the one it goes on with
     FREE = ("out", "resume", "device", "save_every", "data_dir", "model_dir", "compile")
 
-    def __init__(self, config: TrainConfig, identity: dict[str, Any]):
+    def __init__(self, config: TrainConfig, identity: dict[str, Any], model: nn.Module,
+                 optimizer: torch.optim.Optimizer, pruner: Pruner):
+        self.model, self.optimizer, self.pruner = model, optimizer, pruner
+        self.step = 0  # optimizer steps done
+        self.records: list[dict[str, Any]] = []  # the metrics after each epoch
+        self.best: dict[str, Any] | None = None  # the best of them since the last pruning
         self.config, self.folder = config, run_folder(config)
         self.metrics = self.folder / "metrics.jsonl"
         self.writes = process()[0] == 0
@@ -467,11 +472,20 @@ class Run:
         self.handlers = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.writes:
-            self.lock.close()
+        try:
+            if isinstance(error, NotFiniteError):
+                self.save("not-finite")  # to be looked into; --resume passes it over
+                good = [path.stem for path in sorted(self.folder.glob("checkpoints/step-*.pt"))]
+                raise NotFiniteError(
+                    f"{error}, it was {self.optimizer.param_groups[0]['lr']:.3g} (--lr); saved as "
+                    f"not-finite.pt in {self.folder}/checkpoints, the last good one there is "
+                    f"{good[-1] if good else 'none yet'}") from None
+        finally:
+            if self.writes:
+                self.lock.close()
 
     def stop(self, device: torch.device) -> int:
         """The signal that arrived at any of the processes, 0 if none did."""
@@ -484,8 +498,21 @@ class Run:
             with open(self.metrics, "a") as f:
                 f.write(json.dumps(line) + "\n")
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner,
-             records: list[dict[str, Any]], best: dict[str, Any] | None) -> None:
+    def check(self, loss: float, norm: float) -> None:
+        """Stop at numbers that are not finite, or at processes that do not agree on the mask."""
+        bad = [name for name, p in self.model.named_parameters()
+               if p.requires_grad and not p.isfinite().all()]
+        if bad or not math.isfinite(loss + norm):
+            raise NotFiniteError(f"step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}, "
+                                 f"first bad weight {bad[0] if bad else 'none'}; lower the "
+                                 f"learning rate")
+        device = next(self.model.parameters()).device
+        mask = self.pruner.mask.to(device).float()
+        if not torch.equal(summed(mask, "MIN"), summed(mask, "MAX")):
+            raise DoRAError(f"step {self.step}: the processes pruned different components; start "
+                            f"them with the same settings and data")
+
+    def save(self, name: str = "") -> None:
         """Write checkpoints/step-N.pt: all that is needed to go on bit for bit."""
         if not self.writes:
             return
@@ -493,21 +520,21 @@ class Run:
             os.fsync(f.fileno())
             metrics_size = f.tell()
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        state = {"identity": self.identity, "step": step, "records": records, "best": best,
-                 "weights": {k: p for k, p in model.named_parameters() if p.requires_grad},
-                 "optimizer": optimizer.state_dict(), "pruner": pruner.state_dict(),
-                 "rng": [torch.get_rng_state(), *cuda], "metrics_size": metrics_size}
+        weights = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        state = {"identity": self.identity, "step": self.step, "records": self.records,
+                 "best": self.best, "weights": weights, "optimizer": self.optimizer.state_dict(),
+                 "pruner": self.pruner.state_dict(), "rng": [torch.get_rng_state(), *cuda],
+                 "metrics_size": metrics_size}
         buffer = io.BytesIO()
         torch.save(state, buffer)
         folder = self.folder / "checkpoints"
         folder.mkdir(exist_ok=True)
-        write_whole(folder / f"step-{step:08d}.pt", [buffer.getbuffer()])
+        write_whole(folder / f"{name or f'step-{self.step:08d}'}.pt", [buffer.getbuffer()])
         for old in sorted(folder.glob("step-*.pt"))[:-2]:
             old.unlink()
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer,
-             pruner: Pruner) -> tuple[int, list[dict[str, Any]], dict[str, Any] | None]:
-        """Take up the newest checkpoint that is whole; returns (step, records, best)."""
+    def load(self) -> None:
+        """Take up the newest checkpoint that is whole."""
         for path in reversed(self.saved):
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
@@ -524,27 +551,27 @@ class Run:
             if identity.get(key) != value:
                 raise DoRAError(f"{path} was made with {key} = {identity.get(key)}, not "
                                 f"{value}; resume with the same, or start anew with another --out")
-        pruner.load_state_dict(state["pruner"])
-        if pruner.done:
-            compact_(model, optimizer)
-        parameters = dict(model.named_parameters())
+        self.pruner.load_state_dict(state["pruner"])
+        if self.pruner.done:
+            compact_(self.model, self.optimizer)
+        parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for key, tensor in state["weights"].items():
                 parameters[key].copy_(tensor)
-        optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"][0])
         if torch.cuda.is_available() and len(state["rng"]) > 1:
             torch.cuda.set_rng_state_all(state["rng"][1:])
         if self.writes:
             os.truncate(self.metrics, state["metrics_size"])  # steps that will be done again
-        return state["step"], state["records"], state["best"]
+        self.step, self.records, self.best = state["step"], state["records"], state["best"]
 
-    def save_best(self, model: Any, layers: dict[str, DoRALinear], model_dir: Path) -> None:
+    def save_best(self, model_dir: Path) -> None:
         """The adapter with its head; the whole model where there is no adapter."""
-        if self.writes and layers:
-            save_adapter(model, self.folder / "adapter")
+        if self.writes and self.pruner.layers:
+            save_adapter(self.model, self.folder / "adapter")
         elif self.writes:
-            save_model(model, self.folder / "model")
+            save_model(self.model, self.folder / "model")  # type: ignore[arg-type]
             for name in ("vocab.json", "merges.txt"):
                 write_whole(self.folder / "model" / name, [(model_dir / name).read_bytes()])
 
@@ -639,7 +666,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     task, model, model_dir, load = prepare(config)
     train_set = load("train")
     dev_sets = {split: load(split) for split in task.files if split.startswith("dev")}
-    identity = {"model weights": checksum(model.roberta.parameters()),
+    identity = {"model weights": fingerprint(model.roberta.parameters()),
                 "train examples": len(train_set)}
     layers = adapt(model, config)
     device = next(model.parameters()).device
@@ -653,23 +680,21 @@ def train(config: TrainConfig) -> dict[str, Any]:
     pruner = Pruner(layers, config.dora, total)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr,
                                   weight_decay=config.weight_decay, fused=True)
-    step, best = 0, None
-    records: list[dict[str, Any]] = []  # the metrics after each epoch
-    with Run(config, identity) as run:
+    with Run(config, identity, model, optimizer, pruner) as run:
         if run.saved:
-            step, records, best = run.load(model, optimizer, pruner)
+            run.load()
         elif config.resume:
             say(f"{run.folder}: no checkpoint yet, starting from the beginning")
         if rank:
-            torch.manual_seed(config.seed + rank + step)  # other dropout in every process
+            torch.manual_seed(config.seed + rank + run.step)  # other dropout in every process
         net = wrap(model, config)
-        bar = tqdm(total=total, initial=step, unit="step", disable=True if rank else None)
-        while step < total:
-            epoch, done = divmod(step, per_epoch)
+        bar = tqdm(total=total, initial=run.step, unit="step", disable=True if rank else None)
+        while run.step < total:
+            epoch, done = divmod(run.step, per_epoch)
             for batch in data.batches(train_set, batch_size, config.seed, epoch, skip=done):
                 # ---- one optimizer step; DoRA is three lines of it
                 model.train()
-                lr, penalty = learning_rate(step, total, config), pruner.penalty()
+                lr, penalty = learning_rate(run.step, total, config), pruner.penalty()
                 loss = torch.zeros((), device=device)
                 for i, micro in enumerate(batch.split(config.accumulate)):
                     part = micro.split(world)[rank].to(device)
@@ -687,45 +712,49 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 optimizer.step()
                 optimizer.zero_grad()
                 pruner.step()
-                step += 1
+                run.step += 1
                 # ---- the rest is bookkeeping
-                if step == pruner.last and layers:  # the mask is final: the dead leave for good
+                if run.step == pruner.last and layers:  # the mask is final: the dead leave for good
                     compact_(model, optimizer)
                     net = wrap(model, config)
                 bar.update()
-                if step % config.log_every == 0 or step == total:
-                    line = {"step": step, "lr": lr, "loss": float(summed(loss)),
+                ended = run.step % per_epoch == 0 or run.step == total
+                logging = run.step % config.log_every == 0 or run.step == total
+                stopped = run.stop(device) if logging or world == 1 else 0
+                saving = ended or stopped or run.step % config.save_every == 0
+                if logging or saving:  # only here does the device have to be waited for
+                    line = {"step": run.step, "lr": lr, "loss": float(summed(loss)),
                             "penalty": float(penalty.detach()), "grad_norm": float(norm),
-                            "live": pruner.live, "budget": budget_at(step, pruner)}
-                    run.log(line)
-                    check_line(line, layers, pruner, device)
-                    bar.set_postfix(loss=f"{line['loss']:.4f}", live=line["live"],
-                                    budget=line["budget"])
-                ended = step % per_epoch == 0 or step == total
-                if ended or run.stop(device):
+                            "live": pruner.live, "budget": budget_at(run.step, pruner)}
+                    run.check(line["loss"], line["grad_norm"])
+                    if logging:
+                        run.log(line)
+                        bar.set_postfix({k: line[k] for k in ("loss", "live", "budget")})
+                if ended or stopped:
                     break
-                if step % config.save_every == 0:
-                    run.save(step, model, optimizer, pruner, records, best)
+                if saving:
+                    run.save()
             if ended:
                 scores = evaluate_dev(model, dev_sets, task)
-                records.append({"epoch": round(step / per_epoch, 3), "step": step, **scores})
-                if pruner.done and (best is None or
-                                    scores[task.metrics[0]] > best[task.metrics[0]]):
-                    best = records[-1]
-                    run.save_best(model, layers, model_dir)
-                say(f"epoch {records[-1]['epoch']:g}  " +
+                epoch_done = round(run.step / per_epoch, 3)
+                run.records.append({"epoch": epoch_done, "step": run.step, **scores})
+                headline = task.metrics[0]
+                if pruner.done and (run.best is None or scores[headline] > run.best[headline]):
+                    run.best = run.records[-1]
+                    run.save_best(model_dir)
+                say(f"epoch {epoch_done:g}  " +
                     "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-            run.save(step, model, optimizer, pruner, records, best)
+            run.save()
             if number := run.stop(device):
                 bar.close()
-                raise Interrupted(f"stopped at step {step} of {total}, saved in {run.folder}",
+                raise Interrupted(f"stopped at step {run.step} of {total}, saved in {run.folder}",
                                   number)
         bar.close()
         ranks = pruner.ranks()
         after = sum(k * sum(layers[name].base.weight.shape) for name, k in ranks.items())
-        result = {"task": config.task, "method": config.method, "seed": config.seed, "best": best,
-                  "last": records[-1], "epochs": records, "steps": total, **counts,
-                  "adapter_parameters_after_pruning": after,
+        result = {"task": config.task, "method": config.method, "seed": config.seed,
+                  "best": run.best, "last": run.records[-1], "epochs": run.records, "steps": total,
+                  **counts, "adapter_parameters_after_pruning": after,
                   "seconds": round(time.monotonic() - started, 1)}
         if run.writes:
             write_json(run.folder / "ranks.json", ranks)
@@ -744,28 +773,6 @@ def budget_at(step: int, pruner: Pruner) -> int:
     if not pruner.layers:
         return 0
     return budget(step, pruner.total_steps, pruner.config, len(pruner.layers))
-
-
-def check_line(line: dict[str, Any], layers: dict[str, DoRALinear], pruner: Pruner,
-               device: torch.device) -> None:
-    """Stop at numbers that are not finite, or at processes that do not agree on the mask."""
-    if not math.isfinite(line["loss"] + line["grad_norm"]):
-        bad = [name for name, layer in layers.items() if not layer.A.isfinite().all()]
-        raise DoRAError(f"step {line['step']}: loss {line['loss']} and gradient norm "
-                        f"{line['grad_norm']} at learning rate {line['lr']:.3g}, first bad layer "
-                        f"{bad[0] if bad else 'the head'}; the last checkpoint is good, lower --lr")
-    mask = pruner.mask.to(device).float()
-    if not torch.equal(summed(mask, "MIN"), summed(mask, "MAX")):
-        raise DoRAError(f"step {line['step']}: the processes pruned different components; "
-                        f"start them with the same settings and data")
-
-
-def checksum(tensors: Iterable[Tensor]) -> str:
-    """Tells two models apart: a CRC of the first numbers of each weight, in float32."""
-    crc = 0
-    for tensor in tensors:
-        crc = zlib.crc32(tensor.detach().flatten()[:256].float().cpu().numpy().tobytes(), crc)
-    return f"{crc:08x}"
 
 
 # ---- the toy -----------------------------------------------------------------------------------
@@ -843,6 +850,9 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as error:
         say(f"{error.args[0]}; go on with the same command and --resume")
         return 128 + error.args[1]
+    except KeyboardInterrupt:
+        say("stopped outside of training, there was nothing to save; start the command anew")
+        return 128 + signal.SIGINT
     except (DoRAError, DataError) as error:
         print(f"train_glue.py: error: {error}", file=sys.stderr)
         return 2
@@ -857,6 +867,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train_glue.py: error: {error.filename or 'a file'}: {error.strerror or error}; "
               f"what was complete is intact", file=sys.stderr)
         return 2
+    finally:
+        if process()[1] > 1:  # else its threads may abort the process as it exits
+            torch.distributed.destroy_process_group()
     return 0
 
 
@@ -883,9 +896,12 @@ def summarize(results: list[dict[str, Any]]) -> None:
 
 def evaluate_only(config: TrainConfig, adapter: str | Path | None, split: str | None) -> None:
     """Score what was trained on dev: an adapter, or the whole model in model_dir."""
-    task, model, _, load = prepare(config)
+    task, model, model_dir, load = prepare(config)
     if adapter:
         load_adapter(model, adapter)
+    elif not model.trained_head:
+        raise DoRAError(f"{model_dir}: its weights have no head for {config.task}, scores would be "
+                        f"chance; name a run's adapter with --adapter RUN/adapter")
     scores = evaluate_dev(model, {s: load(s) for s in task.files if s.startswith("dev")}, task)
     say("  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
     if not split:

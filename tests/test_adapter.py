@@ -401,6 +401,21 @@ def test_another_base_model(folder):
         inject(loaded, settings())
 
 
+def test_another_base_model_of_the_same_shapes(folder):
+    """Other weights in the same shapes are refused and left alone, also where only one matrix is
+    another; the same weights rounded to half precision are the same base, and a file without our
+    mark (PEFT's own) goes on any."""
+    refuses(plain(seed=1), folder, r"other weights of the same shapes.*base model")
+    other = base_with()
+    other.layer[1].up.weight.data.neg_()
+    refuses(other, folder, r"adapter_model\.safetensors: was trained on other weights")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert len(load_adapter(base_with(dtype=dtype), folder)) == 4
+    path = folder / "adapter_model.safetensors"
+    write_safetensors(path, {k: t.clone() for k, t in read_safetensors(path).items()})
+    assert len(load_adapter(plain(seed=1), folder)) == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_mutated_adapters(folder, seed):

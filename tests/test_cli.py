@@ -10,7 +10,7 @@ from tiny import files, flags, result, run, same_runs, settings, tiny_model
 
 import data
 import train_glue
-from dora import METHODS, DoRAConfig
+from dora import METHODS, DoRAConfig, read_safetensors, write_safetensors
 from train_glue import TABLE_8, TrainConfig, main, make_config, make_parser, save_model
 
 
@@ -198,6 +198,19 @@ def test_eval_only(tmp_path, capsys, monkeypatch, method):
     assert scores[n:] == [{"matthews": found["best"]["matthews"]}]
     assert capsys.readouterr().out.splitlines()[-1] == f"matthews {scores[-1]['matthews']:.4f}"
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_eval_only_without_a_head(tmp_path, capsys):
+    """--eval-only on an encoder whose file has no head, without an adapter: refused, a random head
+    would be scored."""
+    given = settings(tmp_path / "out")
+    shutil.copytree(given["model_dir"], tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    write_safetensors(path, {key: tensor.clone() for key, tensor in read_safetensors(path).items()
+                             if not key.startswith("classifier.")})
+    given["model_dir"] = tmp_path / "model"
+    line = failed(capsys, *flags(**given), "--eval-only")
+    assert "have no head for toy" in line and "--adapter" in line
 
 
 def test_an_adapter_for_another_task(tmp_path, capsys):

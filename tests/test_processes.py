@@ -108,13 +108,14 @@ examples = data.load_task("toy", data_dir, "dev", bpe, 48)
 model = tiny_model(1).double()
 model.classifier.out_proj.bias.data.fill_(0.5)
 for part in (examples, examples[:1], examples[:3]):
-    print(train_glue.predict(model, part).tolist())"""
+    print(train_glue.predict(model, part).tolist())
+if world > 1:
+    torch.distributed.destroy_process_group()"""
     code = "import sys; sys.path.insert(0, 'tests')" + code
     words = [settings(tmp_path)[name] for name in ("data_dir", "model_dir")]
-    found = [out for code_, out, err in ends(start(words, "", 1, code)) + ends(
-        start(words, "", 2, code)) if not code_]
-    assert len(found) == 3
-    numbers = [[json.loads(line) for line in text.splitlines()] for text in found]
+    found = ends(start(words, "", 1, code)) + ends(start(words, "", 2, code))
+    assert [code for code, _, _ in found] == [0, 0, 0], found
+    numbers = [[json.loads(line) for line in text.splitlines()] for _, text, _ in found]
     assert [len(row) for row in numbers[0]] == [40, 1, 3] and len({*numbers[0][0]}) > 30
     for other in numbers[1:]:
         for a, b in zip(numbers[0], other):

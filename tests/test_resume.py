@@ -1,6 +1,7 @@
 """train_glue.py: an interrupted run goes on bit for bit, and a failed write loses nothing."""
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -147,6 +148,86 @@ def test_checkpoints_hold_tensors_alone(whole):
     assert not [key for key in state["weights"] if ".base." in key or "embeddings" in key]
     size = max((whole / "checkpoints").iterdir()).stat().st_size
     assert size < 200_000
+
+
+# ---- numbers that are not finite ----------------------------------------------------------------
+
+def turns_bad(monkeypatch, step, value):
+    """From the given step on, the loss is multiplied by a value."""
+    real, calls = train_glue.task_loss, []
+
+    def loss(logits, labels):
+        calls.append(1)
+        return real(logits, labels) * (value if len(calls) >= step else 1)
+
+    monkeypatch.setattr(train_glue, "task_loss", loss)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("step, log_every", [(3, 1), (11, 1), (14, 100), (16, 100)])
+def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch, whole, value, step, log_every):
+    """NaN or inf from a step on, seen at a log step (each one), before a checkpoint (save_every 4)
+    or before the evaluation at an epoch's end (16): exit code 2, one line with step, learning rate
+    and weight; the state is saved aside; checkpoints, adapter and log hold finite numbers only,
+    and the resumed run ends as the one that never broke."""
+    words = flags(**settings(tmp_path, log_every=log_every, save_every=4))
+    seen = step if log_every == 1 else 16
+    with monkeypatch.context() as patch:
+        turns_bad(patch, step, value)
+        assert main(words) == 2
+    error = capsys.readouterr().err.strip()
+    lr = train_glue.learning_rate(seen - 1, 24, make_config(**settings(tmp_path)))
+    loss = value if seen == step else math.nan      # later steps start from weights that are NaN
+    for part in (f"step {seen}: loss {loss}", "first bad weight roberta.encoder.layer.0.attention",
+                 f"was {lr:.3g} (--lr)", "not-finite.pt", str(tmp_path / "checkpoints")):
+        assert part in error, (part, error)
+    assert "\n" not in error
+    aside = torch.load(tmp_path / "checkpoints" / "not-finite.pt", weights_only=True)
+    assert aside["step"] == seen and aside["best"] is None
+    good = sorted(tmp_path.glob("checkpoints/step-*.pt"))
+    assert f"the last good one there is {good[-1].stem if good else 'none yet'}" in error
+    for path in good:
+        weights = torch.load(path, weights_only=True)["weights"]
+        assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert not (tmp_path / "adapter").exists()
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    if log_every == 1:
+        assert main([*words, "--resume"]) == 0
+        same_runs(tmp_path, whole)
+
+
+@pytest.mark.parametrize("method, function", [("dora", "sensitivity"), ("paper", "norm_score"),
+                                              ("adalora", "triplet")])
+def test_a_score_that_is_not_finite(tmp_path, capsys, monkeypatch, method, function):
+    """The scores of one matrix are NaN from the start: the first pruning, at step 7, stops with
+    its name and the learning rate, and the state is saved aside."""
+    real = getattr(dora, function)
+
+    def score(layer):
+        found = real(layer)
+        if layer.name.endswith("0.attention.self.key"):
+            return [t * math.nan for t in found] if method == "adalora" else found * math.nan
+        return found
+
+    monkeypatch.setattr(dora, function, score)
+    assert main(flags(**settings(tmp_path, method=method))) == 2
+    error = capsys.readouterr().err
+    lr = train_glue.learning_rate(6, 24, make_config(**settings(tmp_path, method=method)))
+    for part in ("step 7: a score of ", "layer.0.attention.self.key is not finite",
+                 f"was {lr:.3g} (--lr)", "saved as not-finite.pt"):
+        assert part in error, (part, error)
+    assert torch.load(tmp_path / "checkpoints" / "not-finite.pt", weights_only=True)["step"] == 6
+
+
+def test_ctrl_c_while_loading(tmp_path, capsys, monkeypatch):
+    """Ctrl-C before the first step: one line, exit code 130, no run folder."""
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_glue.data, "load_task", interrupted)
+    assert main(flags(**settings(tmp_path / "out"))) == 130
+    assert "nothing to save" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
 # ---- damaged checkpoints ------------------------------------------------------------------------
@@ -463,18 +544,21 @@ sys.exit(train_glue.main(sys.argv[1:]))"""
 @pytest.mark.slow
 @pytest.mark.skipif(not MINILM.exists(), reason="needs ../shared/models and ../shared/data")
 def test_kill_with_the_real_encoder(tmp_path):
-    """The same with the shared encoder on RTE, 12 steps, killed three times."""
+    """The same with the shared encoder on RTE, 12 steps, at 20 random moments."""
     given = dict(task="rte", data_dir=GLUE, model_dir=MINILM, device="cpu", batch_size=4,
                  max_steps=12, max_len=32, interval=2, save_every=1, log_every=1)
     started = time.monotonic()
     finish(flags(out=tmp_path / "whole", **given), tmp_path / "whole")
     duration = time.monotonic() - started
     rng = random.Random(1)
-    for i in range(3):
+    kills = 0
+    for i in range(20):
         words, folder = flags(out=tmp_path / f"{i}", **given), tmp_path / f"{i}"
-        killed(words, rng.uniform(0, duration / 2), folder)
+        kills += killed(words, rng.uniform(0, duration / 2), folder)
         finish(words, folder)
         same_runs(folder, tmp_path / "whole")
+        shutil.rmtree(folder)
+    assert kills >= 10
 
 
 def test_the_result_is_json(whole):

@@ -10,7 +10,7 @@ from tiny import (
 
 import data
 import train_glue
-from dora import METHODS, DoRAError, Pruner, budget, load_adapter, read_safetensors
+from dora import METHODS, Pruner, budget, load_adapter, read_safetensors
 from train_glue import (
     TrainConfig, adapt, evaluate, evaluate_dev, learning_rate, load_roberta, make_config, predict,
     prepare, task_loss)
@@ -195,18 +195,6 @@ def test_losses():
     expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2
     assert math.isclose(task_loss(logits, torch.tensor([0, 0])), expected, rel_tol=1e-6)
     assert task_loss(logits[:, :1], torch.tensor([0.5, 1.0])) == (0.25 + 1) / 2
-
-
-def test_a_run_that_diverges(tmp_path, monkeypatch):
-    """A loss of NaN stops the run: step, learning rate, a layer or the head, the way out."""
-    def bad(logits, labels):
-        bad.calls = getattr(bad, "calls", 0) + 1
-        return task_loss(logits, labels) * (math.nan if bad.calls == 6 else 1.0)
-
-    monkeypatch.setattr(train_glue, "task_loss", bad)
-    with pytest.raises(DoRAError, match=r"step 6: .*nan.* learning rate .*lower --lr"):
-        run(tmp_path, save_every=2)
-    assert newest(tmp_path)["step"] == 4
 
 
 # ---- evaluation ---------------------------------------------------------------------------------
