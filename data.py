@@ -601,7 +601,7 @@ def download_zip(url: str, folder: Path, files: Iterable[str]) -> None:
     except DataError:
         raise
     except Exception as e:  # noqa: BLE001 - zipfile has no one error for damage
-        raise DataError(f"{url}: {e}; not the expected zip, try later, {WAYS_OUT}") from None
+        raise DataError(f"{url}: {e!s:.200}; not the expected zip, try later, {WAYS_OUT}") from None
     finally:
         archive.unlink(missing_ok=True)
 

@@ -25,10 +25,10 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_ignore_collect(collection_path, config):
     """Leave out what needs more than requirements.txt: tests/peers unless it is asked for by path,
-    the notebooks where notebooks/requirements.txt is not installed."""
+    notebooks and fuzzing where nbclient or hypothesis is not installed."""
     asked = any("peers" in str(arg) for arg in config.args)
     if collection_path.name == "peers" and not asked:
         return True
-    if collection_path.name == "test_notebooks.py" and not importlib.util.find_spec("nbclient"):
-        return True
-    return None
+    needs = {"test_notebooks.py": "nbclient", "test_fuzz.py": "hypothesis"}
+    library = needs.get(collection_path.name)
+    return True if library and not importlib.util.find_spec(library) else None

@@ -2,7 +2,6 @@
 import hashlib
 import io
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -293,6 +292,8 @@ def test_zipped_tasks(name, source, folder, files, server, tmp_path, monkeypatch
 GOOD = {f"RTE/{split}.tsv": f"{split}\n" * 50 for split in ("train", "dev", "test")}
 DAMAGED = bytearray(zipped(GOOD))
 DAMAGED[45:50] = b"\xff" * 5
+LONG = bytearray(zipped(GOOD))
+LONG[26:28] = b"\xff\0"       # a name of 255 bytes, which zipfile quotes with its zeros spelt out
 
 
 @pytest.mark.parametrize("body, says", [
@@ -303,6 +304,7 @@ DAMAGED[45:50] = b"\xff" * 5
     (zipped({**GOOD, "C:/evil.tsv": "x"}), "leads out"),
     (zipped({"RTE/train.tsv": "x"}), "RTE/dev.tsv"),
     (zipped(GOOD)[10:], ""),            # found by the fuzzer: zipfile seeks to -10, an OSError
+    (bytes(LONG), "and header"),        # found by the fuzzer: a message of 1,228 characters
     (bytes(DAMAGED), ""), (zipped(GOOD)[:-30], "not a zip"), (b"<html>", "not a zip"),
     (b"", "not a zip")])
 def test_bad_zips(body, says, server, tmp_path, monkeypatch):
@@ -313,7 +315,7 @@ def test_bad_zips(body, says, server, tmp_path, monkeypatch):
     with pytest.raises(DataError) as caught:
         data.download_task("rte", tmp_path / "a/b")
     message = str(caught.value)
-    assert "\n" not in message and says in message and "RTE.zip" in message
+    assert "\n" not in message and says in message and "RTE.zip" in message and len(message) < 500
     files = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()}
     assert files <= {f"a/b/glue/{name}" for name in GOOD}
     assert not Path("/tmp/evil.tsv").exists()
@@ -354,29 +356,3 @@ def test_a_task_without_a_source(tmp_path, monkeypatch):
     monkeypatch.setitem(data.TASKS, "mine", data.Task("mine", "m", ("a",), "b", ("accuracy",)))
     with pytest.raises(DataError, match="mine: has no public source; give --data-dir with m/ in"):
         data.download_task("mine", tmp_path)
-
-
-@pytest.mark.slow
-def test_fuzzed_zips(server, tmp_path, monkeypatch):
-    """2,000 damaged archives: each is unpacked or is a DataError of one line; never another error,
-    never a file outside of the task's folder."""
-    rng, good = random.Random(0), zipped(GOOD)
-
-    def fake(url, path):
-        raw = bytearray(good)
-        for _ in range(rng.randint(1, 4)):
-            at = rng.randrange(len(raw))
-            raw[at:at + rng.choice((0, 1, 4))] = rng.randbytes(rng.choice((0, 1, 4)))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(raw)
-    monkeypatch.setattr(data, "fetch", fake)
-    refused = 0
-    for i in range(2000):
-        cache = tmp_path / str(i)
-        try:
-            data.download_task("rte", cache)
-        except DataError as error:
-            refused += 1
-            assert "\n" not in str(error)
-        assert {f.parent.name for f in cache.rglob("*") if f.is_file()} <= {"RTE"}
-    assert refused > 500 and sum(1 for _ in tmp_path.iterdir()) == 2000
