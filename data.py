@@ -99,6 +99,7 @@ TASKS = {task.name: task for task in (
 )}
 
 class Example(NamedTuple):
+    """A row of a task's file, as the model gets it."""
     ids: list[int]                # <s> a </s>  or  <s> a </s></s> b </s>
     label: int | float | None     # class id; y / top, in 0..1; None in a test file
 
@@ -149,7 +150,7 @@ def read_tsv(path: Path) -> list[list[str]]:
     return [line.removesuffix("\r").split("\t") for line in lines]
 
 def read_text(path: Path) -> str:
-    """A whole UTF-8 file, without its byte order mark if it has one."""
+    """A whole UTF-8 file, without its byte order mark if it has one; else DataError."""
     try:
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")    # bad byte -> U+DCxx
     except OSError as e:
@@ -247,7 +248,8 @@ class BPE:
 OTHER_FILES = "take vocab.json and merges.txt from one RoBERTa folder, or download them anew"
 
 def read_vocab(path: Path) -> dict[str, int]:
-    """token -> id, checked: ids 0..n-1, RoBERTa's special tokens, a token for every byte."""
+    """token -> id, checked: ids 0..n-1, RoBERTa's special tokens, a token for every byte. DataError
+    for another model's or a damaged file."""
     text = read_text(path)
     try:
         vocab = json.loads(text)
@@ -264,7 +266,8 @@ def read_vocab(path: Path) -> dict[str, int]:
     return vocab
 
 def read_merges(path: Path, vocab: dict[str, int]) -> dict[tuple[str, str], int]:
-    """pair -> rank, checked: each pair and its product are tokens, and no token lacks its merge."""
+    """pair -> rank, checked: each pair and its product are tokens, and no token lacks its merge.
+    DataError for another model's or a damaged file."""
     ranks: dict[tuple[str, str], int] = {}
     made = {*CHAR_BYTES}
     lines = read_text(path).removesuffix("\n").split("\n")
@@ -286,6 +289,7 @@ def join_ids(texts: list[list[int]], max_len: int) -> list[int]:
 
     Like the tokenizers library's "longest_first": the shorter text stays whole while it fits in
     half of the room; else both get half, and an odd place goes to the longer (b, if equal).
+    DataError if there is no room for text.
     """
     a, b = (*texts, [])[:2]
     room = max_len - 2 * len(texts)
@@ -370,6 +374,7 @@ def write_toy(data_dir: AnyPath, model_dir: AnyPath) -> BPE:
 # ---- Batches -----------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
+    """B examples, padded to the longest, T ids."""
     ids: torch.Tensor       # (B, T) int64, padded with <pad>
     mask: torch.Tensor      # (B, T) bool, True = token
     labels: torch.Tensor    # (B,)   int64 class ids, float32 for regression; -1 in a test file
@@ -409,7 +414,7 @@ def batches(examples: Sequence[Example], batch_size: int, seed: int | None, epoc
         yield collate(examples, group).split(world)[rank]
 
 def collate(examples: Sequence[Example], rows: np.ndarray) -> Batch:
-    """The examples at these rows as one padded batch."""
+    """The examples at these rows (B,) as one padded batch."""
     chosen = [examples[row] for row in rows]
     width = max(len(example.ids) for example in chosen)
     ids = torch.tensor([[*e.ids, *[PAD] * (width - len(e.ids))] for e in chosen])
@@ -420,7 +425,7 @@ def collate(examples: Sequence[Example], rows: np.ndarray) -> Batch:
 # ---- Metrics of (predictions, labels): class ids or real numbers, both (N,) --------------------
 
 def vectors(predictions: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both as arrays, ValueError unless they are vectors of one length: others would broadcast."""
+    """Both as arrays, (N,); ValueError for other shapes, which would broadcast."""
     x, y = np.asarray(predictions), np.asarray(labels)
     if x.ndim != 1 or x.shape != y.shape or not len(x):
         raise ValueError(f"expected two vectors of one length, not empty: {x.shape} and {y.shape}")
@@ -438,7 +443,8 @@ def f1(predictions: Any, labels: Any) -> float:
 
 def matthews(predictions: Any, labels: Any) -> float:
     """Matthews' correlation of two classes: with ids 0 and 1 it is Pearson's (the phi coefficient).
-    So it is 0 where all predictions are equal: the model collapsed to one class."""
+    So it is 0 where all predictions are equal: the model collapsed to one class. ValueError for
+    other ids."""
     x, y = vectors(predictions, labels)
     if not np.isin((x, y), (0, 1)).all():
         raise ValueError("matthews is for two classes, with ids 0 and 1")
@@ -471,7 +477,7 @@ def write_submission(task: Task, split: str, predictions: Any, folder: AnyPath) 
     """GLUE's submission file, "index<TAB>prediction", whole or not at all; returns its path.
 
     predictions: (N,) in the order of the test file and in the units of Example.label: class ids,
-    written as their label words, or y/top, written as y cut to 0..top.
+    written as their label words, or y/top, written as y cut to 0..top. DataError for others.
     """
     values = np.asarray(predictions)
     valid = np.isin(values, range(len(task.labels))) if task.labels else np.isfinite(values)
@@ -530,6 +536,7 @@ class FirstAnswer(request.HTTPRedirectHandler):
     headers: Any = None
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> Any:
+        """urllib's hook, called at each redirect."""
         self.headers = self.headers or args[4]
         return super().redirect_request(*args, **kwargs)
 
@@ -558,7 +565,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DORA_CACHE") or Path.home() / ".cache" / "dora-glue")
 
 def download_model(repo: str = "FacebookAI/roberta-base", cache: AnyPath | None = None) -> Path:
-    """The model's folder in the cache; files it lacks come from $HF_ENDPOINT (huggingface.co)."""
+    """The model's folder in the cache; files it lacks come from $HF_ENDPOINT (huggingface.co).
+    DataError if they cannot be had."""
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repo):
         raise DataError(f"model {repo!r}: expected OWNER/NAME as on huggingface.co")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
@@ -569,7 +577,8 @@ def download_model(repo: str = "FacebookAI/roberta-base", cache: AnyPath | None 
     return folder
 
 def download_task(name: str, cache: AnyPath | None = None) -> Path:
-    """A data_dir that holds the task; if it lacks files, they come from their public source."""
+    """A data_dir that holds the task; if it lacks files, they come from their public source.
+    DataError if they cannot be had."""
     task = find_task(name)
     folder = Path(cache or cache_folder()) / "glue" / task.folder
     base = (os.environ.get("GLUE_ENDPOINT") or "https://dl.fbaipublicfiles.com").rstrip("/")
@@ -586,8 +595,8 @@ def download_task(name: str, cache: AnyPath | None = None) -> Path:
     return folder.parent
 
 def download_zip(url: str, folder: Path, files: Iterable[str]) -> None:
-    """Take folder.name/file out of a zip for each file; refuse a zip with any member that would
-    land outside of the folder it is unpacked in."""
+    """Take folder.name/file out of a zip for each file. DataError for a zip that is damaged or has
+    any member that would land outside of the folder it is unpacked in."""
     archive = folder / f"{os.urandom(6).hex()}.zip"       # two runs at once: two archives
     try:
         fetch(url, archive)

@@ -201,6 +201,7 @@ class DoRALinear(nn.Module):
         self.c.fill_(1.0 if self.config.init == "zero_b" else 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) -> (..., d_out)."""
         rows, A = x.reshape(-1, x.shape[-1]), self.A.to(x.dtype)  # (N, d_in), (r', d_in)
         if self.config.dropout_on == "input":
             h = self.dropout(rows) @ A.T  # (N, r')   a_i . x
@@ -305,7 +306,10 @@ def triplet(layer: DoRALinear) -> list[Tensor]:
 
 
 def phases(total_steps: int, config: DoRAConfig) -> tuple[int, int]:
-    """(t_i, T - t_f): the step at which the budget starts to fall, and the last pruning's."""
+    """(t_i, T - t_f): the step at which the budget starts to fall, and the last pruning's.
+
+    Raises DoRAError where no step is left to prune in.
+    """
     if total_steps < 1:
         raise DoRAError(f"total_steps = {total_steps}: a run needs at least one step")
     if config.schedule is None:
@@ -320,7 +324,7 @@ def phases(total_steps: int, config: DoRAConfig) -> tuple[int, int]:
 
 
 def final_budget(config: DoRAConfig, n_layers: int) -> int:
-    """b(T) = r L, in components of the whole model."""
+    """b(T) = r L, in components of the whole model. Raises DoRAError for less than one."""
     b_T = round(config.rank * n_layers)
     if b_T < 1:
         raise DoRAError(f"rank = {config.rank} over {n_layers} matrices is no component at all; "
@@ -418,7 +422,10 @@ class Pruner:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Prune to b(t) when it is time; after the last pruning, hold the mask."""
+        """Prune to b(t) when it is time; after the last pruning, hold the mask.
+
+        Raises DoRAError without observe(), NotFiniteError for a score that is no number.
+        """
         if not self.observed:
             raise DoRAError(f"step {self.t + 1}: pruner.step() without pruner.observe(); "
                             f"call observe() after backward() in every step")
@@ -483,7 +490,10 @@ class Pruner:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state, with the layers of a fresh inject(), before any compact_()."""
+        """Go on from a state, with the layers of a fresh inject(), before any compact_().
+
+        Raises DoRAError for a state of another size.
+        """
         if state["mask"].shape != self.mask.shape:
             raise DoRAError(f"the state has {len(state['mask'])} components, the model "
                             f"{len(self.mask)}; use the same rank, start_rank and targets")
@@ -585,7 +595,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """Tensors by name, memory-mapped: read when they are used; what is written to them is private.
+    """Tensors of any shape by name, memory-mapped: read when used; writing to them is private.
 
     Layout: 8 bytes little-endian header length n, JSON {name: {dtype, shape, data_offsets}} of n
     bytes, then the data. All numbers are checked; DoRAError names the file and what is wrong.
@@ -650,7 +660,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Write a file that read_safetensors and the safetensors library read, whole or not at all."""
+    """Write tensors of any shape as a file, whole or not at all; OSError if that fails."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end, chunks = 0, []
@@ -691,7 +701,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Save the live components and the head as adapter_model.safetensors and adapter_config.json.
 
     Hugging Face PEFT's LoRA format: s and c are folded into B, so that alpha / r is 1 in every
-    matrix. Matrices without components are left out, PEFT has no rank 0.
+    matrix. Matrices without components are left out, PEFT has no rank 0. Raises DoRAError before
+    the last pruning and after merge_().
     """
     layers = dora_layers(model)
     if not layers:
@@ -723,7 +734,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
 
 def fingerprint(weights: Iterable[Tensor]) -> str:
-    """8 hex digits that tell models apart, whatever their dtype: signs of each weight's start."""
+    """8 hex digits that tell models apart: signs of weights of any shape, the same in any dtype."""
     crc = 0
     for weight in weights:
         crc = zlib.crc32((weight.detach().flatten()[:256] > 0).cpu().numpy().tobytes(), crc)

@@ -62,6 +62,8 @@ class RobertaConfig:
 
 
 class Embeddings(nn.Module):
+    """Word + position + type -> LayerNorm."""
+
     def __init__(self, config: RobertaConfig):
         super().__init__()
         D = config.hidden_size
@@ -73,6 +75,7 @@ class Embeddings(nn.Module):
         self.pad = config.pad_token_id
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, T), (B, T) -> (B, T, D)."""
         positions = mask.cumsum(1) * mask + self.pad  # tokens count from pad + 1, padding is at pad
         x = self.word_embeddings(ids) + self.position_embeddings(positions)  # (B, T, D)
         x = x + self.token_type_embeddings.weight[0]  # RoBERTa has one token type
@@ -80,6 +83,8 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Each head: softmax(q k^T / sqrt(D/H)) v, over the tokens that mask has."""
+
     def __init__(self, config: RobertaConfig):
         super().__init__()
         D = config.hidden_size
@@ -87,6 +92,8 @@ class SelfAttention(nn.Module):
         self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
 
     def forward(self, q: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        """Rows (B, Q, D) that ask, (B, T, D) that answer, (B, T) -> (B, Q, D)."""
+
         def split(t: Tensor) -> Tensor:  # (B, T, D) -> (B, H, T, D/H)
             return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
@@ -107,29 +114,38 @@ class Output(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, h: Tensor, residual: Tensor) -> Tensor:
+        """(B, Q, d_in), (B, Q, D) -> (B, Q, D)."""
         return self.LayerNorm(self.dropout(self.dense(h)) + residual)
 
 
 class Attention(nn.Module):
+    """The first half of a layer."""
+
     def __init__(self, config: RobertaConfig):
         super().__init__()
         self.self = SelfAttention(config)
         self.output = Output(config.hidden_size, config)
 
     def forward(self, q: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        """(B, Q, D), (B, T, D), (B, T) -> (B, Q, D)."""
         return self.output(self.self(q, x, mask), q)
 
 
 class Intermediate(nn.Module):
+    """The wide matrix of a layer's second half, with gelu in its erf form."""
+
     def __init__(self, config: RobertaConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.dense(x))  # (B, Q, 4D), the erf form
+        """(B, Q, D) -> (B, Q, 4D)."""
+        return F.gelu(self.dense(x))
 
 
 class Layer(nn.Module):
+    """A transformer layer: attention, then the feed-forward block."""
+
     def __init__(self, config: RobertaConfig):
         super().__init__()
         self.attention = Attention(config)
@@ -143,6 +159,8 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The stack of layers."""
+
     def __init__(self, config: RobertaConfig):
         super().__init__()
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -155,16 +173,21 @@ class Encoder(nn.Module):
 
 
 class RobertaModel(nn.Module):
+    """Embeddings and encoder, without a head."""
+
     def __init__(self, config: RobertaConfig):
         super().__init__()
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
 
     def forward(self, ids: Tensor, mask: Tensor, rows: int | None = None) -> Tensor:
+        """(B, T), (B, T) -> (B, rows, D)."""
         return self.encoder(self.embeddings(ids, mask), mask, rows)
 
 
 class Classifier(nn.Module):
+    """RoBERTa's head, which reads the state of <s>."""
+
     def __init__(self, config: RobertaConfig, num_labels: int):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
@@ -172,8 +195,9 @@ class Classifier(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, num_labels)
 
     def forward(self, state: Tensor) -> Tensor:
-        h = self.dropout(state.to(self.dense.weight.dtype))  # (B, D), float32 also over bf16
-        return self.out_proj(self.dropout(torch.tanh(self.dense(h))))  # (B, classes)
+        """(B, D) -> (B, classes)."""
+        h = self.dropout(state.to(self.dense.weight.dtype))  # float32 also over a bf16 encoder
+        return self.out_proj(self.dropout(torch.tanh(self.dense(h))))
 
 
 class RobertaForSequenceClassification(nn.Module):
@@ -196,6 +220,7 @@ class RobertaForSequenceClassification(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, T), (B, T) -> (B, classes)."""
         states = self.roberta(ids, mask, rows=1)  # (B, 1, D): the head reads <s> alone
         return self.classifier(states[:, 0])
 
@@ -282,7 +307,8 @@ def read_config(path: Path) -> RobertaConfig:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """A pytorch_model.bin, without running what is in it: weights_only takes tensors alone."""
+    """Tensors of any shape by name from a pytorch_model.bin. weights_only takes nothing else, so no
+    code in it is run. Raises DoRAError for another file."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True,
                              mmap=zipfile.is_zipfile(path))
@@ -381,7 +407,10 @@ def adapt(model: RobertaForSequenceClassification, config: TrainConfig) -> dict[
 
 def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification, Path,
                                           Callable[..., list[Example]]]:
-    """(task, pretrained model on its device, model folder, load): load(split) reads a file."""
+    """(task, pretrained model on its device, model folder, load): load(split) reads a file.
+
+    Raises DoRAError or DataError for files that are missing, damaged or of different models.
+    """
 
     def load(split: str, name: str = config.task) -> list[Example]:
         data_dir = config.data_dir or data.download_task(name)
@@ -407,6 +436,7 @@ def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification
 
 
 def find_device(name: str) -> torch.device:
+    """The device of this process; DoRAError if the machine has none such."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -494,12 +524,13 @@ class Run:
         return int(summed(torch.tensor(self.signal, device=device), "MAX"))
 
     def log(self, line: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
         if self.writes:
             with open(self.metrics, "a") as f:
                 f.write(json.dumps(line) + "\n")
 
     def check(self, loss: float, norm: float) -> None:
-        """Stop at numbers that are not finite, or at processes that do not agree on the mask."""
+        """NotFiniteError at numbers that are not; DoRAError where the processes' masks differ."""
         bad = [name for name, p in self.model.named_parameters()
                if p.requires_grad and not p.isfinite().all()]
         if bad or not math.isfinite(loss + norm):
@@ -534,7 +565,7 @@ class Run:
             old.unlink()
 
     def load(self) -> None:
-        """Take up the newest checkpoint that is whole."""
+        """Take up the newest checkpoint that is whole; DoRAError if it is of other settings."""
         for path in reversed(self.saved):
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
@@ -577,10 +608,12 @@ class Run:
 
 
 def run_folder(config: TrainConfig) -> Path:
+    """--out, or runs/TASK-METHOD-SEED."""
     return Path(config.out or f"runs/{config.task}-{config.method}-{config.seed}")
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
     write_whole(path, [json.dumps(value, indent=2).encode() + b"\n"])
 
 
@@ -646,7 +679,8 @@ def evaluate_dev(model: nn.Module, sets: dict[str, list[Example]], task: Task) -
 
 
 def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy, or squared error for the one output of a regression; mean over the batch."""
+    """Cross entropy of logits (B, classes) with labels (B,), or the squared error of a regression's
+    one output; mean over the batch, a scalar."""
     if logits.shape[1] == 1:
         return F.mse_loss(logits[:, 0], labels.to(logits.dtype))
     return F.cross_entropy(logits, labels)
@@ -659,7 +693,10 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """One run with one seed: what the command line calls. Returns result.json's content."""
+    """One run with one seed: what the command line calls. Returns result.json's content.
+
+    Raises DoRAError or DataError for bad input, NotFiniteError, Interrupted (the state is saved).
+    """
     started, (rank, world) = time.monotonic(), process()
     torch.use_deterministic_algorithms(config.deterministic)
     torch.manual_seed(config.seed)
@@ -895,7 +932,8 @@ def summarize(results: list[dict[str, Any]]) -> None:
 
 
 def evaluate_only(config: TrainConfig, adapter: str | Path | None, split: str | None) -> None:
-    """Score what was trained on dev: an adapter, or the whole model in model_dir."""
+    """Score what was trained on dev: an adapter, or the whole model in model_dir. DoRAError if
+    there is neither."""
     task, model, model_dir, load = prepare(config)
     if adapter:
         load_adapter(model, adapter)
@@ -946,7 +984,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_value(kind: type, optional: bool, text: str) -> Any:
-    """A flag's text as a setting's value; "none" where that is one."""
+    """A flag's text as a setting's value; "none" where that is one. Raises argparse's error."""
     if optional and text.lower() == "none":
         return None
     try:
