@@ -2,11 +2,13 @@
 import json
 import math
 import statistics
+from collections import Counter
 
 import pytest
 import torch
 from tiny import (
     NO_DROPOUT, files, lines, newest, result, run, same, same_runs, settings, tiny_model)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train_glue
@@ -320,6 +322,29 @@ def test_compile(tmp_path):
     run(tmp_path / "compiled", compile=True, **changes)
     close(lines(tmp_path / "plain"), lines(tmp_path / "compiled"), 1e-4)
     assert result(tmp_path / "plain")["last"] == result(tmp_path / "compiled")["last"]
+
+
+@pytest.mark.parametrize("method", [*METHODS, "full"])
+def test_a_step_does_not_wait_for_the_device(tmp_path, monkeypatch, method):
+    """Numbers taken out of tensors (.item(), bool(), float()) in each of 24 steps, found by
+    watching every operation: none but in log steps, every fifth, at an epoch's end, and one at a
+    pruning, which looks if the scores are finite."""
+    real, steps, taken = train_glue.task_loss, [], Counter()
+    monkeypatch.setattr(train_glue, "task_loss", lambda *a: steps.append(1) or real(*a))
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default,
+                        torch.ops.aten.is_nonzero.default, torch.ops.aten.nonzero.default):
+                taken[len(steps)] += 1
+            return func(*args, **kwargs or {})
+
+    with Watch():
+        run(tmp_path, method=method, log_every=5)
+    del taken[0]                                                    # before the first step
+    prunings = set() if method in ("lora", "full") else {7, 10, 12}
+    assert {step for step, n in taken.items() if n} == {5, 10, 15, 20, 8, 16, 24} | prunings
+    assert not prunings or taken[7] == 1
 
 
 def test_no_dropout_is_really_off():

@@ -1,0 +1,197 @@
+"""The last layer's dense matrices lose their rank in every pruned run: right, or an artefact?
+
+A first-order score multiplies a gate by its gradient, and gradients differ from layer to layer. So
+the scores are compared with what they stand for, and the allocation with what it is good for:
+
+    removal   at the first and at the last pruning of a default run on STS-B: the loss on 512
+              training examples without the live components of one matrix, less the loss with them,
+              beside the matrix's scores, for all 36 matrices (float32)
+    left out  LoRA, rank 2, without the dense matrices of the last layer, or of the first, against
+              all 36 matrices: Pearson on the held-out tenth of the train set
+
+    python benchmarks/last_layer.py            # goes on where it was stopped; about 30 minutes
+    python benchmarks/last_layer.py --short    # two removals of a tiny run: what CI runs
+
+Writes results/last_layer.md. No dev set is looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import data  # noqa: E402
+import glue  # noqa: E402
+import train_glue  # noqa: E402
+from dora import DoRALinear, Pruner, dora_layers  # noqa: E402
+
+RESULTS = glue.HERE / "results" / "last_layer.json"
+MATRICES = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+DENSE = MATRICES[3:]
+SAMPLE = 512  # training examples that a removal is measured on
+
+
+def without(layer: int, layers: int = 6) -> tuple[str, ...]:
+    """Targets: all matrices but the dense ones of one layer."""
+    return MATRICES[:3] + tuple(f"{i}.{name}" for i in range(layers) if i != layer
+                                for name in DENSE)
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "lora, all 36 matrices": {}, "lora, last layer's dense left out": dict(targets=without(5)),
+    "lora, first layer's dense left out": dict(targets=without(0))}
+
+
+@torch.no_grad()
+def loss_of(model: nn.Module, examples: list[data.Example]) -> float:
+    """The task loss, dropout off."""
+    model.eval()
+    total = 0.0
+    for batch in data.batches(examples, 64, None, 0):
+        total += float(train_glue.task_loss(model(batch.ids, batch.mask), batch.labels)
+                       ) * len(batch.labels)
+    return total / len(examples)
+
+
+@torch.no_grad()
+def removals(model: nn.Module, layers: dict[str, DoRALinear], scores: torch.Tensor,
+             averages: torch.Tensor, examples: list[data.Example]) -> list[dict[str, Any]]:
+    """For each matrix: what it costs to close its gates, beside its summed scores."""
+    whole, found = loss_of(model, examples), []
+    r = len(scores) // len(layers)
+    for (name, layer), s, average in zip(layers.items(), scores.split(r), averages.split(r),
+                                         strict=True):
+        gates = layer.c.clone()
+        layer.c.zero_()
+        found.append({"name": name, "cost": loss_of(model, examples) - whole,
+                      "score": float((s * layer.mask).sum()), "live": layer.rank,
+                      "I_bar": float((average * layer.mask).sum())})
+        layer.c.copy_(gates)
+    return found
+
+
+def watched(config: train_glue.TrainConfig, sample: int) -> dict[str, list[dict[str, Any]]]:
+    """Train, and measure removals just before the first and at the last pruning."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    examples: list[data.Example] = []
+    models: list[nn.Module] = []
+    adapt, load = train_glue.adapt, data.load_task
+
+    class Watching(Pruner):
+        def _prune(self, k: int) -> None:
+            if self.t - self.config.interval <= self.first:  # all components are live yet
+                self.measure("first pruning")
+            super()._prune(k)
+            if self.t == self.last:
+                self.measure("last pruning")
+
+        def measure(self, when: str) -> None:
+            state = torch.get_rng_state()
+            found[when] = removals(models[0], dora_layers(models[0]), self.scores(),
+                                   self.I_bar[0], examples[:sample])
+            models[0].train()
+            torch.set_rng_state(state)
+
+    def kept(name: str, folder: Any, split: str, *more: Any) -> list[data.Example]:
+        rows = load(name, folder, split, *more)
+        examples.extend(rows if split == "train" else [])
+        return rows
+
+    def adapting(model: Any, settings: Any) -> Any:
+        models.append(model)
+        return adapt(model, settings)
+
+    train_glue.adapt, data.load_task, train_glue.Pruner = adapting, kept, Watching  # type: ignore
+    try:
+        train_glue.train(config)
+    finally:
+        train_glue.adapt, data.load_task, train_glue.Pruner = adapt, load, Pruner  # type: ignore
+    return found
+
+
+def report(found: dict[str, Any]) -> str:
+    """The tables of last_layer.md."""
+    out = ["# The last layer's dense matrices", "", "Written by `python benchmarks/last_layer.py`; "
+           "MiniLM on STS-B, batch 32, 4 epochs, lr 2e-3, one thread.", ""]
+    for when, rows in found["removals"].items():
+        cost, score, first = ([row[k] for row in rows] for k in ("cost", "score", "I_bar"))
+        out += [f"**{when}**: Spearman over {len(rows)} matrices of the cost of removal with the "
+                f"score {data.spearman(score, cost):.2f}, with its first-order part alone "
+                f"{data.spearman(first, cost):.2f}. Cost x 1e4, in brackets the rank by score "
+                f"(1 = most important):", "",
+                "| layer | " + " | ".join(MATRICES) + " |", "|---|" + "---|" * len(MATRICES)]
+        order = sorted(range(len(rows)), key=lambda i: -score[i])
+        place = {i: order.index(i) + 1 for i in range(len(rows))}
+        for layer in range(len(rows) // 6):
+            cells = [f"{1e4 * cost[i]:.2f} ({place[i]})" for i in range(6 * layer, 6 * layer + 6)]
+            out.append(f"| {layer} | " + " | ".join(cells) + " |")
+        out.append("")
+    lines = [c for c in glue.finished().values() if c["name"] in ROWS]
+    if lines:
+        out += ["**Left out**: Pearson after the last epoch on the held-out tenth, bf16.", "",
+                "| | components | seeds | median | each |", "|---|---|---|---|---|"]
+        for name in ROWS:
+            scores = [c["last"] for c in lines if c["name"] == name]
+            if scores:
+                components = sum(next(c for c in lines if c["name"] == name)["ranks"])
+                out.append(f"| {name} | {components} | {len(scores)} | "
+                           f"{statistics.median(scores):.4f} | "
+                           f"{', '.join(f'{s:.4f}' for s in scores)} |")
+    return "\n".join([*out, ""])
+
+
+def short() -> None:
+    """Two removals in a tiny run on toy data: each costs something or nothing, none is NaN."""
+    import tempfile
+    root = Path(tempfile.mkdtemp())
+    bpe = data.write_toy(root, root / "model")
+    tiny = train_glue.RobertaConfig(vocab_size=len(bpe.vocab), hidden_size=16, num_hidden_layers=2,
+                                    num_attention_heads=2, intermediate_size=32)
+    train_glue.save_model(train_glue.RobertaForSequenceClassification(tiny, 2), root / "model")
+    found = watched(train_glue.make_config(
+        "toy", data_dir=str(root), model_dir=str(root / "model"), out=str(root / "run"), max_len=48,
+        device="cpu", max_steps=60), 32)
+    assert [len(rows) for rows in found.values()] == [12, 12]
+    assert all(abs(row["cost"]) < 1 for rows in found.values() for row in rows)
+    print("removals of 12 matrices at the first and the last pruning measured")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "../shared/data/glue")
+    parser.add_argument("--model-dir", type=Path,
+                        default=ROOT / "../shared/models/minilm-l6-roberta")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--short", action="store_true")
+    args = parser.parse_args()
+    args.dtype = "bf16"
+    torch.set_num_threads(1)
+    if args.short:
+        return short()
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if "removals" not in found:
+        config = train_glue.make_config(
+            "stsb", lr=2e-3, data_dir=str(glue.held_out(args.data_dir)), batch_size=32, epochs=4,
+            model_dir=str(args.model_dir), device="cpu",
+            out=str(ROOT / "runs/bench/last-layer"))
+        found["removals"] = watched(config, SAMPLE)
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    for seed in range(1, args.seeds + 1):
+        for name, more in ROWS.items():
+            glue.run(glue.cell(name, "held out", "stsb", "lora", seed, 2e-3, **more), args)
+            (glue.HERE / "results" / "last_layer.md").write_text(report(found))
+    print(report(found))
+
+
+if __name__ == "__main__":
+    main()
