@@ -33,6 +33,7 @@ LOG = HERE / "results" / "glue.jsonl"
 EPOCHS = {"stsb": 4, "rte": 6, "mrpc": 6, "cola": 5}
 BASE_LR = {"full": 1e-4, "bitfit": 2e-3}  # others 2e-3; each tries half, once, twice as much
 FACTORS = (0.5, 1.0, 2.0)
+MATRICES = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 METHODS = ("dora", "lora", "adalora", "paper", "full")
 ABLATIONS: dict[str, dict[str, Any]] = {  # of dora on STS-B, the paper's Tables 4 and 5
     "dora, no DEM": dict(penalty=None),
@@ -159,6 +160,49 @@ def report() -> None:
             "which needs an accelerator.", "", "## The paper's Table 2, r = 2 (RoBERTa-base, not "
             "run here)", "", PAPER, ""]
     (HERE / "RESULTS.md").write_text("\n".join(out))
+    try:
+        plot(dev, tasks)
+    except ModuleNotFoundError:
+        print("no figure: pip install -r benchmarks/requirements.txt, then --report",
+              file=sys.stderr)
+
+
+def plot(dev: list[dict[str, Any]], tasks: list[str]) -> None:
+    """results/glue.svg: where dora's components went, and score against parameters."""
+    from matplotlib.figure import Figure
+
+    mine = [c["ranks"] for c in dev if (c["name"], c["task"]) == ("dora", "stsb")]
+    if not mine:
+        return
+    figure = Figure(figsize=(5 + 3.6 * len(tasks), 3.9), layout="constrained")
+    axes = figure.subplots(1, 1 + len(tasks), width_ratios=[1.25] + [1] * len(tasks))
+    live = np.mean(mine, axis=0).reshape(-1, len(MATRICES)).T  # (matrices, layers)
+    axes[0].imshow(live, cmap="YlGnBu", vmin=0, vmax=3.6, aspect="auto")
+    for (y, x), value in np.ndenumerate(live):
+        axes[0].text(x, y, f"{value:.1f}".removesuffix(".0"), ha="center", va="center",
+                     color="white" if value > 2.2 else "black")
+    axes[0].set_yticks(range(len(MATRICES)), MATRICES)
+    axes[0].set_xticks(range(live.shape[1]))
+    axes[0].set_xlabel("layer")
+    axes[0].set_title(f"live components of dora, STS-B\nstart 3, mean of {len(mine)} seeds",
+                      fontsize=10)
+    for ax, task in zip(axes[1:], tasks, strict=True):
+        for i, name in enumerate(name for name in (*METHODS, "bitfit") if any(
+                (c["name"], c["task"]) == (name, task) for c in dev)):
+            cells = [c for c in dev if (c["name"], c["task"]) == (name, task)]
+            scores = sorted(c["best"] for c in cells)
+            size = statistics.median(c["adapter"] or c["trainable"] - c["head"] for c in cells)
+            middle = statistics.median(scores)
+            size *= 1.35 ** (i - 1.5) if name != "full" else 1  # one size, side by side
+            ax.errorbar(size, middle, [[middle - scores[0]], [scores[-1] - middle]], fmt="o",
+                        capsize=4, color=f"C{i}", label=name)
+        ax.set_xscale("log")
+        ax.set_xlabel("parameters (equal ones side by side)", fontsize=9)
+        ax.set_title(f"{task}: {cells[0]['metric']} on dev\nmedian, smallest, largest",
+                     fontsize=10)
+        ax.grid(alpha=0.3)
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right center")
+    figure.savefig(HERE / "results" / "glue.svg")
 
 
 def main() -> None:

@@ -33,9 +33,9 @@ import data  # noqa: E402
 import glue  # noqa: E402
 import train_glue  # noqa: E402
 from dora import DoRALinear, Pruner, dora_layers  # noqa: E402
+from glue import MATRICES  # noqa: E402
 
 RESULTS = glue.HERE / "results" / "last_layer.json"
-MATRICES = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 DENSE = MATRICES[3:]
 SAMPLE = 512  # training examples that a removal is measured on
 

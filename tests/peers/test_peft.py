@@ -1,6 +1,7 @@
 """dora.py against Hugging Face PEFT and transformers: adapters both ways, LoRA, AdaLoRA,
 merging."""
 import json
+import re
 from pathlib import Path
 
 import peft
@@ -348,6 +349,23 @@ def test_other_models(tmp_path, new, targets, head, compact):
     close(logits(fresh), expected)
     close(logits(merge_(model)), expected)
     assert model.state_dict().keys() == new().state_dict().keys()
+
+
+def test_the_readmes_llama(tmp_path, monkeypatch):
+    """README's block with transformers, run as printed in an empty folder: the model that PEFT
+    loaded gives the logits of the one that was trained."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    code, = (code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+             if "import LlamaConfig" in code)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        close(names["peft_model"].eval()(ids).logits, names["model"].eval()(ids).logits)
+    ranks = names["pruner"].ranks()
+    assert sum(ranks.values()) == 2 * 14 and len({*ranks.values()}) > 1
 
 
 def test_gpt2_has_no_linear():
