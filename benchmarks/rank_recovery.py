@@ -34,7 +34,8 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import report  # noqa: E402
 from dora import METHODS, DoRAConfig, Pruner, inject  # noqa: E402
 
 NOISE = 0.5  # standard deviation of the noise on each output; a lost component costs 0.2 to 0.6
@@ -362,6 +363,9 @@ def main(argv: list[str] | None = None) -> None:
     result = sweep(args.out / "rank_recovery.jsonl", args.seeds)
     text = markdown(result, args.seeds)
     (args.out / "rank_recovery_table.md").write_text(text, encoding="utf-8")
+    if args.out == parser.get_default("out"):
+        report.write_part("rank_recovery", f"{text}\n![the same as two maps]"
+                                           f"(results/rank_recovery.svg)")
     print(text)
     try:
         methods, scores = list(result.values())[:2]
