@@ -136,8 +136,8 @@ def report() -> None:
             f"{found[f]:.4f}" if f in found else "not run" for f in FACTORS) + f" | {base:g} |")
     dev = [c for c in lines if c["split"] == "dev"]
     tasks = [t for t in EPOCHS if any(c["task"] == t for c in dev)]
-    out += ["", "## Dev", "", "| method | adapter parameters | " + " | ".join(tasks) +
-            " | mean of medians |", "|---|---|" + "---|" * (len(tasks) + 1)]
+    out += ["", "## Dev", "", "| method | lr | adapter parameters | " + " | ".join(tasks) +
+            " | mean of medians | seconds a run |", "|---|---|---|" + "---|" * (len(tasks) + 2)]
     for name in dict.fromkeys(c["name"] for c in dev):
         cells, medians = [], []
         mine = [c for c in dev if c["name"] == name]
@@ -152,10 +152,13 @@ def report() -> None:
         mean = f"{statistics.mean(medians):.4f}" if len(medians) == len(tasks) else "incomplete"
         sizes = sorted({c["adapter"] or c["trainable"] - c["head"] for c in mine})
         size = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
-        out.append(f"| {name} | {size} | " + " | ".join(cells) + f" | {mean} |")
-    seconds = sum(c["seconds"] for c in lines)
-    out += ["", f"{len(lines)} runs, {seconds / 3600:.1f} hours of one core in all (the machine "
-            "was shared: seconds are no measure of speed, benchmarks/README.md has that).", "",
+        seconds = " / ".join(f"{statistics.median(times):.0f}" for task in tasks if (
+            times := [c["seconds"] for c in mine if c["task"] == task]))
+        out.append(f"| {name} | {mine[0]['lr']:g} | {size} | " + " | ".join(cells) +
+                   f" | {mean} | {seconds} |")
+    spent = sum(c["seconds"] for c in lines) / 3600
+    out += ["", f"{len(lines)} runs, {spent:.1f} hours of one core in all. Seconds are medians, "
+            "evaluation included, on a machine that was shared: README.md here measures speed.", "",
             "Not run: whatever is marked so above; stage 3 (5 seeds, the paper's epochs, SST-2), "
             "which needs an accelerator.", "", "## The paper's Table 2, r = 2 (RoBERTa-base, not "
             "run here)", "", PAPER, ""]

@@ -90,3 +90,13 @@ def test_own_task_trains(tmp_path):
         data.TASKS.pop("mine", None)
     assert result["steps"] == 9 and 0 <= result["best"]["accuracy"] <= 1
     assert sum(result["ranks"].values()) == 24
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
+def test_links_lead_to_files(page):
+    """Relative links and images of both pages, compared with the checkout."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
+    assert links or page != "README.md"
+    for link in links:
+        assert ((ROOT / page).parent / link).exists(), link
