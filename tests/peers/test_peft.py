@@ -368,6 +368,23 @@ def test_the_readmes_llama(tmp_path, monkeypatch):
     assert sum(ranks.values()) == 2 * 14 and len({*ranks.values()}) > 1
 
 
+def test_a_large_model_on_paper():
+    """README's plan for 7B at rank 8, against a Llama of that size without memory (torch's meta
+    device) through inject()."""
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(dtype=torch.bfloat16))
+    assert 2 * sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(13.5, abs=0.05)
+    layers = inject(model, DoRAConfig(rank=8, targets=(
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")))
+    assert len(layers) == 7 * 32 and all(len(layer.c) == 12 for layer in layers.values())
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert numbers / 1e6 == pytest.approx(30.0, abs=0.05)
+    assert 4 * numbers / 1e6 == pytest.approx(120, abs=0.5)
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for words in ("13.5 GB", "12 components", "30.0 million", "120 MB", "480 MB"):
+        assert words in text
+
+
 def test_gpt2_has_no_linear():
     """GPT-2's Conv1D has weights (d_in, d_out): the error names module and class; a target that
     GPT-2 lacks lists its one nn.Linear."""
