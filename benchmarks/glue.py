@@ -126,7 +126,8 @@ def report() -> None:
            f"torch {torch.__version__}, Python {platform.python_version()}, CPU, one thread a run.",
            "", "## Learning rate: Pearson after the last epoch on a held-out tenth of STS-B's "
            "train set", ""]
-    tuned = [c for c in lines if c["split"] == "held out"]
+    tuned = [c for c in lines if c["split"] == "held out" and c["name"] == c["method"] and
+             c["seed"] == 1]
     out += ["| method | " + " | ".join(f"{f:g} x base" for f in FACTORS) + " | base |",
             "|---|" + "---|" * (len(FACTORS) + 1)]
     for method in dict.fromkeys(c["method"] for c in tuned):
