@@ -821,8 +821,10 @@ def toy(config: TrainConfig) -> dict[str, Any]:
     Pretraining is full fine-tuning on short sentences: are subject and verb of "these dogs see a
     king" singular or plural? The adaptation task asks if a sentence is right, and puts phrases
     between the two in which the nearest noun misleads: "these dogs near the king sees a bird".
-    Files, tokenizer, loader and loop are those of GLUE.
+    Files, tokenizer, loader and loop are those of GLUE. DoRAError in several processes.
     """
+    if process()[1] > 1:
+        raise DoRAError("the toy is for one process; under torchrun name a --task and --data-dir")
     torch.set_num_threads(1)  # matrices this small are slower when threads share them
     root = Path(config.out or tempfile.mkdtemp(prefix="dora-toy-"))
     untrained, pretrained = root / "untrained", root / "pretrain" / "model"
@@ -862,7 +864,11 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(make_parser().parse_args(argv))
     seeds, eval_only, adapter, split = (
         args.pop(name) for name in ("seeds", "eval_only", "adapter", "predict"))
+    again = "the same command and --resume"
     try:
+        if args.get("task", "toy") == "toy" and not (eval_only or {"data_dir", "out"} & {*args}):
+            args["out"] = tempfile.mkdtemp(prefix="dora-toy-")
+            again = f"the same command, --out {args['out']} and --resume"
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and process()[1] == 1:
             torch.distributed.init_process_group()
         results = []
@@ -885,7 +891,7 @@ def main(argv: list[str] | None = None) -> int:
         if len(results) > 1:
             summarize(results)
     except Interrupted as error:
-        say(f"{error.args[0]}; go on with the same command and --resume")
+        say(f"{error.args[0]}; go on with {again}")
         return 128 + error.args[1]
     except KeyboardInterrupt:
         say("stopped outside of training, there was nothing to save; start the command anew")

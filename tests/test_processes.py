@@ -173,6 +173,12 @@ def test_bad_input_ends_both(tmp_path):
     assert found[1][0] in (1, 2) and "Traceback" not in found[1][2]
 
 
+def test_the_toy_is_for_one_process(tmp_path):
+    """The toy in two processes: both refuse, in one line that says what to name instead."""
+    for code, _, error in ends(start(["--out", tmp_path / "toy"], tmp_path / "m"), timeout=60):
+        assert code == 2 and "the toy is for one process" in error and "Traceback" not in error
+
+
 def test_torchrun_itself(tmp_path):
     """`torchrun --nproc_per_node=2 train_glue.py ...`, as the README prints it."""
     code = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"

@@ -514,6 +514,25 @@ def test_kill_at_random_moments(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_toy_goes_on(tmp_path, capsys, monkeypatch):
+    """The toy stopped in its second training: its files are in a temporary folder, so the message
+    names it; with --out and --resume the score is that of a toy that nothing stopped."""
+    assert main(["--out", str(tmp_path / "whole")]) == 0
+    whole = capsys.readouterr().out.split("Matthews correlation on the adaptation task")[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_glue.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "cut"))
+        stop_at(patch, 400)                     # the pretraining has 375 steps
+        assert main([]) == 143
+    text = capsys.readouterr().out
+    assert f"saved in {tmp_path / 'cut' / 'adapted'}; go on with the same command, " in text
+    assert f"--out {tmp_path / 'cut'} and --resume" in text
+    assert main(["--out", str(tmp_path / "cut"), "--resume"]) == 0
+    found = capsys.readouterr().out.split("Matthews correlation on the adaptation task")[1]
+    assert found.splitlines()[1:4] == whole.splitlines()[1:4]                    # three scores
+    same(newest(tmp_path / "cut" / "adapted"), newest(tmp_path / "whole" / "adapted"))
+
+
+@pytest.mark.slow
 def test_kill_inside_a_write(tmp_path, whole):
     """A process dies between the two halves of the write of the checkpoint of step 14: the one of
     step 13 is the newest, and the run ends equal."""
