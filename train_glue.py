@@ -698,6 +698,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises DoRAError or DataError for bad input, NotFiniteError, Interrupted (the state is saved).
     """
     started, (rank, world) = time.monotonic(), process()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # --deterministic needs it on a GPU
     torch.use_deterministic_algorithms(config.deterministic)
     torch.manual_seed(config.seed)
     task, model, model_dir, load = prepare(config)

@@ -147,7 +147,7 @@ def report() -> None:
             if scores:
                 medians.append(statistics.median(scores))
                 cells.append(f"{medians[-1]:.4f} ({scores[0]:.4f} to {scores[-1]:.4f}, "
-                             f"{len(scores)} seeds)")
+                             f"{len(scores)} seed{'s' * (len(scores) > 1)})")
             else:
                 cells.append("not run")
         mean = f"{statistics.mean(medians):.4f}" if len(medians) == len(tasks) else "incomplete"
@@ -201,11 +201,12 @@ def plot(dev: list[dict[str, Any]], tasks: list[str]) -> None:
             ax.errorbar(size, middle, [[middle - scores[0]], [scores[-1] - middle]], fmt="o",
                         capsize=4, color=f"C{i}", label=name)
         ax.set_xscale("log")
+        ax.set_xlim(4e4, 6e7)
         ax.set_xlabel("parameters (equal ones side by side)", fontsize=9)
         ax.set_title(f"{task}: {cells[0]['metric']} on dev\nmedian, smallest, largest",
                      fontsize=10)
         ax.grid(alpha=0.3)
-    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right center")
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(HERE / "results" / "glue.svg")
 
 

@@ -92,6 +92,22 @@ def test_own_task_trains(tmp_path):
     assert sum(result["ranks"].values()) == 24
 
 
+def test_numbers_are_the_benchmarks():
+    """Figures of the README's two tables of results, compared with what the scripts wrote."""
+    results = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?:dora|lora|adalora|paper|full) \| [\d.e-]+ \|.*$", TEXT, re.MULTILINE)
+    assert len(rows) == 5
+    for row in rows:
+        assert row in results.split("## Dev")[1]
+    table = (ROOT / "benchmarks/results/rank_recovery_table.md").read_text(encoding="utf-8")
+    methods = table.split("| Methods |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+ / [\d.]+) \|$", TEXT, re.MULTILINE)
+    assert [name for name, _ in rows] == ["dora", "paper", "lora", "adalora"]
+    for name, worst in rows:
+        line = next(line for line in methods.split("\n") if line.startswith(f"| {name} |"))
+        assert line.split("|")[-2].strip() == worst
+
+
 @pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
 def test_links_lead_to_files(page):
     """Relative links and images of both pages, compared with the checkout."""
