@@ -244,8 +244,9 @@ def averages(cells: list[dict[str, Any]],
 
 def markdown(result: dict[str, list[dict[str, Any]]], seeds: int) -> str:
     """The tables: misplaced % / loss over the floor."""
-    text = (f"Misplaced % / loss over the floor, mean of {seeds} seeds; worst: of all but "
-            f"{', '.join(STRESS)}.\nWritten by `benchmarks/rank_recovery.py --seeds {seeds}`, "
+    text = (f"Misplaced % / loss over the floor, mean of {seeds} seeds, in the third table of "
+            f"{min(seeds, FEWER)}; worst: of all but {', '.join(STRESS)}.\n"
+            f"Written by `benchmarks/rank_recovery.py --seeds {seeds}`, "
             f"torch {torch.__version__.split('+')[0]}, lr {LR:g}.\n")
     for title, cells in result.items():
         rows, names, wrong = averages(cells, "misplaced")
