@@ -271,8 +271,9 @@ def plot(cells: list[dict[str, Any]], path: Path) -> None:
                   vmin=low, vmax=high)
         for y, line in enumerate(means):
             for x, value in enumerate(line):
+                dark = (unit * value - low) / (high - low) > 0.6
                 ax.text(x, y, f"{100 * value:.0f}" if unit == 100 else f"{value:.2f}",
-                        ha="center", va="center", fontsize=7)
+                        ha="center", va="center", fontsize=8, color="white" if dark else "black")
         ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
         ax.set_yticks(range(len(rows)), rows)
     axes[0].set_title("components in a wrong matrix, %")
