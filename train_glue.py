@@ -373,7 +373,8 @@ class TrainConfig:
             raise DoRAError(f"task = {self.task}: choose one of {', '.join(tasks)}")
 
 
-# The paper's Table 8: lr, batch size, epochs, eta, interval. WNLI, not in it, has RTE's.
+# The paper's Table 8. WNLI, not in it, has RTE's row.
+COLUMNS_8 = ("lr", "batch_size", "epochs", "eta", "interval")
 TABLE_8 = {"rte": (2e-3, 16, 80, 0.5, 10), "mrpc": (2.5e-3, 16, 30, 0.3, 50),
            "stsb": (3e-3, 16, 45, 0.3, 10), "cola": (2e-3, 16, 45, 0.3, 10),
            "sst2": (8e-4, 64, 60, 0.5, 10), "qnli": (3.5e-3, 16, 12, 0.5, 50),
@@ -386,7 +387,7 @@ METHOD_ROWS: dict[str, dict[str, Any]] = {
 
 def make_config(task: str = "toy", method: str = "dora", **flags: Any) -> TrainConfig:
     """The task's row of Table 8, overruled by the method's row, overruled by what is asked for."""
-    row = dict(zip(("lr", "batch_size", "epochs", "eta", "interval"), TABLE_8.get(task, ())))
+    row = dict(zip(COLUMNS_8, TABLE_8.get(task, ())))
     values = {**row, **METHOD_ROWS.get(method, {}), **flags}
     names = {f.name for f in dataclasses.fields(DoRAConfig)}
     dora = DoRAConfig(**{key: value for key, value in values.items() if key in names})
@@ -969,11 +970,12 @@ def make_parser() -> argparse.ArgumentParser:
         for f in dataclasses.fields(config):
             if f.name in ("seed", "dora"):
                 continue
+            default = "the task's, paper's Table 8" if f.name in COLUMNS_8 else f.default
             kind, *more = get_args(hints[f.name]) or (hints[f.name],)
             options: dict[str, Any] = {
                 "default": argparse.SUPPRESS, "metavar": kind.__name__.upper(),
                 "type": partial(parse_value, kind, type(None) in more),
-                "help": f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")}
+                "help": f"{f.metadata['help']} (default: {default})".replace("%", "%%")}
             if f.metadata["choices"]:
                 names = ["none" if c is None else c for c in f.metadata["choices"]]
                 options["metavar"] = "{" + ",".join(names) + "}"
