@@ -40,7 +40,6 @@ import tempfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -600,13 +599,29 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     Layout: 8 bytes little-endian header length n, JSON {name: {dtype, shape, data_offsets}} of n
     bytes, then the data. All numbers are checked; DoRAError names the file and what is wrong.
     """
+    return _read_safetensors(path)[0]
 
-    header, begin = _header(path)
-    bad = partial(_damaged, path)
-    header.pop("__metadata__", None)
+
+def _read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, metadata): the header may hold {"__metadata__": {name: text}}, too."""
+
+    def bad(problem: str) -> DoRAError:
+        return DoRAError(f"{path}: not a safetensors file ({problem:.200}); get or save it anew")
+
     with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        n = int.from_bytes(f.read(8), "little")
+        if size < 10 or n > min(size - 8, 100_000_000):
+            raise bad(f"a header of {n} bytes in a file of {size}")
+        try:
+            header = json.loads(f.read(n), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise bad(f"header: {error}") from None
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    room = len(data) - begin
+    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict):
+        raise bad("its header or metadata is no JSON object")
+    begin, room = 8 + n, size - 8 - n  # of the data, in bytes
     tensors: dict[str, Tensor] = {}
     spans = []
     for name, entry in header.items():
@@ -630,27 +645,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         if start != end:
             raise bad(f"data bytes {end} to {start} belong to two tensors or to none")
         end = stop
-    return tensors
-
-
-def _header(path: str | Path) -> tuple[dict[str, Any], int]:
-    """(header, the byte at which the data begins) of a safetensors file."""
-    with open(path, "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        n = int.from_bytes(f.read(8), "little")
-        if size < 10 or n > min(size - 8, 100_000_000):
-            raise _damaged(path, f"a header of {n} bytes in a file of {size}")
-        try:
-            header = json.loads(f.read(n), object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:
-            raise _damaged(path, f"header: {error}") from None
-    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
-        raise _damaged(path, "its header or metadata is no JSON object")
-    return header, 8 + n
-
-
-def _damaged(path: str | Path, problem: str) -> DoRAError:
-    return DoRAError(f"{path}: not a safetensors file ({problem:.200}); get or save it anew")
+    return tensors, metadata
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -775,7 +770,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
             raise DoRAError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be loaded "
                             f"({key} = {allowed[0]!r})")
     file = Path(folder) / "adapter_model.safetensors"
-    tensors = read_safetensors(file)
+    tensors, metadata = _read_safetensors(file)
     modules, weights = dict(model.named_modules()), model.state_dict()
     found: dict[str, tuple[Tensor, Tensor, float]] = {}
     names = {key.split(".lora_")[0] for key in tensors if ".lora_" in key}
@@ -799,7 +794,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
                             f"{None if old is None else tuple(old.shape)}; is the adapter for "
                             f"another task or base model?")
     base = fingerprint(modules[name].weight for name in found)  # type: ignore[misc]
-    if _header(file)[0].get("__metadata__", {}).get("base", base) != base:
+    if metadata.get("base", base) != base:
         raise DoRAError(f"{file}: was trained on other weights of the same shapes; use it with the "
                         f"base model that it was trained on")
     if not found:

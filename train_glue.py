@@ -532,12 +532,12 @@ class Run:
 
     def check(self, loss: float, norm: float) -> None:
         """NotFiniteError at numbers that are not; DoRAError where the processes' masks differ."""
-        bad = [name for name, p in self.model.named_parameters()
-               if p.requires_grad and not p.isfinite().all()]
-        if bad or not math.isfinite(loss + norm):
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        good = torch.stack([p.isfinite().all() for p in trained.values()]).tolist()  # one wait
+        if not (all(good) and math.isfinite(loss + norm)):
+            bad = [name for name, whole in zip(trained, good) if not whole] or ["none"]
             raise NotFiniteError(f"step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}, "
-                                 f"first bad weight {bad[0] if bad else 'none'}; lower the "
-                                 f"learning rate")
+                                 f"first bad weight {bad[0]}; lower the learning rate")
         device = next(self.model.parameters()).device
         mask = self.pruner.mask.to(device).float()
         if not torch.equal(summed(mask, "MIN"), summed(mask, "MAX")):
@@ -699,7 +699,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises DoRAError or DataError for bad input, NotFiniteError, Interrupted (the state is saved).
     """
     started, (rank, world) = time.monotonic(), process()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # --deterministic needs it on a GPU
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
     torch.use_deterministic_algorithms(config.deterministic)
     torch.manual_seed(config.seed)
     task, model, model_dir, load = prepare(config)

@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import data  # noqa: E402
 import glue  # noqa: E402
 import train_glue  # noqa: E402
-from dora import DoRALinear, Pruner, dora_layers  # noqa: E402
+from dora import DoRALinear, Pruner  # noqa: E402
 from glue import MATRICES  # noqa: E402
 
 RESULTS = glue.HERE / "results" / "last_layer.json"
@@ -87,10 +87,12 @@ def removals(model: nn.Module, layers: dict[str, DoRALinear], scores: torch.Tens
 
 def watched(config: train_glue.TrainConfig, sample: int) -> dict[str, list[dict[str, Any]]]:
     """Train, and measure removals just before the first and at the last pruning."""
+    assert config.data_dir and config.model_dir
+    bpe = data.BPE(f"{config.model_dir}/vocab.json", f"{config.model_dir}/merges.txt")
+    examples = data.load_task(config.task, config.data_dir, "train", bpe, config.max_len)[:sample]
     found: dict[str, list[dict[str, Any]]] = {}
-    examples: list[data.Example] = []
     models: list[nn.Module] = []
-    adapt, load = train_glue.adapt, data.load_task
+    adapt = train_glue.adapt
 
     class Watching(Pruner):
         def _prune(self, k: int) -> None:
@@ -103,27 +105,21 @@ def watched(config: train_glue.TrainConfig, sample: int) -> dict[str, list[dict[
 
         def measure(self, when: str) -> None:
             state = torch.get_rng_state()
-            found[when] = removals(models[0], dora_layers(models[0]), self.scores(),
-                                   self.I_bar[0], examples[:sample])
+            found[when] = removals(models[0], self.layers, self.scores(), self.I_bar[0], examples)
             models[0].train()
             torch.set_rng_state(state)
-
-    def kept(name: str, folder: Any, split: str, *more: Any) -> list[data.Example]:
-        rows = load(name, folder, split, *more)
-        examples.extend(rows if split == "train" else [])
-        return rows
 
     def adapting(model: Any, settings: Any) -> Any:
         models.append(model)
         return adapt(model, settings)
 
-    train_glue.adapt, data.load_task, train_glue.Pruner = adapting, kept, Watching  # type: ignore
+    train_glue.adapt, train_glue.Pruner = adapting, Watching  # type: ignore
     try:
         train_glue.train(config)
     except Measured:
         pass
     finally:
-        train_glue.adapt, data.load_task, train_glue.Pruner = adapt, load, Pruner  # type: ignore
+        train_glue.adapt, train_glue.Pruner = adapt, Pruner  # type: ignore
     return found
 
 

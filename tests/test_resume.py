@@ -23,17 +23,25 @@ def resume(out, **changes):
     return run(out, resume=True, **changes)
 
 
-def stop_at(monkeypatch, step, number=signal.SIGTERM):
-    """Send this process a signal while the given step is under way."""
+def each_loss(monkeypatch, change):
+    """change(n, loss) takes the place of the n-th loss."""
     real, calls = train_glue.task_loss, []
 
     def loss(logits, labels):
         calls.append(1)
-        if len(calls) == step:
-            os.kill(os.getpid(), number)
-        return real(logits, labels)
+        return change(len(calls), real(logits, labels))
 
     monkeypatch.setattr(train_glue, "task_loss", loss)
+
+
+def stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """Send this process a signal while the given step is under way."""
+    def change(n, loss):
+        if n == step:
+            os.kill(os.getpid(), number)
+        return loss
+
+    each_loss(monkeypatch, change)
 
 
 @pytest.fixture(scope="module")
@@ -114,19 +122,13 @@ def test_more_checkpoints_change_nothing(tmp_path, whole):
 def test_a_killed_run_goes_back_to_its_checkpoint(tmp_path, monkeypatch, whole):
     """An exception in step 15 (as good as kill -9: nothing is saved) with checkpoints each third
     step: steps 13 and 14 are done again, their lines of the log are not doubled."""
-    def dies(step):
-        real, calls = train_glue.task_loss, []
-
-        def loss(logits, labels):
-            calls.append(1)
-            if len(calls) == step:
-                raise KeyError("dies")
-            return real(logits, labels)
-
+    def dies(n, loss):
+        if n == 15:
+            raise KeyError("dies")
         return loss
 
     with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr(train_glue, "task_loss", dies(15))
+        each_loss(patch, dies)
         run(tmp_path, save_every=3)
     assert len(lines(tmp_path)) == 14 and newest(tmp_path)["step"] == 12
     with open(tmp_path / "metrics.jsonl", "a") as f:
@@ -152,17 +154,6 @@ def test_checkpoints_hold_tensors_alone(whole):
 
 # ---- numbers that are not finite ----------------------------------------------------------------
 
-def turns_bad(monkeypatch, step, value):
-    """From the given step on, the loss is multiplied by a value."""
-    real, calls = train_glue.task_loss, []
-
-    def loss(logits, labels):
-        calls.append(1)
-        return real(logits, labels) * (value if len(calls) >= step else 1)
-
-    monkeypatch.setattr(train_glue, "task_loss", loss)
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("step, log_every", [(3, 1), (11, 1), (14, 100), (16, 100)])
 def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch, whole, value, step, log_every):
@@ -173,7 +164,7 @@ def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch, whole, value, 
     words = flags(**settings(tmp_path, log_every=log_every, save_every=4))
     seen = step if log_every == 1 else 16
     with monkeypatch.context() as patch:
-        turns_bad(patch, step, value)
+        each_loss(patch, lambda n, loss: loss * (value if n >= step else 1))
         assert main(words) == 2
     error = capsys.readouterr().err.strip()
     lr = train_glue.learning_rate(seen - 1, 24, make_config(**settings(tmp_path)))
