@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import re
+import ssl
 import sys
 import time
 import unicodedata
@@ -19,7 +20,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -36,8 +36,7 @@ class DataError(ValueError):
 
 # ---- Tasks -------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A row of TASKS. Files are tab-separated; columns go by the names in their header line."""
     name: str
     folder: str                            # below the data folder; also the submission's name
@@ -48,10 +47,9 @@ class Task:
     top: float = 5.0                       # regression: labels run from 0 to top, trained as y/top
     columns: tuple[str, ...] = ()          # names for train and dev files that have no header line
     bad_rows: int = 0                      # malformed train and dev rows that may be left out
-    source: str = ""                       # what download_task fetches
-    files: Mapping[str, str] = field(
-        default_factory=lambda: {split: f"{split}.tsv" for split in ("train", "dev", "test")})
-    submissions: Mapping[str, str] = field(default_factory=dict)   # where it is not {test: folder}
+    source: str = ""                       # what download_task fetches, below glue/data/
+    files: Mapping[str, str] = {"train": "train.tsv", "dev": "dev.tsv", "test": "test.tsv"}
+    submissions: Mapping[str, str] = {}    # names of submission files, where not the folder's
 
     @property
     def num_labels(self) -> int:
@@ -60,23 +58,21 @@ class Task:
 
     def number(self, cell: str) -> int | float | None:
         """A label as it is trained on: class id, or y/top (float); None if it is no label."""
-        if self.labels:
-            return self.labels.index(cell) if cell in self.labels else None
         try:
-            return float(cell) / self.top if 0 <= float(cell) <= self.top else None   # not for NaN
+            value = self.labels.index(cell) if self.labels else float(cell) / self.top
         except ValueError:
             return None
+        return value if self.labels or 0 <= value <= 1 else None      # NaN is not in 0..1
 
 PAIR, NLI2 = ("sentence1", "sentence2"), ("entailment", "not_entailment")
 NLI3 = ("entailment", "neutral", "contradiction")
-
+COLA = ("source", "label", "mark", "sentence")           # its files have no header; nor has the toy
 TOY_FILES = {"train": "train.tsv", "dev": "dev.tsv"}     # made by write_toy
 
 # A task of your own is one more row, in a script that imports this file:
 #   TASKS["mine"] = Task("mine", "my_folder", ("review",), "stars", ("accuracy",), ("bad", "good"))
 TASKS = {task.name: task for task in (
-    Task("cola", "CoLA", ("sentence",), "label", ("matthews",), source="CoLA.zip",
-         columns=("source", "label", "mark", "sentence")),
+    Task("cola", "CoLA", ("sentence",), "label", ("matthews",), columns=COLA, source="CoLA.zip"),
     Task("sst2", "SST-2", ("sentence",), "label", ("accuracy",), source="SST-2.zip"),
     Task("mrpc", "MRPC", ("#1 String", "#2 String"), "Quality", ("accuracy", "f1"), source="MRPC"),
     Task("qqp", "QQP", ("question1", "question2"), "is_duplicate", ("accuracy", "f1"),
@@ -92,10 +88,9 @@ TASKS = {task.name: task for task in (
     Task("wnli", "WNLI", PAIR, "label", ("accuracy",), source="WNLI.zip"),
     Task("ax", "AX", PAIR, "label", ("matthews",), NLI3, source="AX.tsv",
          files={"test": "test.tsv"}),       # GLUE's diagnostic set, for a model trained on MNLI
-    Task("toy", "toy", ("sentence",), "label", ("matthews",), files=TOY_FILES,
-         columns=("source", "label", "mark", "sentence")),
+    Task("toy", "toy", ("sentence",), "label", ("matthews",), columns=COLA, files=TOY_FILES),
     Task("toy-pretrain", "toy-pretrain", ("sentence",), "label", ("accuracy",),
-         ("0", "1", "2", "3"), files=TOY_FILES, columns=("source", "label", "mark", "sentence")),
+         ("0", "1", "2", "3"), columns=COLA, files=TOY_FILES),
 )}
 
 class Example(NamedTuple):
@@ -112,28 +107,28 @@ def find_task(name: str, split: str = "") -> Task:
     return TASKS[name]
 
 def load_task(name: str, data_dir: AnyPath, split: str, bpe: "BPE", max_len: int) -> list[Example]:
-    """The examples of one file, in its order. Raises DataError at the first malformed row, but
-    for as many as are known in the task's public files: those are left out, and stderr says so."""
+    """The examples of one file, in its order. Raises DataError for a malformed row; up to
+    task.bad_rows of a train or dev file are left out instead, and stderr says so."""
     task = find_task(name, split)
     path = Path(data_dir) / task.folder / task.files[split]
     labelled = not split.startswith("test")
-    rows = read_tsv(path)
-    columns, first = (list(task.columns), 1) if labelled and task.columns else (rows[0], 2)
+    rows = enumerate(read_tsv(path), 1)
+    columns = task.columns if labelled and task.columns else next(rows)[1]
     wanted = (*task.texts, task.label) if labelled else task.texts
     if missing := set(wanted) - set(columns):
         raise DataError(f"{path} line 1: no column {min(missing)!r} in {columns!r:.120}; expected "
-                        f"a header with {', '.join(wanted)}, as in GLUE's own files")
-    places = [columns.index(column) for column in wanted]
+                        f"a header with {', '.join(wanted)}; mend it")
     examples, bad, label = [], [], None
-    for number, row in enumerate(rows[first - 1:], first):
+    for number, row in rows:
+        cells = dict(zip(columns, row))
         if len(row) != len(columns):
             bad.append(f"{path} line {number}: {len(row)} columns, expected {len(columns)}: "
-                       f"{', '.join(columns)}; mend the row (quotes join nothing)")
-        elif labelled and (label := task.number(row[places[-1]])) is None:
-            bad.append(f"{path} line {number}: {task.label} is {row[places[-1]]!r:.60}, expected "
+                       f"{', '.join(columns)}; mend the row (quotes protect no tab)")
+        elif labelled and (label := task.number(cells[task.label])) is None:
+            bad.append(f"{path} line {number}: {task.label} is {cells[task.label]!r:.60}, expected "
                        f"{', '.join(task.labels) or f'a number from 0 to {task.top:g}'}; mend it")
         else:
-            ids = [bpe.encode(row[i]) for i in places[:len(task.texts)]]
+            ids = [bpe.encode(cells[text]) for text in task.texts]
             examples.append(Example(join_ids(ids, max_len), label))
         if len(bad) > (task.bad_rows if labelled else 0):
             raise DataError(bad[0])
@@ -178,7 +173,6 @@ CHAR_BYTES = {char: byte for byte, char in BYTE_CHARS.items()}    # "Ġ": 32
 # reference means by it (Python's own \s takes U+001C to U+001F, too).
 PIECES = re.compile(
     r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
-SPACES = re.compile("[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
 
 @functools.cache
 def ascii_like(char: str) -> str:
@@ -187,9 +181,9 @@ def ascii_like(char: str) -> str:
     `re` lacks these classes ([^\\W\\d_] and \\d are wrong on '²' and 1,130 others), and finding
     them for all of Unicode takes 0.3 s: so each character beyond ASCII is asked when it is met.
     """
-    if SPACES.match(char):
-        return "\n"                # not " ", which may lead a word
-    return {"L": "z", "N": "0"}.get(unicodedata.category(char)[0], "!")   # no contraction has a z
+    # z is in no contraction; "\n", unlike " ", leads no word
+    kind = "Z" if char == "\x85" else unicodedata.category(char)[0]
+    return {"L": "z", "N": "0", "Z": "\n"}.get(kind, "!")
 
 def merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
     """Join each occurrence of the pair, from the left: a b a b c, (a, b) -> ab ab c."""
@@ -248,8 +242,7 @@ class BPE:
 OTHER_FILES = "take vocab.json and merges.txt from one RoBERTa folder, or download them anew"
 
 def read_vocab(path: Path) -> dict[str, int]:
-    """token -> id, checked: ids 0..n-1, RoBERTa's special tokens, a token for every byte. DataError
-    for another model's or a damaged file."""
+    """token -> id. DataError unless ids are 0..n-1 and special tokens and all bytes have theirs."""
     text = read_text(path)
     try:
         vocab = json.loads(text)
@@ -257,8 +250,7 @@ def read_vocab(path: Path) -> dict[str, int]:
         raise DataError(f"{path}: not whole JSON ({e}); {OTHER_FILES}") from None
     if not isinstance(vocab, dict) or {type(i) for i in vocab.values()} != {int} \
             or sorted(vocab.values()) != [*range(len(vocab))]:
-        raise DataError(f"{path}: expected one JSON object of token: id, with ids 0 to n - 1, each "
-                        f"once; {OTHER_FILES}")
+        raise DataError(f"{path}: expected token: id, with ids 0 to n - 1 each once; {OTHER_FILES}")
     wrong = [token for token, i in SPECIAL.items() if vocab.get(token) != i]
     if wrong := wrong + [char for char in CHAR_BYTES if char not in vocab]:
         raise DataError(f"{path}: {wrong[0]!r} is {vocab.get(wrong[0])}, expected {SPECIAL} and an "
@@ -266,8 +258,7 @@ def read_vocab(path: Path) -> dict[str, int]:
     return vocab
 
 def read_merges(path: Path, vocab: dict[str, int]) -> dict[tuple[str, str], int]:
-    """pair -> rank, checked: each pair and its product are tokens, and no token lacks its merge.
-    DataError for another model's or a damaged file."""
+    """pair -> rank. DataError unless pairs and products are tokens, and merges make every token."""
     ranks: dict[tuple[str, str], int] = {}
     made = {*CHAR_BYTES}
     lines = read_text(path).removesuffix("\n").split("\n")
@@ -279,9 +270,8 @@ def read_merges(path: Path, vocab: dict[str, int]) -> dict[tuple[str, str], int]
         elif number > 1 or left != "#version:":
             raise DataError(f"{path} line {number}: {line!r:.60}, expected two "
                             f"tokens whose product is in vocab.json; {OTHER_FILES}")
-    for token in vocab:
-        if token not in made and not UNMERGED.fullmatch(token):
-            raise DataError(f"{path}: cut short, no merge makes {token!r:.60}; {OTHER_FILES}")
+    if lost := [token for token in vocab if token not in made and not UNMERGED.fullmatch(token)]:
+        raise DataError(f"{path}: cut short, no merge makes {lost[0]!r:.60}; {OTHER_FILES}")
     return ranks
 
 def join_ids(texts: list[list[int]], max_len: int) -> list[int]:
@@ -295,9 +285,8 @@ def join_ids(texts: list[list[int]], max_len: int) -> list[int]:
     room = max_len - 2 * len(texts)
     if room < 1:
         raise DataError(f"max_len {max_len}: no room for text beside the special tokens; raise it")
-    if len(a) + len(b) > room:
-        short = min(len(a), len(b), room // 2)
-        a, b = (a[:room - short], b[:short]) if len(a) > len(b) else (a[:short], b[:room - short])
+    short = min(len(a), len(b), room // 2)         # what the shorter text keeps
+    a, b = (a[:room - short], b[:short]) if len(a) > len(b) else (a[:short], b[:room - short])
     return [BOS, *a, EOS, EOS, *b, EOS] if len(texts) > 1 else [BOS, *a, EOS]
 
 def train_bpe(texts: Iterable[str], n_merges: int, vocab_path: AnyPath,
@@ -335,7 +324,6 @@ VERBS = ("see", "hear", "like", "follow", "help", "know", "visit", "call", "admi
 ADJECTIVES = ("old", "young", "happy", "quiet", "tall", "clever")
 PREPOSITIONS = ("near", "behind", "with", "beside", "above")
 
-
 def toy_sentence(rng: np.random.Generator, phrases: int) -> tuple[str, int, int]:
     """(text, subject is plural, verb is plural), with `phrases` between the two:
     "these dogs near the king see a bird". In half of the sentences the verb does not agree."""
@@ -344,7 +332,7 @@ def toy_sentence(rng: np.random.Generator, phrases: int) -> tuple[str, int, int]
         adjective = [rng.choice(ADJECTIVES)] if rng.random() < 0.3 else []
         return [determiner, *adjective, rng.choice(NOUNS) + "s" * plural]
 
-    subject, verb = (int(plural) for plural in rng.integers(2, size=2))
+    subject, verb = rng.integers(2, size=2).tolist()
     words = noun_phrase(subject)
     for _ in range(phrases):
         words += [rng.choice(PREPOSITIONS), *noun_phrase(int(rng.integers(2)))]
@@ -394,7 +382,7 @@ POOL = 64     # batches whose examples are sorted together: more pad less, fewer
 
 def batches(examples: Sequence[Example], batch_size: int, seed: int | None, epoch: int,
             skip: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-    """Each example once, in batches of similar length; the last of a list may be smaller.
+    """Each example once, in batches of similar length; one batch may be smaller.
 
     The order is a function of (seed, epoch) alone. seed None, for evaluation: the longest first
     (running out of memory shows at once); Batch.rows says where each belongs. `skip` leaves out
@@ -442,9 +430,8 @@ def f1(predictions: Any, labels: Any) -> float:
     return float(2 * (x & y).sum() / max(1, x.sum() + y.sum()))
 
 def matthews(predictions: Any, labels: Any) -> float:
-    """Matthews' correlation of two classes: with ids 0 and 1 it is Pearson's (the phi coefficient).
-    So it is 0 where all predictions are equal: the model collapsed to one class. ValueError for
-    other ids."""
+    """Matthews' correlation: for ids 0 and 1, Pearson's (the phi coefficient), and so 0 if all
+    predictions are equal, a model collapsed to one class. ValueError for other ids."""
     x, y = vectors(predictions, labels)
     if not np.isin((x, y), (0, 1)).all():
         raise ValueError("matthews is for two classes, with ids 0 and 1")
@@ -488,8 +475,8 @@ def write_submission(task: Task, split: str, predictions: Any, folder: AnyPath) 
         [f"{value:.5f}" for value in np.clip(values * task.top, 0, task.top)]
     path = Path(folder) / f"{task.submissions.get(split, task.folder)}.tsv"
     with written_whole(path) as file:
-        lines = ("index\tprediction", *(f"{i}\t{cell}" for i, cell in enumerate(cells)), "")
-        file.write("\n".join(lines).encode())
+        file.write(b"index\tprediction\n")
+        file.writelines(f"{i}\t{cell}\n".encode() for i, cell in enumerate(cells))
     return path
 
 # ---- Files and downloads -----------------------------------------------------------------------
@@ -515,19 +502,20 @@ TIMEOUT = 30.0                # seconds without a byte
 WAYS_OUT = "or use your own files: --data-dir FOLDER (GLUE) and --model-dir FOLDER (RoBERTa)"
 
 def fetch(url: str, path: AnyPath, sha256: str | None = None, size: int | None = None) -> None:
-    """Download url to path, whole or not at all; size (bytes) and hash are verified, as given here
-    or else by the server. Tries again after time-outs, server errors and damaged answers, not
-    after "not found" or "forbidden". Raises DataError."""
+    """Download url to path, whole or not at all; size (bytes) and hash, ours or else the server's,
+    must match. Time-outs, server errors and damage are tried again. Raises DataError."""
     for wait in (*WAITS, None):
         try:
             return fetch_once(url, path, sha256, size)
-        except (error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as e:
+        except (error.URLError, http.client.HTTPException, TimeoutError, ConnectionError,
+                ssl.SSLError) as e:
             code = getattr(e, "code", 500)
             if wait is None or (code < 500 and code != 429):     # 429: too many requests
-                remedy = {403: "access denied", 404: "no such file, check the name"}.get(
-                    code, "try again later")
+                remedy = {403: "access denied", 404: "check the name"}.get(code, "try again later")
                 raise DataError(f"{url}: {e}; {remedy}, {WAYS_OUT}") from None
             time.sleep(wait)
+        except ValueError as e:            # the address itself, or a header that is no number
+            raise DataError(f"{url}: {e}; mend HF_ENDPOINT or GLUE_ENDPOINT") from None
         except OSError as e:
             raise DataError(f"{path}: {e.strerror}; make room or set DORA_CACHE") from None
 
@@ -543,15 +531,16 @@ class FirstAnswer(request.HTTPRedirectHandler):
 def fetch_once(url: str, path: AnyPath, sha256: str | None, size: int | None) -> None:
     """One attempt; raises what urllib raises, and HTTPException for a wrong size or hash."""
     if not url.startswith(("http://", "https://")):
-        raise DataError(f"{url}: no http(s):// address, mend HF_ENDPOINT or GLUE_ENDPOINT")
+        raise ValueError("no http(s):// address")
     handler, digest = FirstAnswer(), hashlib.sha256()
     with request.build_opener(handler).open(url, timeout=TIMEOUT) as answer:
         first = handler.headers or answer.headers
         tag = (first["X-Linked-ETag"] or first["ETag"] or "").strip('"')
         sha256 = sha256 or (tag if re.fullmatch("[0-9a-f]{64}", tag) else None)
         size = size or int(first["X-Linked-Size"] or answer.headers["Content-Length"] or 0)
-        with written_whole(path) as file, tqdm(total=size or None, desc=Path(path).name, unit="B",
-                                               unit_scale=True, disable=None) as bar:
+        with written_whole(path) as file, tqdm(     # disable=None: no bar where stderr is a file
+                total=size or None, desc=Path(url).name, unit="B", unit_scale=True,
+                disable=None) as bar:
             while block := answer.read(1 << 20):
                 digest.update(block)
                 bar.update(file.write(block))
@@ -567,7 +556,7 @@ def cache_folder() -> Path:
 def download_model(repo: str = "FacebookAI/roberta-base", cache: AnyPath | None = None) -> Path:
     """The model's folder in the cache; files it lacks come from $HF_ENDPOINT (huggingface.co).
     DataError if they cannot be had."""
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repo):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repo, re.ASCII):
         raise DataError(f"model {repo!r}: expected OWNER/NAME as on huggingface.co")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     folder = Path(cache or cache_folder()) / "models" / repo.replace("/", "--")
@@ -598,8 +587,8 @@ def download_zip(url: str, folder: Path, files: Iterable[str]) -> None:
     """Take folder.name/file out of a zip for each file. DataError for a zip that is damaged or has
     any member that would land outside of the folder it is unpacked in."""
     archive = folder / f"{os.urandom(6).hex()}.zip"       # two runs at once: two archives
+    fetch(url, archive)
     try:
-        fetch(url, archive)
         with zipfile.ZipFile(archive) as members:
             for name in members.namelist():
                 if ".." in re.split(r"[/\\]", name) or re.match(r"[/\\]|\w:", name):
@@ -607,9 +596,7 @@ def download_zip(url: str, folder: Path, files: Iterable[str]) -> None:
             for name in files:
                 with written_whole(folder / name) as file:
                     file.write(members.read(f"{folder.name}/{name}"))
-    except DataError:
-        raise
-    except Exception as e:  # noqa: BLE001 - zipfile has no one error for damage
+    except Exception as e:     # zipfile has no one error for damage
         raise DataError(f"{url}: {e!s:.200}; not the expected zip, try later, {WAYS_OUT}") from None
     finally:
         archive.unlink(missing_ok=True)
@@ -617,16 +604,17 @@ def download_zip(url: str, folder: Path, files: Iterable[str]) -> None:
 def download_mrpc(base: str, folder: Path) -> None:
     """GLUE's MRPC out of Microsoft's files: dev is those pairs of train whose ids are listed, test
     has an index in the place of its labels."""
-    raw = [folder / "raw" / name for name in ("train.txt", "test.txt", "dev_ids.tsv")]
-    for path, url in zip(raw, ("senteval/senteval_data/msr_paraphrase_train.txt",
-                               "senteval/senteval_data/msr_paraphrase_test.txt",
-                               "glue/data/mrpc_dev_ids.tsv")):
+    def rows_of(url: str) -> list[list[str]]:
+        path = folder / "raw" / Path(url).name
         fetch(f"{base}/{url}", path)
-    (header, *pairs), tests = read_tsv(raw[0]), read_tsv(raw[1])[1:]
-    ids = [row[:2] for row in read_tsv(raw[2])]
-    for split, rows in (
-            ("train", [header, *(row for row in pairs if row[1:3] not in ids)]),
-            ("dev", [header, *(row for row in pairs if row[1:3] in ids)]),
-            ("test", [["index", *header[1:]], *([f"{i}", *r[1:]] for i, r in enumerate(tests))])):
+        return read_tsv(path)
+
+    header, *pairs = rows_of("senteval/senteval_data/msr_paraphrase_train.txt")
+    _, *tests = rows_of("senteval/senteval_data/msr_paraphrase_test.txt")
+    ids = [row[:2] for row in rows_of("glue/data/mrpc_dev_ids.tsv")]
+    files = {"train": [header, *(row for row in pairs if row[1:3] not in ids)],
+             "dev": [header, *(row for row in pairs if row[1:3] in ids)],
+             "test": [["index", *header[1:]], *([f"{i}", *r[1:]] for i, r in enumerate(tests))]}
+    for split, rows in files.items():
         with written_whole(folder / f"{split}.tsv") as file:
             file.write("".join("\t".join(row) + "\n" for row in rows).encode())

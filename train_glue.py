@@ -92,7 +92,7 @@ class SelfAttention(nn.Module):
         self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
 
     def forward(self, q: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-        """Rows (B, Q, D) that ask, (B, T, D) that answer, (B, T) -> (B, Q, D)."""
+        """q (B, Q, D) asks, x (B, T, D) answers where mask (B, T) is True -> (B, Q, D)."""
 
         def split(t: Tensor) -> Tensor:  # (B, T, D) -> (B, H, T, D/H)
             return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -118,44 +118,22 @@ class Output(nn.Module):
         return self.LayerNorm(self.dropout(self.dense(h)) + residual)
 
 
-class Attention(nn.Module):
-    """The first half of a layer."""
-
-    def __init__(self, config: RobertaConfig):
-        super().__init__()
-        self.self = SelfAttention(config)
-        self.output = Output(config.hidden_size, config)
-
-    def forward(self, q: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-        """(B, Q, D), (B, T, D), (B, T) -> (B, Q, D)."""
-        return self.output(self.self(q, x, mask), q)
-
-
-class Intermediate(nn.Module):
-    """The wide matrix of a layer's second half, with gelu in its erf form."""
-
-    def __init__(self, config: RobertaConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, Q, D) -> (B, Q, 4D)."""
-        return F.gelu(self.dense(x))
-
-
 class Layer(nn.Module):
     """A transformer layer: attention, then the feed-forward block."""
 
     def __init__(self, config: RobertaConfig):
         super().__init__()
-        self.attention = Attention(config)
-        self.intermediate = Intermediate(config)
-        self.output = Output(config.intermediate_size, config)
+        D, wide = config.hidden_size, config.intermediate_size
+        # dictionaries where the checkpoint's keys have one more name: attention.self.query
+        self.attention = nn.ModuleDict({"self": SelfAttention(config), "output": Output(D, config)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, wide)})
+        self.output = Output(wide, config)
 
     def forward(self, q: Tensor, x: Tensor, mask: Tensor) -> Tensor:
         """New states (B, Q, D) of the rows q (B, Q, D), which look at all of x (B, T, D)."""
-        h = self.attention(q, x, mask)
-        return self.output(self.intermediate(h), h)
+        h = self.attention["output"](self.attention["self"](q, x, mask), q)  # (B, Q, D)
+        wide = F.gelu(self.intermediate["dense"](h))  # (B, Q, 4D); gelu in its erf form
+        return self.output(wide, h)
 
 
 class Encoder(nn.Module):
@@ -231,15 +209,14 @@ class RobertaForSequenceClassification(nn.Module):
 def load_roberta(folder: str | Path, num_labels: int) -> RobertaForSequenceClassification:
     """The model in a folder of the Hugging Face layout, in float32.
 
-    config.json and model.safetensors or pytorch_model.bin. The head is new and random unless the
-    file has one of this size. DoRAError names a missing, unknown or misshapen weight by its key.
+    It holds config.json and model.safetensors or pytorch_model.bin. The head is new and random
+    unless the file has one of this size. DoRAError names a missing, unknown or misshapen weight.
     """
     folder = Path(folder)
     config = read_config(folder / "config.json")
-    path = folder / "model.safetensors"
-    if not path.exists() and (folder / "pytorch_model.bin").exists():
-        path = folder / "pytorch_model.bin"
-    if not path.exists():
+    files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
+    path = next((path for path in files if path.exists()), None)
+    if path is None:
         raise DoRAError(f"{folder}: no model.safetensors or pytorch_model.bin; point --model-dir "
                         f"at a model's folder, or leave it out to download roberta-base")
     weights = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
@@ -291,18 +268,14 @@ def read_config(path: Path) -> RobertaConfig:
     found = {}
     for f in dataclasses.fields(RobertaConfig):
         value = found[f.name] = values.get(f.name)
-        low, high = (0, 2**24) if isinstance(f.default, int) else (0.0, 0.99)
+        low, high = (1, 2**24) if isinstance(f.default, int) else (0.0, 0.99)
         if type(value) not in (int, type(f.default)) or not low <= value <= high:
             raise DoRAError(f"{path}: {f.name} is {value!r}, expected a number like roberta-base's "
                             f"{f.default}; get the file anew")
     config = RobertaConfig(**found)
-    sizes = (config.vocab_size, config.hidden_size, config.num_hidden_layers,
-             config.num_attention_heads, config.intermediate_size, config.type_vocab_size)
-    if min(sizes) < 1 or config.num_hidden_layers > 1000 or \
-            config.hidden_size % config.num_attention_heads:
-        raise DoRAError(f"{path}: hidden_size {config.hidden_size}, {config.num_hidden_layers} "
-                        f"layers and {config.num_attention_heads} heads make no model; get the "
-                        f"file anew")
+    if config.num_hidden_layers > 1000 or config.hidden_size % config.num_attention_heads:
+        raise DoRAError(f"{path}: {config.num_hidden_layers} layers of {config.hidden_size} with "
+                        f"{config.num_attention_heads} heads make no model; get the file anew")
     return config
 
 
@@ -325,11 +298,10 @@ def save_model(model: RobertaForSequenceClassification, folder: str | Path) -> N
     """Save a plain model (after merge_) in the layout that load_roberta and transformers read."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    labels = {str(i): f"LABEL_{i}" for i in range(model.classifier.out_proj.out_features)}
+    labels = {i: f"LABEL_{i}" for i in range(model.classifier.out_proj.out_features)}
     config = {"architectures": ["RobertaForSequenceClassification"], "model_type": "roberta",
               "hidden_act": "gelu", **dataclasses.asdict(model.config), "bos_token_id": 0,
-              "eos_token_id": 2, "id2label": labels,
-              "label2id": {word: int(i) for i, word in labels.items()}}
+              "eos_token_id": 2, "id2label": labels, "label2id": {w: i for i, w in labels.items()}}
     write_safetensors(folder / "model.safetensors", model.state_dict())
     write_json(folder / "config.json", config)
 
@@ -348,7 +320,7 @@ class TrainConfig:
     out: str | None = setting(None, "run folder; none = runs/TASK-METHOD-SEED")
     seed: int = setting(1, "of head, adapter, order and dropout", least=0)
     lr: float = setting(2e-3, "peak learning rate of AdamW", above=0)
-    batch_size: int = setting(16, "examples of a forward pass, in all processes", least=1)
+    batch_size: int = setting(16, "examples of a forward pass, over all processes", least=1)
     accumulate: int = setting(1, "forward passes of an optimizer step", least=1)
     epochs: int = setting(45, "passes over the train set", least=1)
     max_steps: int | None = setting(None, "optimizer steps, instead of epochs", least=1)
@@ -390,9 +362,8 @@ def make_config(task: str = "toy", method: str = "dora", **flags: Any) -> TrainC
     row = dict(zip(COLUMNS_8, TABLE_8.get(task, ())))
     values = {**row, **METHOD_ROWS.get(method, {}), **flags}
     names = {f.name for f in dataclasses.fields(DoRAConfig)}
-    dora = DoRAConfig(**{key: value for key, value in values.items() if key in names})
-    rest = {key: value for key, value in values.items() if key not in names}
-    return TrainConfig(task, method, dora=dora, **rest)
+    dora = {key: values.pop(key) for key in names & values.keys()}
+    return TrainConfig(task, method, dora=DoRAConfig(**dora), **values)
 
 
 def adapt(model: RobertaForSequenceClassification, config: TrainConfig) -> dict[str, DoRALinear]:
@@ -458,7 +429,7 @@ class Interrupted(Exception):
 class Run:
     """How far a run is, and its folder: config.json, metrics.jsonl, checkpoints/step-N.pt (the
     newest two), adapter/ or model/ (of the best epoch after the last pruning), result.json,
-    ranks.json. Of several processes only the first writes, each file whole or not at all.
+    ranks.json. Only the first process writes; files but metrics.jsonl are whole or not there.
     """
 
     # a resumed run may differ in these settings from the one it goes on with
@@ -531,7 +502,8 @@ class Run:
                 f.write(json.dumps(line) + "\n")
 
     def check(self, loss: float, norm: float) -> None:
-        """NotFiniteError at numbers that are not; DoRAError where the processes' masks differ."""
+        """NotFiniteError where loss, gradient or a weight is not finite; DoRAError where the
+        processes' masks differ."""
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         good = torch.stack([p.isfinite().all() for p in trained.values()]).tolist()  # one wait
         if not (all(good) and math.isfinite(loss + norm)):
@@ -545,7 +517,8 @@ class Run:
                             f"them with the same settings and data")
 
     def save(self, name: str = "") -> None:
-        """Write checkpoints/step-N.pt: all that is needed to go on bit for bit."""
+        """Write checkpoints/step-N.pt or NAME.pt: all that one process needs to go on bit for bit;
+        several draw new dropout."""
         if not self.writes:
             return
         with open(self.metrics, "ab") as f:
@@ -592,8 +565,7 @@ class Run:
                 parameters[key].copy_(tensor)
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"][0])
-        if torch.cuda.is_available() and len(state["rng"]) > 1:
-            torch.cuda.set_rng_state_all(state["rng"][1:])
+        torch.cuda.set_rng_state_all(state["rng"][1:])  # none of a run without a GPU
         if self.writes:
             os.truncate(self.metrics, state["metrics_size"])  # steps that will be done again
         self.step, self.records, self.best = state["step"], state["records"], state["best"]
@@ -763,32 +735,32 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 stopped = run.stop(device) if logging or world == 1 else 0
                 saving = ended or stopped or run.step % config.save_every == 0
                 if logging or saving:  # only here does the device have to be waited for
+                    b_t = budget(run.step, total, config.dora, len(layers)) if layers else 0
                     line = {"step": run.step, "lr": lr, "loss": float(summed(loss)),
                             "penalty": float(penalty.detach()), "grad_norm": float(norm),
-                            "live": pruner.live, "budget": budget_at(run.step, pruner)}
+                            "live": pruner.live, "budget": b_t}
                     run.check(line["loss"], line["grad_norm"])
                     if logging:
                         run.log(line)
                         bar.set_postfix({k: line[k] for k in ("loss", "live", "budget")})
-                if ended or stopped:
-                    break
+                if ended:
+                    scores = evaluate_dev(model, dev_sets, task)
+                    epoch_done = round(run.step / per_epoch, 3)
+                    run.records.append({"epoch": epoch_done, "step": run.step, **scores})
+                    headline = task.metrics[0]
+                    if pruner.done and (run.best is None or scores[headline] > run.best[headline]):
+                        run.best = run.records[-1]
+                        run.save_best(model_dir)
+                    say(f"epoch {epoch_done:g}  " +
+                        "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
                 if saving:
                     run.save()
-            if ended:
-                scores = evaluate_dev(model, dev_sets, task)
-                epoch_done = round(run.step / per_epoch, 3)
-                run.records.append({"epoch": epoch_done, "step": run.step, **scores})
-                headline = task.metrics[0]
-                if pruner.done and (run.best is None or scores[headline] > run.best[headline]):
-                    run.best = run.records[-1]
-                    run.save_best(model_dir)
-                say(f"epoch {epoch_done:g}  " +
-                    "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-            run.save()
-            if number := run.stop(device):
-                bar.close()
-                raise Interrupted(f"stopped at step {run.step} of {total}, saved in {run.folder}",
-                                  number)
+                    if number := run.stop(device):
+                        bar.close()
+                        raise Interrupted(f"stopped at step {run.step} of {total}, saved in "
+                                          f"{run.folder}", number)
+                if run.step == total:  # max_steps may lie within an epoch
+                    break
         bar.close()
         ranks = pruner.ranks()
         after = sum(k * sum(layers[name].base.weight.shape) for name, k in ranks.items())
@@ -806,13 +778,6 @@ def wrap(model: nn.Module, config: TrainConfig) -> Any:
     """What the loop calls: the model, shared between processes or compiled if asked for."""
     net = nn.parallel.DistributedDataParallel(model) if process()[1] > 1 else model
     return torch.compile(net) if config.compile else net
-
-
-def budget_at(step: int, pruner: Pruner) -> int:
-    """b(t); 0 where nothing is adapted."""
-    if not pruner.layers:
-        return 0
-    return budget(step, pruner.total_steps, pruner.config, len(pruner.layers))
 
 
 # ---- the toy -----------------------------------------------------------------------------------
@@ -840,23 +805,20 @@ def toy(config: TrainConfig) -> dict[str, Any]:
     save_model(RobertaForSequenceClassification(tiny, 4), untrained)
     none = DoRAConfig(**METHODS["lora"])  # no adapter
 
-    def run(name: str, model_dir: Path, what: str, **settings: Any) -> dict[str, Any]:
+    def run(name: str, model_dir: Path, what: str, **changes: Any) -> tuple[str, dict[str, Any]]:
         say(f"--- {what}")
-        return train(dataclasses.replace(config, data_dir=str(root), model_dir=str(model_dir),
-                                         out=str(root / name), max_len=48, **settings))
+        return what, train(dataclasses.replace(config, data_dir=str(root), model_dir=str(model_dir),
+                                               out=str(root / name), max_len=48, **changes))
 
     run("pretrain", untrained, "pretraining on short sentences, all weights", task="toy-pretrain",
         method="full", lr=1e-3, batch_size=32, epochs=3, max_steps=None, dora=none)
-    result = run("adapted", pretrained, f"{config.method} on the pretrained encoder")
-    head = run("head", pretrained, "a head alone on the pretrained encoder", method="head",
-               dora=none)
-    blind = run("blind", untrained, f"{config.method} on an encoder without pretraining")
-    rows = {f"{config.method} on the pretrained encoder": result, "its head alone": head,
-            f"{config.method} without pretraining": blind}
+    rows = [run("adapted", pretrained, f"{config.method} on the pretrained encoder"),
+            run("head", pretrained, "its head alone", method="head", dora=none),
+            run("blind", untrained, f"{config.method} without pretraining")]
     print(f"\nMatthews correlation on the adaptation task (files in {root})")
-    for name, r in rows.items():
-        print(f"{r['best']['matthews']:8.3f}  {name}")
-    return result
+    for what, result in rows:
+        print(f"{result['best']['matthews']:8.3f}  {what}")
+    return rows[0][1]
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -867,34 +829,35 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(make_parser().parse_args(argv))
     seeds, eval_only, adapter, split = (
         args.pop(name) for name in ("seeds", "eval_only", "adapter", "predict"))
-    again = "the same command and --resume"
     try:
         if args.get("task", "toy") == "toy" and not (eval_only or {"data_dir", "out"} & {*args}):
             args["out"] = tempfile.mkdtemp(prefix="dora-toy-")
-            again = f"the same command, --out {args['out']} and --resume"
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and process()[1] == 1:
             torch.distributed.init_process_group()
         results = []
         for seed in seeds:
-            config = make_config(**{**args, "seed": seed})
+            config = make_config(**args, seed=seed)
+            if split:
+                data.find_task(config.task, split)  # DataError if it has no such file
             if len(seeds) > 1 and config.out:
                 config = dataclasses.replace(config, out=f"{config.out}/seed-{seed}")
             if eval_only:
                 evaluate_only(config, adapter, split)
                 continue
-            results.append(toy(config) if config.task == "toy" and not config.data_dir
-                           else train(config))
-            show(results[-1])
+            result = (toy if config.task == "toy" and not config.data_dir else train)(config)
+            results.append(result)
+            show(result)
             if split:
-                folder = Path(results[-1]["folder"])
-                adapter = folder / "adapter" if results[-1]["ranks"] else None
+                folder = Path(result["folder"])
+                adapter = folder / "adapter" if result["ranks"] else None
                 model_dir = config.model_dir if adapter else str(folder / "model")
                 evaluate_only(dataclasses.replace(config, out=str(folder), model_dir=model_dir),
                               adapter, split)
         if len(results) > 1:
             summarize(results)
     except Interrupted as error:
-        say(f"{error.args[0]}; go on with {again}")
+        out = f", --out {args['out']}" if args.get("out") else ""
+        say(f"{error.args[0]}; go on with the same command{out} and --resume")
         return 128 + error.args[1]
     except KeyboardInterrupt:
         say("stopped outside of training, there was nothing to save; start the command anew")
@@ -921,7 +884,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def show(result: dict[str, Any]) -> None:
     """Score, parameters, and where the ranks went."""
-    best, metric = result["best"], list(result["best"])[2]
+    best, metric = result["best"], TASKS[result["task"]].metrics[0]
     say(f"\n{result['task']}, {result['method']}, seed {result['seed']}: {metric} "
         f"{best[metric]:.4f} after epoch {best['epoch']:g}, {result['last'][metric]:.4f} after "
         f"the last, {result['seconds']:.0f} s\n"
@@ -934,15 +897,15 @@ def show(result: dict[str, Any]) -> None:
 
 def summarize(results: list[dict[str, Any]]) -> None:
     """Median, mean and standard deviation over the seeds."""
-    metric = list(results[0]["best"])[2]
+    metric = TASKS[results[0]["task"]].metrics[0]
     scores = [result["best"][metric] for result in results]
     say(f"\n{metric} over {len(scores)} seeds: median {statistics.median(scores):.4f}, mean "
         f"{statistics.mean(scores):.4f}, standard deviation {statistics.stdev(scores):.4f}")
 
 
 def evaluate_only(config: TrainConfig, adapter: str | Path | None, split: str | None) -> None:
-    """Score what was trained on dev: an adapter, or the whole model in model_dir. DoRAError if
-    there is neither."""
+    """Score on dev what was trained, an adapter or the whole model in model_dir, and write the
+    submission files of a split. DoRAError if neither was trained."""
     task, model, model_dir, load = prepare(config)
     if adapter:
         load_adapter(model, adapter)
@@ -953,7 +916,7 @@ def evaluate_only(config: TrainConfig, adapter: str | Path | None, split: str | 
     say("  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
     if not split:
         return
-    folder = Path(config.out or Path(adapter or config.model_dir or "runs/x").parent) / "submission"
+    folder = Path(config.out or Path(adapter or model_dir).parent) / "submission"
     files = [(config.task, s) for s in task.files if s.startswith(split)]
     for name, part in files + ([("ax", "test")] if config.task == "mnli" else []):
         predictions = predict(model, load(part, name))
@@ -971,21 +934,18 @@ def make_parser() -> argparse.ArgumentParser:
         for f in dataclasses.fields(config):
             if f.name in ("seed", "dora"):
                 continue
+            hint = hints[f.name]  # as float, int | None, tuple[str, ...]
+            kind, *more = get_args(hint) or (hint,)
+            options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+            if kind is not bool:
+                choices = ",".join(choice or "none" for choice in f.metadata["choices"])
+                options = {"type": partial(parse_value, kind, type(None) in more),
+                           "metavar": f"{{{choices}}}" if choices else kind.__name__.upper(),
+                           "nargs": "+" if get_origin(hint) is tuple else None}
             default = "the task's, paper's Table 8" if f.name in COLUMNS_8 else f.default
-            kind, *more = get_args(hints[f.name]) or (hints[f.name],)
-            options: dict[str, Any] = {
-                "default": argparse.SUPPRESS, "metavar": kind.__name__.upper(),
-                "type": partial(parse_value, kind, type(None) in more),
-                "help": f"{f.metadata['help']} (default: {default})".replace("%", "%%")}
-            if f.metadata["choices"]:
-                names = ["none" if c is None else c for c in f.metadata["choices"]]
-                options["metavar"] = "{" + ",".join(names) + "}"
-            if get_origin(hints[f.name]) is tuple:
-                options["nargs"] = "+"
-            if kind is bool:
-                options = {"default": argparse.SUPPRESS, "help": options["help"],
-                           "action": argparse.BooleanOptionalAction}
-            group.add_argument("--" + f.name.replace("_", "-"), **options)
+            text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
+            group.add_argument("--" + f.name.replace("_", "-"), help=text,
+                               default=argparse.SUPPRESS, **options)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="a run each (default: 1)")
     parser.add_argument("--eval-only", action="store_true", help="score --adapter, do not train")
     parser.add_argument("--adapter", metavar="FOLDER", help="for --eval-only: RUN/adapter")

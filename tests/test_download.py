@@ -116,7 +116,7 @@ def test_timeout_is_tried_again(server, tmp_path, monkeypatch):
     assert (tmp_path / "x").read_bytes() == BODY
 
 
-@pytest.mark.parametrize("status, says", [(404, "no such file, check the name"),
+@pytest.mark.parametrize("status, says", [(404, "check the name"),
                                           (403, "access denied"), (401, "Unauthorized")])
 def test_refusals_are_told_apart(status, says, server, tmp_path):
     """404 and 403 have messages of their own and are not tried again."""
