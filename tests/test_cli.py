@@ -92,7 +92,8 @@ def test_two_flags_without_pruning():
     ("--importance none", "both"), ("--no-gate", "gate = False"), ("--ep 3", "--ep"),
     ("--initial-phase 0.9", "leave no step to prune in"), ("--targets qkv", "candidates"),
     ("--max-len 1000", "--max-len"), ("--device tpu", "--device cpu"), ("--init foo", "init = foo"),
-    ("--eval-only --adapter nowhere", "nowhere")])
+    ("--eval-only --adapter nowhere", "nowhere"),
+    ("--task toy --predict test", "toy has no split 'test'")])
 def test_bad_flags(tmp_path, capsys, words, says):
     """Unknown flags, values of another type, out of range or that do not go together: exit code 2
     and one line (argparse adds one of usage) that names the flag or setting; no run folder."""

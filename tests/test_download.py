@@ -161,10 +161,12 @@ def test_without_a_network(tmp_path, monkeypatch):
     """A refused connection and an address that is none: one line with both ways out."""
     monkeypatch.setattr(data, "WAITS", (0,))
     assert "refused" in refused("http://127.0.0.1:9/x", tmp_path / "x")
-    for endpoint in ("hub.example", "file:///etc"):
+    for endpoint in ("hub.example", "file:///etc", "http://[x", "http://.example.com"):
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
         with pytest.raises(DataError, match="mend HF_ENDPOINT"):
             data.download_model(cache=tmp_path)
+    with pytest.raises(DataError, match="expected OWNER/NAME"):
+        data.download_model("größe/x", cache=tmp_path)
 
 
 def test_disk_trouble(server, tmp_path, monkeypatch):
