@@ -10,11 +10,13 @@ that need it. (Not NVIDIA's DoRA, which splits a weight into magnitude and direc
     a_i      A[i]                  (d_in,)         row of A (r', d_in)
     b_i      B[:, i]               (d_out,)        column of B (d_out, r')
     c_i      c[i]                  scalar          gate; 0 = pruned
-    r', r    config.r_prime, rank  components      mean per matrix, before and after pruning
+    s        scale                 scalar          alpha / r or alpha / r'
+    r', r    config.r_prime, rank  components      per matrix at the start; mean after pruning
     L        len(layers)           matrices        adapted
-    b(t)     budget                components      kept in the whole model after step t
+    n        len(mask)             components      of the whole model at the start, r' L
+    b(t)     budget                components      of these kept after step t
     T        total_steps           steps           t_i, t_f: lengths of initial and final phase
-    s, Ī, Ū  I, I_bar, U_bar       (r',)           importance, its moving average, its uncertainty
+    I, Ī, Ū  I, I_bar, U_bar       (n,)            importance, its moving average, its uncertainty
     R, η     penalty, eta          scalar          regulariser and its weight
 
 The method is three lines of a training step, in this order:
@@ -36,8 +38,8 @@ import math
 import mmap
 import os
 import re
-import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -94,38 +96,32 @@ class DoRAConfig:
     init: str = setting("zero_b", "start: B = 0 and c = 1, or random A and B and c = 0",
                         ("zero_b", "kaiming", "gaussian"))
     gate: bool = setting(True, "train the gates c; if not, they stay at 1")
-    # differs: the paper has alpha / r'; with alpha / r a run ends at the scale of LoRA's
-    scale: str = setting("rank", "alpha over which (Eq. 6: r')", ("rank", "start_rank"))
-    # differs: the paper has Eq. 7, which gives to each matrix, also to one that needs nothing
-    importance: str | None = setting(
-        "sensitivity", "score of a component; none = never prune",
-        ("sensitivity", "triplet", "norm", "frobenius", None))
+    # differs: the paper has alpha / r'; with alpha / r a run ends at LoRA's scale
+    scale: str = setting("rank", "what alpha is divided by (Eq. 6: r')", ("rank", "start_rank"))
+    # differs: the paper has Eq. 7, which gives rank to each matrix, also to one that needs none
+    importance: str | None = setting("sensitivity", "score of a component; none = never prune",
+                                     ("sensitivity", "triplet", "norm", "frobenius", None))
     beta1: float = setting(0.85, "smoothing of the importance (Eq. 8)", least=0, below=1)
-    beta2: float | None = setting(
-        0.85, "smoothing of its uncertainty; none = score without it", least=0, below=1)
+    beta2: float | None = setting(0.85, "same for its uncertainty; none = unused", least=0, below=1)
     eps: float = setting(1e-8, "added to the norm that Eq. 7 divides by", above=0)
     # differs: the paper prunes slowly first, which leaves the survivors little time to move in
     schedule: str | None = setting(
         "adalora", "budget curve: dora = slow first (Eq. 9), adalora = fast first; none = flat",
         ("dora", "adalora", None))
-    initial_phase: float = setting(
-        0.15, "share of all steps before pruning starts (paper: 0.15)", least=0, below=1)
-    final_phase: float = setting(
-        0.5, "share of all steps after the last pruning (paper: 0.5)", least=0, below=1)
+    initial_phase: float = setting(0.15, "share of steps before pruning (paper)", least=0, below=1)
+    final_phase: float = setting(0.5, "share of steps after pruning (paper)", least=0, below=1)
     interval: int = setting(10, "optimizer steps between prunings (paper: 10 or 50)", least=1)
-    penalty: str | None = setting(
-        "dem", "regulariser while pruning goes on", ("dem", "orthogonal", None))
+    penalty: str | None = setting("dem", "regulariser while pruning", ("dem", "orthogonal", None))
     eta: float = setting(0.3, "weight of the regulariser (paper: 0.3 or 0.5)", least=0)
-    # differs: the paper drops out x, three times a layer and d_in wide; this costs next to nothing
+    # differs: the paper drops out x, d_in numbers a matrix; dropping out r' costs next to nothing
     dropout_on: str = setting("components", "dropout on the input x or on the r' numbers a_i . x",
                               ("input", "components"))
 
     @property
     def r_prime(self) -> int:
         """r': components per matrix at the start."""
-        if self.start_rank is not None:
-            return self.start_rank
-        return math.ceil(self.rank if self.schedule is None else 1.5 * self.rank)
+        spare = 1.0 if self.schedule is None else 1.5
+        return self.start_rank or math.ceil(spare * self.rank)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -140,8 +136,9 @@ class DoRAConfig:
         if self.schedule is None and self.r_prime != self.rank:
             raise DoRAError(f"rank = {self.rank} and start_rank = {self.r_prime} must be equal "
                             f"whole numbers where nothing is pruned (schedule = none)")
-        if self.schedule is not None and not self.gate:
-            raise DoRAError("gate = False: pruning closes gates; train them or set schedule = none")
+        if not self.gate and (self.schedule is not None or self.init != "zero_b"):
+            raise DoRAError("gate = False: pruning closes gates, and a random B needs c = 0 at the "
+                            "start; train the gates, or set schedule = none and init = zero_b")
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -173,15 +170,14 @@ class DoRALinear(nn.Module):
         self.scale = config.alpha / (config.rank if config.scale == "rank" else r)
         self.dropout = nn.Dropout(config.dropout)
         # float32 also over a half-precision base, which would round small updates away
-        like: dict[str, Any] = dict(device=base.weight.device,
-                                    dtype=torch.promote_types(base.weight.dtype, torch.float32))
-        self.A = nn.Parameter(torch.empty(r, d_in, **like))
-        self.B = nn.Parameter(torch.empty(d_out, r, **like))
-        self.c = nn.Parameter(torch.empty(r, **like), requires_grad=config.gate)
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        self.A = nn.Parameter(base.weight.new_empty((r, d_in), dtype=dtype))
+        self.B = nn.Parameter(base.weight.new_empty((d_out, r), dtype=dtype))
+        self.c = nn.Parameter(base.weight.new_empty((r,), dtype=dtype), requires_grad=config.gate)
         self.register_buffer("mask", torch.ones_like(self.c, dtype=torch.bool))
         self.name = ""  # in the model, for messages
-        self.final_budget = r  # b(T) of the whole model
-        self.progress: tuple[int, int, int] | None = None  # the Pruner's t, last pruning, T
+        self.final_budget = math.inf  # b(T) of the whole model, set by inject()
+        self.progress = (0, 0, 0)  # the Pruner's t, last pruning, T; zeros before its first step
         self.reset()
         self.train(base.training)
 
@@ -225,21 +221,20 @@ class DoRALinear(nn.Module):
 def inject(model: nn.Module, config: DoRAConfig) -> dict[str, DoRALinear]:
     """Freeze the model, replace each target by a DoRALinear, return these by name.
 
-    A target is a whole dotted suffix: "output.dense" matches "0.attention.output.dense", too, but
-    "put.dense" matches neither. Unfreeze the head afterwards. Raises DoRAError, before anything
-    is changed, for a target that matches nothing or something other than an nn.Linear.
+    A target is a whole dotted suffix: "output.dense" matches "0.output.dense" and also
+    "0.attention.output.dense", "put.dense" matches neither. Unfreeze the head afterwards. Raises
+    DoRAError, before anything is changed, for a target that matches nothing or no nn.Linear.
     """
     modules = dict(model.named_modules())
     found: dict[str, nn.Linear] = {}
     for target in config.targets:
-        names = [name for name in modules if f".{name}".endswith(f".{target}")]
-        for name in names:
-            module = modules[name]
+        matches = {name: m for name, m in modules.items() if f".{name}".endswith(f".{target}")}
+        for name, module in matches.items():
             if type(module) is not nn.Linear:
                 raise DoRAError(f"target {target!r}: {name} is a {type(module).__name__}, not an "
                                 f"nn.Linear with a (d_out, d_in) weight; choose other targets")
             found[name] = module
-        if not names:
+        if not matches:
             linear = {re.sub(r"^.*\.\d+\.", "", name) for name, module in modules.items()
                       if type(module) is nn.Linear}
             raise DoRAError(f"target {target!r} matches no module; candidates: "
@@ -249,18 +244,13 @@ def inject(model: nn.Module, config: DoRAConfig) -> dict[str, DoRALinear]:
     layers = {name: DoRALinear(found[name], config) for name in modules if name in found}
     for name, layer in layers.items():
         layer.name, layer.final_budget = name, b_T
-        _replace(model, name, layer)
+        model.set_submodule(name, layer)
     return layers
 
 
 def dora_layers(model: nn.Module) -> dict[str, DoRALinear]:
     """The model's DoRALinear layers by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, DoRALinear)}
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 # ---- importance: Eq. 7 and AdaLoRA's Eq. 8 -----------------------------------------------------
@@ -305,7 +295,7 @@ def triplet(layer: DoRALinear) -> list[Tensor]:
 
 
 def phases(total_steps: int, config: DoRAConfig) -> tuple[int, int]:
-    """(t_i, T - t_f): the step at which the budget starts to fall, and the last pruning's.
+    """(t_i, T - t_f): the step after which the budget falls, and that of the last pruning.
 
     Raises DoRAError where no step is left to prune in.
     """
@@ -326,8 +316,7 @@ def final_budget(config: DoRAConfig, n_layers: int) -> int:
     """b(T) = r L, in components of the whole model. Raises DoRAError for less than one."""
     b_T = round(config.rank * n_layers)
     if b_T < 1:
-        raise DoRAError(f"rank = {config.rank} over {n_layers} matrices is no component at all; "
-                        f"raise rank")
+        raise DoRAError(f"rank = {config.rank} in {n_layers} matrices is no component; raise rank")
     return b_T
 
 
@@ -337,7 +326,7 @@ def budget(step: int, total_steps: int, config: DoRAConfig, n_layers: int) -> in
     first, last = phases(total_steps, config)
     if config.schedule is None or step <= first:
         return b_0
-    # differs: printed, Eq. 9 divides by t_f - t_i and misses b(T); this is what its code computes
+    # differs: printed, Eq. 9 divides by t_f - t_i and misses b(T); the authors' code is as here
     p = min((step - first) / (last - first), 1.0)  # progress through the pruning window
     if config.schedule == "dora":
         return b_0 - int((b_0 - b_T) * p**3)  # slow first
@@ -392,7 +381,7 @@ class Pruner:
         self.first, self.last = phases(total_steps, config)
         self.t = 0  # optimizer steps done
         self.live = config.r_prime * len(layers)  # components that the last pruning kept
-        self.mask = torch.ones(self.live, dtype=torch.bool)  # (n,), also after compact_
+        self.mask = torch.ones(self.live, dtype=torch.bool)  # (n,), whole also after compact_
         self.I_bar: list[Tensor] = []  # Ī: one tensor (n,), or three a layer for "triplet"
         self.U_bar: list[Tensor] = []  # Ū: likewise
         self.observed = False
@@ -423,7 +412,7 @@ class Pruner:
     def step(self) -> None:
         """Prune to b(t) when it is time; after the last pruning, hold the mask.
 
-        Raises DoRAError without observe(), NotFiniteError for a score that is no number.
+        Raises DoRAError without observe(), NotFiniteError for a score that is not finite.
         """
         if not self.observed:
             raise DoRAError(f"step {self.t + 1}: pruner.step() without pruner.observe(); "
@@ -436,7 +425,7 @@ class Pruner:
             for layer in self.layers.values():
                 layer.c.mul_(layer.mask)
             return
-        if self.config.importance in ("norm", "frobenius"):
+        if self.config.importance in ("norm", "frobenius"):  # of the updated weights
             score = norm_score if self.config.importance == "norm" else component_norm
             self._smooth([torch.cat([score(layer) for layer in self.layers.values()])])
         due = self.t > self.first and (self.t - self.first) % self.config.interval == 0
@@ -470,18 +459,13 @@ class Pruner:
             raise NotFiniteError(f"step {self.t}: a score of {list(self.layers)[i]} is not finite; "
                                  f"lower the learning rate")
         self.mask, self.live = keep_mask(scores, k), k
-        self._apply_mask(close=True)
-
-    def _apply_mask(self, close: bool) -> None:
         for layer, mask in zip(self.layers.values(), self.mask.split(self.config.r_prime)):
             layer.mask.copy_(mask)
-            if close:
-                layer.c.mul_(layer.mask)
+            layer.c.mul_(layer.mask)
 
     def ranks(self) -> dict[str, int]:
         """Live components of each matrix, by name."""
-        return {name: int(mask.sum())
-                for name, mask in zip(self.layers, self.mask.split(self.config.r_prime))}
+        return {name: layer.rank for name, layer in self.layers.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model's and the optimizer's state."""
@@ -498,21 +482,24 @@ class Pruner:
                             f"{len(self.mask)}; use the same rank, start_rank and targets")
         self.t, self.live, self.mask = state["t"], state["live"], state["mask"]
         device = next((layer.c.device for layer in self.layers.values()), self.mask.device)
-        self.I_bar, self.U_bar = ([v.to(device) for v in state[k]] for k in ("I_bar", "U_bar"))
-        for layer in self.layers.values():
+        self.I_bar, self.U_bar = ([v.to(device, copy=True) for v in state[k]]
+                                  for k in ("I_bar", "U_bar"))
+        for layer, mask in zip(self.layers.values(), self.mask.split(self.config.r_prime)):
             layer.progress = (self.t, self.last, self.total_steps)
-        self._apply_mask(close=self.done)  # before that, momentum may have moved closed gates
+            layer.mask.copy_(mask)
+            if self.done:  # until then a closed gate may have moved, and goes on from there
+                layer.c.mul_(layer.mask)
 
 
 def rank_map(ranks: dict[str, int]) -> str:
     """A table of live components, layer by matrix."""
-    rows: dict[str, dict[str, int]] = {}
+    rows: dict[str, Counter[str]] = {}
     for name, rank in ranks.items():
         match = re.fullmatch(r"(?:.*\.)?(\d+)\.(.+)", name)
         layer, matrix = match.groups() if match else ("-", name)
-        rows.setdefault(layer, {})[matrix.removeprefix("attention.self.")] = rank
+        rows.setdefault(layer, Counter())[matrix.removeprefix("attention.self.")] += rank
     columns = list(dict.fromkeys(matrix for row in rows.values() for matrix in row))
-    rows["total"] = {c: sum(row.get(c, 0) for row in rows.values()) for c in columns}
+    rows["total"] = Counter({c: sum(row[c] for row in rows.values()) for c in columns})
     lines = ["layer  " + "  ".join(f"{c:>3}" for c in (*columns, "total"))]
     for layer, row in rows.items():
         cells = [f"{row.get(c, '.'):>{max(3, len(c))}}" for c in columns]
@@ -528,14 +515,14 @@ def _check_budget(layers: dict[str, DoRALinear]) -> None:
     live = sum(layer.rank for layer in layers.values())
     for name, layer in layers.items():
         short = f"{live} components are live, the budget is {layer.final_budget}"
-        if layer.progress is not None and layer.progress[0] < layer.progress[1]:
-            t, last, total = layer.progress
+        t, last, total = layer.progress
+        if t < last:
             raise DoRAError(f"{short}: training stopped at step {t} of {total}, before the last "
                             f"pruning at step {last}")
-        if layer.config.schedule is not None and live > layer.final_budget:
+        if live > layer.final_budget:
             raise DoRAError(f"{short}: pruner.step() was never called; call observe() and step() "
                             f"in every step")
-        if bool((layer.c[~layer.mask] != 0).any()):
+        if layer.c[~layer.mask].any():
             raise DoRAError(f"{name}: a pruned gate is not 0; call pruner.step() after every "
                             f"optimizer.step()")
 
@@ -559,13 +546,13 @@ def compact_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
                 _swap(optimizer, old, new, dim, live)
         layer.mask = layer.mask[live]
         if not len(live):
-            _replace(model, name, layer.base)
+            model.set_submodule(name, layer.base)
     return model
 
 
 def _swap(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, dim: int,
           live: Tensor) -> None:
-    """Put new, the live part of old, in its place, with the live part of its moments."""
+    """In the optimizer, put new, the live part of old, in its place, with that of its moments."""
     for group in optimizer.param_groups:
         params = [new if p is old else p for p in group["params"]]
         group["params"] = [p for p in params if p is not new or len(live)]
@@ -582,7 +569,7 @@ def merge_(model: nn.Module) -> nn.Module:
     for name, layer in dora_layers(model).items():
         W = layer.base.weight + layer.delta_weight()
         layer.base.weight = nn.Parameter(W.to(layer.base.weight.dtype), requires_grad=False)
-        _replace(model, name, layer.base)
+        model.set_submodule(name, layer.base)
     return model
 
 
@@ -594,7 +581,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of any shape by name, memory-mapped: read when used; writing to them is private.
+    """Tensors of any shape by name, memory-mapped: read when used; changes never reach the file.
 
     Layout: 8 bytes little-endian header length n, JSON {name: {dtype, shape, data_offsets}} of n
     bytes, then the data. All numbers are checked; DoRAError names the file and what is wrong.
@@ -611,7 +598,7 @@ def _read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     with open(path, "rb") as f:
         size = os.fstat(f.fileno()).st_size
         n = int.from_bytes(f.read(8), "little")
-        if size < 10 or n > min(size - 8, 100_000_000):
+        if n > min(size - 8, 100_000_000):
             raise bad(f"a header of {n} bytes in a file of {size}")
         try:
             header = json.loads(f.read(n), object_pairs_hook=_unique)
@@ -628,7 +615,7 @@ def _read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, An
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise bad(f"{name!r:.80} is not dtype, shape and data_offsets")
         shape, span = entry["shape"], entry["data_offsets"]
-        dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+        dtype = DTYPES.get(str(entry["dtype"]))
         whole = all(isinstance(v, list) and len(v) < 64 and
                     all(type(i) is int and 0 <= i < 2**48 for i in v) for v in (shape, span))
         if dtype is None or not whole or len(span) != 2:
@@ -640,11 +627,9 @@ def _read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, An
             data, dtype=dtype, count=count, offset=begin + span[0])
         tensors[name] = flat.view(shape)
         spans.append(span)
-    end = 0
-    for start, stop in [*sorted(spans), [room] * 2]:
-        if start != end:
-            raise bad(f"data bytes {end} to {start} belong to two tensors or to none")
-        end = stop
+    spans.sort()  # without a hole or an overlap each begins where the one before ends
+    if [start for start, _ in spans] + [room] != [0] + [stop for _, stop in spans]:
+        raise bad("some bytes of its data belong to two tensors or to none")
     return tensors, metadata
 
 
@@ -673,18 +658,15 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], **metadata: 
 def write_whole(path: str | Path, chunks: Iterable[Any]) -> None:
     """Write bytes so that path has its old content or all of the new: temporary, flush, rename."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    part = path.with_name(f".{path.name}.{os.urandom(6).hex()}.part")
     try:
-        with os.fdopen(handle, "wb") as f:
-            for chunk in chunks:
-                f.write(chunk)
+        with open(part, "xb") as f:
+            f.writelines(chunks)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ---- adapters, in PEFT's LoRA format -----------------------------------------------------------
@@ -696,8 +678,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Save the live components and the head as adapter_model.safetensors and adapter_config.json.
 
     Hugging Face PEFT's LoRA format: s and c are folded into B, so that alpha / r is 1 in every
-    matrix. Matrices without components are left out, PEFT has no rank 0. Raises DoRAError before
-    the last pruning and after merge_().
+    matrix. Matrices without components are left out, since PEFT has no rank 0. Raises DoRAError
+    before the last pruning and after merge_().
     """
     layers = dora_layers(model)
     if not layers:
@@ -711,14 +693,13 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         tensors[f"{PREFIX}{name}.lora_B.weight"] = (layer.scale * layer.c * layer.B)[:, layer.mask]
     heads = _trained_modules(model)  # an adapter without its head is noise
     for head in heads:
-        for key, tensor in model.get_submodule(head).state_dict().items():
-            tensors[f"{PREFIX}{head}.{key}"] = tensor
+        tensors.update(model.get_submodule(head).state_dict(prefix=f"{PREFIX}{head}."))
     r = max(ranks.values())
     others = {f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != r}
     config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None,
               "r": r, "lora_alpha": r, "rank_pattern": others, "alpha_pattern": others,
               "target_modules": "|".join(re.escape(name) for name in ranks),  # whole names
-              "modules_to_save": heads or None, "lora_dropout": layer.config.dropout,
+              "modules_to_save": heads or None, "lora_dropout": layers[name].config.dropout,
               "bias": "none", "fan_in_fan_out": False, "use_dora": False, "use_rslora": False,
               "init_lora_weights": True, "inference_mode": True}
     folder = Path(folder)
@@ -729,10 +710,13 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
 
 def fingerprint(weights: Iterable[Tensor]) -> str:
-    """8 hex digits that tell models apart: signs of weights of any shape, the same in any dtype."""
+    """8 hex digits that tell models apart, in any dtype: the signs of each one's first 256 numbers.
+
+    Weights of any shape; rounding to another dtype keeps the sign bit.
+    """
     crc = 0
     for weight in weights:
-        crc = zlib.crc32((weight.detach().flatten()[:256] > 0).cpu().numpy().tobytes(), crc)
+        crc = zlib.crc32(weight.detach().flatten()[:256].signbit().cpu().numpy().tobytes(), crc)
     return f"{crc:08x}"
 
 
@@ -754,12 +738,12 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
     All is checked before the model is touched. Raises DoRAError for another base model, another
     head, and the kinds of LoRA that Eq. 6 does not cover.
     """
-    path = Path(folder) / "adapter_config.json"
+    path, file = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
     try:
         config = json.loads(path.read_bytes(), object_pairs_hook=_unique)
         alphas = {re.compile(rf"(.*\.)?({key})$"): value  # PEFT's rule for a pattern
                   for key, value in (config.get("alpha_pattern") or {}).items()}
-    except (ValueError, RecursionError, AttributeError, re.error):
+    except (ValueError, RecursionError, OverflowError, AttributeError, re.error):
         raise DoRAError(f"{path}: not an adapter's JSON; save the adapter anew") from None
     plain: dict[str, tuple[Any, ...]] = {
         "peft_type": ("LORA",), "use_dora": (False,), "use_rslora": (False,), "bias": ("none",),
@@ -767,19 +751,24 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
         "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}  # W0 unchanged
     for key, allowed in plain.items():
         if config.get(key, allowed[0]) not in allowed:
-            raise DoRAError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be loaded "
+            raise DoRAError(f"{path}: {key} is {config[key]!r:.40}; only plain LoRA can be loaded "
                             f"({key} = {allowed[0]!r})")
-    file = Path(folder) / "adapter_model.safetensors"
-    tensors, metadata = _read_safetensors(file)
-    modules, weights = dict(model.named_modules()), model.state_dict()
+    dropout = config.get("lora_dropout", 0.0)
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise DoRAError(f"{path}: lora_dropout is {dropout!r:.40}, not a number in [0, 1)")
+    saved, metadata = _read_safetensors(file)
+    if foreign := [key for key in saved if not key.startswith(PREFIX)]:
+        raise DoRAError(f"{file}: {foreign[0]!r:.120} is no name of PEFT's, which begin with "
+                        f"{PREFIX}; save the adapter anew")
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in saved.items()}
+    modules, weights = dict(model.named_modules()), model.state_dict(keep_vars=True)
     found: dict[str, tuple[Tensor, Tensor, float]] = {}
-    names = {key.split(".lora_")[0] for key in tensors if ".lora_" in key}
-    for name in sorted(name.removeprefix(PREFIX) for name in names):
-        A, B = (tensors.pop(f"{PREFIX}{name}.lora_{m}.weight", torch.empty(0)) for m in "AB")
+    for name in sorted({key.split(".lora_")[0] for key in tensors if ".lora_" in key}):
+        A, B = (tensors.pop(f"{name}.lora_{m}.weight", torch.empty(0)) for m in "AB")
         base = modules.get(name)
         shape = tuple(base.weight.shape) if type(base) is nn.Linear else None
         if not A.numel() or shape != (*B.shape[:1], *A.shape[1:]) or B.shape[1:] != A.shape[:1]:
-            raise DoRAError(f"{folder}: {name} has lora_B {tuple(B.shape)} and lora_A "
+            raise DoRAError(f"{folder}: {name!r:.120} has lora_B {tuple(B.shape)} and lora_A "
                             f"{tuple(A.shape)}, the model's matrix is {shape}; is the adapter for "
                             f"another base model?")
         alpha = next((value for pattern, value in alphas.items() if pattern.match(name)),
@@ -788,32 +777,26 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
             raise DoRAError(f"{path}: lora_alpha of {name} is {alpha!r:.40}, not a number above 0")
         found[name] = A, B, alpha
     for key, tensor in tensors.items():  # what is left is the head
-        old = weights.get(key.removeprefix(PREFIX))
-        if old is None or old.shape != tensor.shape:
-            raise DoRAError(f"{folder}: {key} is {tuple(tensor.shape)}, in the model "
-                            f"{None if old is None else tuple(old.shape)}; is the adapter for "
-                            f"another task or base model?")
-    base = fingerprint(modules[name].weight for name in found)  # type: ignore[misc]
-    if metadata.get("base", base) != base:
+        shape = tuple(weights[key].shape) if key in weights else None
+        if tensor.shape != shape:
+            raise DoRAError(f"{folder}: {key!r:.120} is {tuple(tensor.shape)}, in the model "
+                            f"{shape}; is the adapter for another task or base model?")
+    if not found:
+        raise DoRAError(f"{file}: no lora_A and lora_B in it; save the adapter anew")
+    base_mark = fingerprint(modules[name].weight for name in found)  # type: ignore[misc]
+    if metadata.get("base", base_mark) != base_mark:
         raise DoRAError(f"{file}: was trained on other weights of the same shapes; use it with the "
                         f"base model that it was trained on")
-    if not found:
-        raise DoRAError(f"{folder}: no lora_A and lora_B in adapter_model.safetensors")
-    dropout = config.get("lora_dropout", 0.0)
-    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise DoRAError(f"{path}: lora_dropout is {dropout!r:.40}, not a number in [0, 1)")
+    model.requires_grad_(False)
     layers: dict[str, DoRALinear] = {}
     for name, (A, B, alpha) in found.items():
-        settings = {**METHODS["lora"], "rank": len(A), "alpha": alpha, "dropout": dropout}
-        layers[name] = DoRALinear(modules[name], DoRAConfig(**settings))  # type: ignore[arg-type]
-        layers[name].name = name
-        layers[name].A.copy_(A)
-        layers[name].B.copy_(B)
-    model.requires_grad_(False)
-    for name, layer in layers.items():
-        _replace(model, name, layer)
+        settings = DoRAConfig(**METHODS["lora"], rank=len(A), alpha=alpha, dropout=dropout)
+        layer = layers[name] = DoRALinear(modules[name], settings)  # type: ignore[arg-type]
+        layer.name = name
+        layer.A.copy_(A)
+        layer.B.copy_(B)
+        model.set_submodule(name, layer)
     for key, tensor in tensors.items():
-        weights[key.removeprefix(PREFIX)].copy_(tensor)
-        model.get_submodule(key.removeprefix(PREFIX).rpartition(".")[0]).requires_grad_(True)
+        weights[key].copy_(tensor)
+        weights[key].requires_grad_(isinstance(weights[key], nn.Parameter))
     return layers
-

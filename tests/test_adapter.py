@@ -14,6 +14,7 @@ from dora import (
     DoRALinear,
     Pruner,
     compact_,
+    fingerprint,
     inject,
     load_adapter,
     merge_,
@@ -312,6 +313,8 @@ def refuses(model, folder, says):
     (dict(alpha_pattern="up"), "alpha_pattern|JSON"),
     (dict(alpha_pattern={"(": 3}), "alpha_pattern|JSON"),
     (dict(alpha_pattern={"(?i)up": 3}), "alpha_pattern|JSON"),
+    (dict(alpha_pattern={"a{9999999999}": 3}), "alpha_pattern|JSON"),     # OverflowError of re
+    (dict(bias="x" * 10**6), "bias is 'xxx.{0,99}only plain LoRA"),
 ])
 def test_refused_configs(folder, values, says):
     """A variant of LoRA that Eq. 6 does not cover, or an absurd value, is refused by its name."""
@@ -354,11 +357,30 @@ def replace(name, value):
     (replace("base_model.model.layer.0.up.lora_B.bias", torch.ones(8)), r"lora_B\.bias"),
     (replace("base_model.model.layer.0.up.lora_magnitude_vector", torch.ones(8)), "lora_magnitude"),
     (replace("base_model.model.layer.0.up.lora_embedding_A", torch.ones(2, 8)), "lora_embedding"),
+    (replace("head.weight", torch.ones(2, 5)), "'head.weight' is no name of PEFT's"),
+    (replace("base_model.model.a\nb", torch.ones(2)), r"a\\nb"),           # the message: one line
+    (replace("base_model.model.a\nb.lora_A.weight", torch.ones(2)), r"a\\nb"),
+    (replace(f"base_model.model.{'x' * 10**6}", torch.ones(2)), "^.{1,400}$"),
 ])
 def test_refused_tensors(folder, edit, says):
     """Tensors of another model or another task, half a pair, odd shapes: refused by their name."""
     change_tensors(folder, edit)
     refuses(base_with(), folder, says)
+
+
+def test_a_parameter_of_the_root(tmp_path):
+    """A parameter that belongs to the model itself is loaded and trains, and nothing else does."""
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.gain = nn.Linear(5, 8), nn.Parameter(torch.ones(8))
+
+    tensors = {key("up", "A"): torch.ones(2, 5), key("up", "B"): torch.ones(8, 2),
+               "base_model.model.gain": torch.full((8,), 2.0)}
+    model = Root()
+    load_adapter(model, handmade(tmp_path, tensors, r=2, lora_alpha=2))
+    assert model.gain.eq(2).all()
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["gain", "up.A", "up.B"]
 
 
 def test_a_matrix_of_rank_0(folder):
@@ -411,6 +433,8 @@ def test_another_base_model_of_the_same_shapes(folder):
     refuses(other, folder, r"adapter_model\.safetensors: was trained on other weights")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert len(load_adapter(base_with(dtype=dtype), folder)) == 4
+    tiny = torch.tensor([1e-9, -1e-9, 1.0])             # float16 has 0 and -0 for the first two
+    assert fingerprint([tiny]) == fingerprint([tiny.half()]) != fingerprint([-tiny])
     path = folder / "adapter_model.safetensors"
     write_safetensors(path, {k: t.clone() for k, t in read_safetensors(path).items()})
     assert len(load_adapter(plain(seed=1), folder)) == 4

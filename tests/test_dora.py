@@ -280,6 +280,7 @@ def test_shapes_and_names():
     (dict(rank=2, start_rank=3, schedule=None, importance=None), "start_rank"),
     (dict(importance=None), "schedule"), (dict(schedule=None, start_rank=2), "importance"),
     (dict(gate=False), "gate"),
+    (dict(METHODS["lora"], init="kaiming"), "gate = False.*zero_b"),     # c = 0 for ever
     (dict(alpha=0), "alpha"), (dict(alpha=math.nan), "alpha"),
     (dict(dropout=1.0), "dropout"), (dict(dropout=-0.1), "dropout"),
     (dict(targets=()), "targets"),
@@ -375,6 +376,12 @@ def test_rank_map_of_uneven_layers():
                     ["1", ".", "1", ".", "1"], ["-", ".", ".", "4", "4"],
                     ["total", "2", "1", "4", "7"]]
     assert len({len(line) for line in rank_map({"a.0.up": 2, "a.1.k": 10}).splitlines()}) == 1
+
+
+def test_rank_map_of_two_stacks():
+    """Matrices of one name in layers of one number, of encoder and decoder, share a cell: a sum."""
+    rows = rank_map({"encoder.0.q": 2, "decoder.0.q": 3, "encoder.0.k": 0}).splitlines()
+    assert [row.split() for row in rows[1:]] == [["0", "5", "0", "5"], ["total", "5", "0", "5"]]
 
 
 # ---- against recorded numbers -------------------------------------------------------------------
