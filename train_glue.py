@@ -147,7 +147,7 @@ class Encoder(nn.Module):
         """(B, T, D) -> (B, rows, D): the last layer computes only the first rows; None = all."""
         for layer in self.layer[:-1]:
             x = layer(x, x, mask)
-        return self.layer[-1](x[:, :rows].contiguous(), x, mask)
+        return self.layer[-1](x[:, :rows].contiguous(), x, mask)  # one copy, not one a product
 
 
 class RobertaModel(nn.Module):
@@ -452,8 +452,8 @@ class Run:
     def __enter__(self) -> Run:
         ended = (self.folder / "result.json").exists()
         if self.saved and not self.config.resume or ended and not self.saved:
-            raise DoRAError(f"{self.folder} holds a run already; use another --out, or go on with "
-                            f"it by --resume")
+            remedy = "use another --out" + ", or go on with it by --resume" * bool(self.saved)
+            raise DoRAError(f"{self.folder} holds a run already; {remedy}")
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")
@@ -465,12 +465,15 @@ class Run:
             except OSError:
                 raise DoRAError(f"{self.folder}: another run is writing here; use another --out "
                                 f"or wait for its end") from None
-            for half in self.folder.glob("checkpoints/.step-*"):  # of a process that was killed
+            for half in self.folder.glob("checkpoints/.*.part"):  # of a killed process
                 half.unlink()
             if not self.saved:
                 write_json(self.folder / "config.json", dataclasses.asdict(self.config))
                 self.metrics.write_bytes(b"")
-        handle = lambda number, frame: setattr(self, "signal", number)  # noqa: E731
+
+        def handle(number: int, frame: Any) -> None:
+            self.signal = number
+
         self.handlers = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -493,7 +496,7 @@ class Run:
         """The signal that arrived at any of the processes, 0 if none did."""
         if process()[1] == 1:
             return self.signal
-        return int(summed(torch.tensor(self.signal, device=device), "MAX"))
+        return int(reduced(torch.tensor(self.signal, device=device), "MAX"))
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
@@ -512,7 +515,7 @@ class Run:
                                  f"first bad weight {bad[0]}; lower the learning rate")
         device = next(self.model.parameters()).device
         mask = self.pruner.mask.to(device).float()
-        if not torch.equal(summed(mask, "MIN"), summed(mask, "MAX")):
+        if not torch.equal(reduced(mask, "MIN"), reduced(mask, "MAX")):
             raise DoRAError(f"step {self.step}: the processes pruned different components; start "
                             f"them with the same settings and data")
 
@@ -590,6 +593,9 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, [json.dumps(value, indent=2).encode() + b"\n"])
 
 
+# ---- several processes -------------------------------------------------------------------------
+
+
 def say(text: str) -> None:
     """To the terminal, from the first process, without tearing the bar."""
     if process()[0] == 0:
@@ -603,12 +609,18 @@ def process() -> tuple[int, int]:
     return (group.get_rank(), group.get_world_size()) if on else (0, 1)
 
 
-def summed(value: Tensor, operation: str = "SUM") -> Tensor:
+def reduced(value: Tensor, operation: str = "SUM") -> Tensor:
     """The sum (MIN, MAX) of a tensor over all processes."""
     if process()[1] > 1:
         value = value.clone()
         torch.distributed.all_reduce(value, getattr(torch.distributed.ReduceOp, operation))
     return value
+
+
+def wrap(model: nn.Module, config: TrainConfig) -> Any:
+    """What the loop calls: the model, shared between processes or compiled if asked for."""
+    net = nn.parallel.DistributedDataParallel(model) if process()[1] > 1 else model
+    return torch.compile(net) if config.compile else net
 
 
 # ---- evaluation --------------------------------------------------------------------------------
@@ -626,7 +638,7 @@ def predict(model: nn.Module, examples: list[Example]) -> np.ndarray:
             logits = model(batch.ids.to(device), batch.mask.to(device)).double()  # (B, classes)
             outputs = logits[:, 0].clamp(0, 1) if logits.shape[1] == 1 else logits.argmax(1)
             found[batch.rows.to(device)] = outputs.double()  # each row is filled by one process
-    return summed(found).cpu().numpy()
+    return reduced(found).cpu().numpy()
 
 
 def evaluate(model: nn.Module, examples: list[Example], task: Task) -> dict[str, float]:
@@ -736,7 +748,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 saving = ended or stopped or run.step % config.save_every == 0
                 if logging or saving:  # only here does the device have to be waited for
                     b_t = budget(run.step, total, config.dora, len(layers)) if layers else 0
-                    line = {"step": run.step, "lr": lr, "loss": float(summed(loss)),
+                    line = {"step": run.step, "lr": lr, "loss": float(reduced(loss)),
                             "penalty": float(penalty.detach()), "grad_norm": float(norm),
                             "live": pruner.live, "budget": b_t}
                     run.check(line["loss"], line["grad_norm"])
@@ -772,12 +784,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
             write_json(run.folder / "ranks.json", ranks)
             write_json(run.folder / "result.json", result)
     return {**result, "ranks": ranks, "folder": str(run.folder)}
-
-
-def wrap(model: nn.Module, config: TrainConfig) -> Any:
-    """What the loop calls: the model, shared between processes or compiled if asked for."""
-    net = nn.parallel.DistributedDataParallel(model) if process()[1] > 1 else model
-    return torch.compile(net) if config.compile else net
 
 
 # ---- the toy -----------------------------------------------------------------------------------

@@ -321,15 +321,15 @@ def test_a_run_is_not_overwritten(tmp_path, whole, capsys):
     """Without --resume a folder with a run is refused, also where its checkpoints were thrown away,
     and nothing in it changes."""
     shutil.copytree(whole, tmp_path / "out")
-    says = "holds a run already; use another --out, or go on with it by --resume"
+    says = "holds a run already; use another --out"
     assert main(flags(**settings(tmp_path / "out"))) == 2
-    assert says in capsys.readouterr().err
+    assert f"{says}, or go on with it by --resume\n" in capsys.readouterr().err
     same_runs(tmp_path / "out", whole)
     shutil.rmtree(tmp_path / "out" / "checkpoints")
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     for words in ([], ["--resume"]):
         assert main([*flags(**settings(tmp_path / "out")), *words]) == 2
-        assert says in capsys.readouterr().err
+        assert f"{says}\n" in capsys.readouterr().err         # there is nothing to go on from
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
 
 
@@ -354,7 +354,7 @@ def test_a_run_that_died_before_its_first_checkpoint(tmp_path, capsys, whole, ag
     """Nothing to go on from but a few lines of a log: the same command starts anew, with --resume
     it says so, and the run is as any other. What a killed process left half-written is removed."""
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / ".step-00000008.pt.abc").write_bytes(b"half")
+    (tmp_path / "checkpoints" / ".step-00000008.pt.abc.part").write_bytes(b"half")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "l')
     run(tmp_path, resume=again)
     assert ("no checkpoint yet, starting from the beginning" in capsys.readouterr().out) == again
