@@ -795,10 +795,12 @@ def toy(config: TrainConfig) -> dict[str, Any]:
     Pretraining is full fine-tuning on short sentences: are subject and verb of "these dogs see a
     king" singular or plural? The adaptation task asks if a sentence is right, and puts phrases
     between the two in which the nearest noun misleads: "these dogs near the king sees a bird".
-    Files, tokenizer, loader and loop are those of GLUE. DoRAError in several processes.
+    Files, tokenizer, loader and loop are those of GLUE. DoRAError in several processes and for a
+    model_dir.
     """
-    if process()[1] > 1:
-        raise DoRAError("the toy is for one process; under torchrun name a --task and --data-dir")
+    if process()[1] > 1 or config.model_dir:
+        raise DoRAError("the toy is for one process and makes its own model; for torchrun or "
+                        "--model-dir name a --task and --data-dir")
     torch.set_num_threads(1)  # matrices this small are slower when threads share them
     root = Path(config.out or tempfile.mkdtemp(prefix="dora-toy-"))
     untrained, pretrained = root / "untrained", root / "pretrain" / "model"

@@ -298,6 +298,13 @@ def test_predict(tmp_path, capsys, name, method, expected):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == first
 
 
+def test_the_toy_takes_no_model(tmp_path, capsys):
+    """--model-dir without --data-dir, which the toy would ignore, is refused."""
+    words = "--model-dir", "m", "--out", str(tmp_path / "out")
+    assert "--model-dir name a --task and --data-dir" in failed(capsys, *words)
+    assert not (tmp_path / "out").exists()
+
+
 # ---- the toy ------------------------------------------------------------------------------------
 
 @pytest.mark.slow
