@@ -213,8 +213,11 @@ def plot(dev: list[dict[str, Any]], tasks: list[str]) -> None:
     mine = [c["ranks"] for c in dev if (c["name"], c["task"]) == ("dora", "stsb")]
     if not mine:
         return
-    figure = Figure(figsize=(5 + 3.6 * len(tasks), 3.9), layout="constrained")
-    axes = figure.subplots(1, 1 + len(tasks), width_ratios=[1.25] + [1] * len(tasks))
+    half = math.ceil(len(tasks) / 2)  # the map, and beside it two rows of tasks
+    figure = Figure(figsize=(4.2 + 3.4 * half, 6.4), layout="constrained")
+    places = [["map", *tasks[:half]], ["map", *(tasks[half:] + ["."])[:half]]]
+    mosaic = figure.subplot_mosaic(places, width_ratios=[1.15] + [1] * half)
+    axes = [mosaic["map"], *(mosaic[task] for task in tasks)]
     live = np.mean(mine, axis=0).reshape(-1, len(MATRICES)).T  # (matrices, layers)
     axes[0].imshow(live, cmap="YlGnBu", vmin=0, vmax=3.6, aspect="auto")
     for (y, x), value in np.ndenumerate(live):
@@ -237,7 +240,7 @@ def plot(dev: list[dict[str, Any]], tasks: list[str]) -> None:
                         capsize=4, color=f"C{i}", label=name)
         ax.set_xscale("log")
         ax.set_xlim(4e4, 6e7)
-        ax.set_xlabel("parameters (equal ones side by side)", fontsize=9)
+        ax.set_xlabel("parameters", fontsize=9)
         ax.set_title(f"{task}: {cells[0]['metric']} on dev\nmedian, smallest, largest",
                      fontsize=10)
         ax.grid(alpha=0.3)
