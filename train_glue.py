@@ -602,6 +602,15 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
+def connect() -> None:
+    """Join the processes that torchrun started, if it did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and process()[1] == 1:
+        # Imported later, its default arguments would hold the group, whose threads then outlive
+        # destroy_process_group and can abort the process as it exits.
+        import torch.distributed.nn
+        torch.distributed.init_process_group()
+
+
 def process() -> tuple[int, int]:
     """(rank, number) of the processes that train together; (0, 1) without torchrun."""
     group = torch.distributed
@@ -840,8 +849,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.get("task", "toy") == "toy" and not (eval_only or {"data_dir", "out"} & {*args}):
             args["out"] = tempfile.mkdtemp(prefix="dora-toy-")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and process()[1] == 1:
-            torch.distributed.init_process_group()
+        connect()
         results = []
         for seed in seeds:
             config = make_config(**args, seed=seed)
@@ -885,7 +893,7 @@ def main(argv: list[str] | None = None) -> int:
               f"what was complete is intact", file=sys.stderr)
         return 2
     finally:
-        if process()[1] > 1:  # else its threads may abort the process as it exits
+        if process()[1] > 1:
             torch.distributed.destroy_process_group()
     return 0
 
