@@ -7,7 +7,7 @@ import socket
 import time
 
 import pytest
-from tiny import command, flags, lines, newest, result, run, same_runs, settings
+from tiny import ROOT, command, flags, lines, newest, result, run, same_runs, settings
 
 pytestmark = pytest.mark.slow
 FLOAT64 = dict(dropout=False, dtype="float64")
@@ -184,6 +184,7 @@ def test_the_toy_is_for_one_process(tmp_path):
 
 def test_torchrun_itself(tmp_path):
     """`torchrun --nproc_per_node=2 train_glue.py ...`, as the README prints it."""
+    assert "\ntorchrun --nproc_per_node=2 train_glue.py" in (ROOT / "README.md").read_text()
     code = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
     process = command("--nproc_per_node=2", f"--master_port={free_port()}", "train_glue.py",
                       *flags(**settings(tmp_path / "out", max_steps=12)), code=code)
