@@ -243,11 +243,12 @@ def plot(dev: list[dict[str, Any]], tasks: list[str]) -> None:
             scores = sorted(c["best"] for c in cells)
             size = statistics.median(c["adapter"] or c["trainable"] - c["head"] for c in cells)
             middle = statistics.median(scores)
-            size *= 1.35 ** (i - 1.5) if name != "full" else 1  # one size, side by side
+            if name not in ("full", "bitfit"):
+                size *= 1.35 ** (i - 1.5)  # about one size, side by side
             ax.errorbar(size, middle, [[middle - scores[0]], [scores[-1] - middle]], fmt="o",
                         capsize=4, color=f"C{i}", label=name)
         ax.set_xscale("log")
-        ax.set_xlim(4e4, 6e7)
+        ax.set_xlim(1.5e4, 6e7)
         ax.set_xlabel("parameters", fontsize=9)
         ax.set_title(f"{task}: {cells[0]['metric']} on dev\nmedian, smallest, largest",
                      fontsize=10)

@@ -96,9 +96,9 @@ def test_own_task_trains(tmp_path):
 def test_numbers_are_the_benchmarks():
     """Figures of the README's tables of results, compared with what the scripts wrote."""
     results = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
-    methods = "dora|lora|adalora|paper|full"
+    methods = "dora|lora|adalora|paper|full|bitfit"
     rows = re.findall(rf"^\| (?:{methods}) \| [\d.e/ -]+ \| [\d,]{{6}}.*$", TEXT, re.M)
-    assert len(rows) == 5
+    assert len(rows) == 6
     for row in rows:
         assert row in results.split("## Dev")[1].split("## Ablations")[0]
     rows = re.findall(r"^\| dora(?:, .*)? \| 0\.\d+ \(.*$", TEXT, re.M)
