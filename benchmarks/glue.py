@@ -2,11 +2,12 @@
 
     python benchmarks/glue.py --stage 1    # STS-B and RTE: lora, adalora, dora, paper, full
     python benchmarks/glue.py --stage 2    # adds MRPC, CoLA, bitfit, the paper's ablations, choices
+    python benchmarks/glue.py --stage 3 --device cuda    # adds SST-2, 5 seeds, the paper's epochs
     python benchmarks/glue.py --report     # only write RESULTS.md from the runs that are there
 
 The learning rate of each method is the best of three on a tenth of STS-B's *train* set, held out,
-for STS-B and RTE; of five on a tenth of CoLA's for CoLA and MRPC. A finished run is a line of
-results/glue.jsonl and never repeated; a broken one goes on from its checkpoint.
+for STS-B and RTE; of five on a tenth of CoLA's for CoLA, MRPC and SST-2. A finished run is a line
+of results/glue.jsonl and never repeated; a broken one goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ LOG = HERE / "results" / "glue.jsonl"
 EPOCHS = {"stsb": 4, "rte": 6, "mrpc": 6, "cola": 5}
 BASE_LR = {"full": 1e-4}  # others 2e-3; each tries these factors of it
 FACTORS = {"stsb": (0.5, 1.0, 2.0), "cola": (0.125, 0.25, 0.5, 1.0, 2.0)}
-CHOSEN_ON = {"stsb": "stsb", "rte": "stsb", "mrpc": "cola", "cola": "cola"}
+CHOSEN_ON = {"stsb": "stsb", "rte": "stsb", "mrpc": "cola", "cola": "cola", "sst2": "cola"}
 MATRICES = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 METHODS = ("dora", "lora", "adalora", "paper", "full")
 ALL = (*METHODS, "bitfit")
@@ -101,13 +102,15 @@ def run(c: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     print(f"--- {c['name']}, {c['task']} {c['split']}, lr {c['lr']:g}, seed {c['seed']}",
           flush=True)
     config = train_glue.make_config(
-        c["task"], c["method"], seed=c["seed"], lr=c["lr"], data_dir=str(data_dir), device="cpu",
-        model_dir=str(args.model_dir), out=str(out), batch_size=32, epochs=EPOCHS[c["task"]],
-        dtype=args.dtype, save_every=100, resume=any(out.glob("checkpoints/*.pt")), **c["more"])
+        c["task"], c["method"], seed=c["seed"], lr=c["lr"], data_dir=str(data_dir), batch_size=32,
+        model_dir=str(args.model_dir), out=str(out), dtype=args.dtype, device=args.device,
+        save_every=100, resume=any(out.glob("checkpoints/*.pt")),
+        **{"epochs": EPOCHS.get(c["task"]), **c["more"]})
     r = train_glue.train(config)
     metric = train_glue.TASKS[c["task"]].metrics[0]
-    line = {"key": key, **c, "dtype": args.dtype, "metric": metric, "best": r["best"][metric],
-            "last": r["last"][metric], "epochs": [e[metric] for e in r["epochs"]],
+    line = {"key": key, **c, "dtype": args.dtype, "device": args.device, "metric": metric,
+            "best": r["best"][metric], "last": r["last"][metric],
+            "epochs": [e[metric] for e in r["epochs"]],
             "adapter": r["adapter_parameters_after_pruning"], "start": r["adapter_parameters"],
             "trainable": r["trainable_parameters"], "head": r["head_parameters"],
             "seconds": r["seconds"], "ranks": list(r["ranks"].values()),
@@ -144,6 +147,7 @@ def report() -> None:
     """RESULTS.md from the log: only what was run is in it."""
     done = finished()
     lines = list(done.values())
+    devices = " and ".join(sorted({c.get("device", "cpu").upper() for c in lines}))
     out = ["# GLUE, methods side by side", "",
            "Written by `python benchmarks/glue.py` from benchmarks/results/glue.jsonl. The encoder "
            "is MiniLM-L6 in RoBERTa's layout (6 layers, width 384), not RoBERTa-base: compare "
@@ -152,7 +156,8 @@ def report() -> None:
            f"epochs {EPOCHS}, frozen weights in bf16 (full and bitfit: bf16 products, float32 "
            "weights). Score: best dev epoch after the last pruning, median of the seeds "
            "(smallest to largest).", "",
-           f"torch {torch.__version__}, Python {platform.python_version()}, CPU, one thread a run.",
+           f"torch {torch.__version__}, Python {platform.python_version()}, {devices}, one thread "
+           "a run.",
            "", "## Learning rate: score after the last epoch on a held-out tenth of the train set",
            "", "Pearson on STS-B, for STS-B and RTE; Matthews on CoLA, for CoLA and MRPC. The "
            "second choice was made after one run of dora at its rate of STS-B had come down to one "
@@ -199,13 +204,23 @@ def report() -> None:
         mine = [c for c in lines if (c["name"], c["split"], c["task"], c["lr"]) ==
                 (name, "held out", "stsb", chosen["dora", "stsb"])]
         out.append(f"| {name} | {spread([c['last'] for c in mine])} |")
+    out += ["", "## Dev, the paper's epochs", ""]
+    long = {task: [c for c in lines if c["task"] == task and "epochs" in c["more"]]
+            for task in CHOSEN_ON}
+    if any(long.values()):
+        out += ["| method | " + " | ".join(long) + " |", "|---|" + "---|" * len(long)]
+        for name in ALL:
+            out.append(f"| {name} | " + " | ".join(spread(
+                [c["best"] for c in cells if c["method"] == name]) for cells in long.values()) +
+                " |")
+    else:
+        out.append("Not run: stage 3 (5 seeds, the paper's epochs, SST-2) needs an accelerator.")
     spent = sum(c["seconds"] for c in lines) / 3600
     out += ["", f"{len(lines)} runs, {spent:.1f} hours of one core in all. Seconds are medians, "
             "evaluation included, on a machine that was shared, and of a run that was stopped only "
             "those after its stop: README.md here measures speed.", "",
-            "Not run: whatever is marked so above; stage 3 (5 seeds, the paper's epochs, SST-2), "
-            "which needs an accelerator.", "", "## The paper's Table 2, r = 2 (RoBERTa-base, not "
-            "run here)", "", PAPER, ""]
+            "Not run: whatever is marked so above.", "",
+            "## The paper's Table 2, r = 2 (RoBERTa-base, not run here)", "", PAPER, ""]
     (HERE / "RESULTS.md").write_text("\n".join(out))
     try:
         plot(dev, tasks)
@@ -260,15 +275,18 @@ def plot(dev: list[dict[str, Any]], tasks: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=1)
     parser.add_argument("--data-dir", type=Path, default=ROOT / "../shared/data/glue")
     parser.add_argument("--model-dir", type=Path,
                         default=ROOT / "../shared/models/minilm-l6-roberta")
     parser.add_argument("--dtype", default="bf16", help="of the frozen weights")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--short", action="store_true", help="check the machinery only, for CI")
     args = parser.parse_args()
+    if args.stage == 3 and args.device == "cpu":
+        parser.error("--stage 3 is for an accelerator; name it, as --device cuda")
     torch.set_num_threads(args.threads)
     if args.short:
         folder = held_out(args.data_dir)
@@ -286,15 +304,21 @@ def main() -> None:
                for method in methods for task in rates}
         cells = [cell(method, "dev", task, method, seed, lrs[method, CHOSEN_ON[task]])
                  for task in tasks for seed in SEEDS for method in methods]
-        if args.stage == 2:
+        if args.stage >= 2:
             lr = lrs["dora", "stsb"]
             cells += [cell(name, "dev", "stsb", "dora", seed, lr, **more)
                       for name, more in ABLATIONS.items() for seed in SEEDS]
             changed = {"dora": {}, **{choice_name(more): more for more in CHOICES}}
             cells += [cell(name, "held out", "stsb", "dora", seed, lr, **more)
                       for seed in SEEDS for name, more in changed.items()]
+        if args.stage == 3:
+            cells += [cell(f"{method}, the paper's epochs", "dev", task, method, seed,
+                           lrs[method, rate], epochs=train_glue.make_config(task).epochs)
+                      for task, rate in CHOSEN_ON.items() for seed in (*SEEDS, 4, 5)
+                      for method in methods]
+        done = finished()
         for c in cells:
-            if key_of(c) not in finished():
+            if key_of(c) not in done:
                 run(c, args)
                 report()
     report()
