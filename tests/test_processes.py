@@ -99,11 +99,10 @@ def test_evaluation_counts_each_example_once(tmp_path):
     """Predictions of two processes for 40 examples, gathered, against one process's; and of 1
     example, of which the second process has none."""
     code = """
-import os, sys, torch
+import sys, torch
 import train_glue
 from tiny import files, tiny_model
 import data
-rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 train_glue.connect()
 data_dir, model_dir = sys.argv[1:]
 bpe = data.BPE(model_dir + "/vocab.json", model_dir + "/merges.txt")
@@ -112,7 +111,7 @@ model = tiny_model(1).double()
 model.classifier.out_proj.bias.data.fill_(0.5)
 for part in (examples, examples[:1], examples[:3]):
     print(train_glue.predict(model, part).tolist())
-if world > 1:
+if train_glue.process()[1] > 1:
     torch.distributed.destroy_process_group()"""
     code = "import sys; sys.path.insert(0, 'tests')" + code
     words = [settings(tmp_path)[name] for name in ("data_dir", "model_dir")]
@@ -184,7 +183,8 @@ def test_the_toy_is_for_one_process(tmp_path):
 
 def test_torchrun_itself(tmp_path):
     """`torchrun --nproc_per_node=2 train_glue.py ...`, as the README prints it."""
-    assert "\ntorchrun --nproc_per_node=2 train_glue.py" in (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\ntorchrun --nproc_per_node=2 train_glue.py" in readme
     code = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
     process = command("--nproc_per_node=2", f"--master_port={free_port()}", "train_glue.py",
                       *flags(**settings(tmp_path / "out", max_steps=12)), code=code)

@@ -62,9 +62,8 @@ def test_shell_blocks_name_what_exists():
     usage = subprocess.run([sys.executable, "train_glue.py", "--help"], cwd=ROOT, text=True,
                            capture_output=True, check=True).stdout
     shell = "\n".join(blocks("sh"))
-    commands = re.findall(r"train_glue.py(.*)", shell)
-    assert len(commands) > 5
-    for flag in re.findall(r"--[a-z-]+", " ".join(commands)):
+    assert "train_glue.py" in shell
+    for flag in re.findall(r"--[a-z-]+", shell.replace("torchrun --nproc_per_node=2", "")):
         assert f"{flag} " in usage, flag
     for name in re.findall(r"\S+\.(?:py|txt)", shell):
         assert (ROOT / name).exists()
@@ -102,6 +101,7 @@ def test_numbers_are_the_benchmarks():
     for row in rows:
         assert row in results.split("## Dev")[1].split("## Ablations")[0]
     rows = re.findall(r"^\| dora(?:, .*)? \| 0\.\d+ \(.*$", TEXT, re.M)
+    assert len(rows) == 12
     for row in rows:
         assert row in results.split("## Choices")[1]
     table = (ROOT / "benchmarks/results/rank_recovery_table.md").read_text(encoding="utf-8")
