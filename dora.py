@@ -1,27 +1,30 @@
 """DoRA, Dynamic Low-Rank Adaptation (Mao et al., ACL 2024, arXiv 2405.17357), in plain PyTorch.
 
 LoRA adds one low-rank update to a frozen matrix. DoRA writes that update as a sum of rank-1
-*components*, each behind a gate, scores every component of the whole model while it trains, and
-closes the gates of the least important ones until a budget is met. Capacity moves to the matrices
-that need it. (Not NVIDIA's DoRA, which splits a weight into magnitude and direction.)
+*components*, each behind a gate. While the model trains, every component of every matrix gets a
+score, and the gates of the least important ones are closed until a budget is met. Capacity moves to
+the matrices that need it. (NVIDIA's DoRA, which decomposes weights, is a different method.)
 
     symbol   in code               shape           meaning
     W0       base.weight           (d_out, d_in)   frozen pretrained matrix
     a_i      A[i]                  (d_in,)         row of A (r', d_in)
     b_i      B[:, i]               (d_out,)        column of B (d_out, r')
-    c_i      c[i]                  scalar          gate; 0 = pruned
-    s        scale                 scalar          alpha / r or alpha / r'
-    r', r    config.r_prime, rank  components      per matrix at the start; mean after pruning
+    c_i      c[i]                  scalar          gate; 0 = closed
+    scale    scale                 scalar          alpha / r or alpha / r'
+    r', r    config.r_prime, rank  components      per matrix: at the start, and mean after pruning
     L        len(layers)           matrices        adapted
     n        len(mask)             components      of the whole model at the start, r' L
-    b(t)     budget                components      of these kept after step t
-    T        total_steps           steps           t_i, t_f: lengths of initial and final phase
+    b(t)     budget                components      kept after step t
+    T        total_steps           steps           in the run
+    t_i, t_f initial_, final_phase share of T      before the first pruning, after the last
     I, Ī, Ū  I, I_bar, U_bar       (n,)            importance, its moving average, its uncertainty
+    s        scores()              (n,)            what decides: Ī Ū
     R, η     penalty, eta          scalar          regulariser and its weight
 
 The method is three lines of a training step, in this order:
 
     layers = inject(model, config); pruner = Pruner(layers, config, total_steps)
+
     loss = task_loss + pruner.penalty()
     loss.backward()
     pruner.observe()      # before clipping and stepping: weight and gradient belong together
@@ -33,151 +36,120 @@ A line that begins `# differs:` says where this departs from the paper or its au
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import mmap
+import operator
 import os
 import re
 import zlib
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 
-class DoRAError(ValueError):
-    """Bad input. The message is one line: the value, what is wrong with it, the remedy."""
+# ---- settings ------------------------------------------------------------------------------------
 
-
-class NotFiniteError(DoRAError):
-    """Training left the finite numbers."""
-
-
-# ---- configuration -----------------------------------------------------------------------------
-
-
-def setting(default: Any, help: str, choices: tuple[Any, ...] = (), above: float = -math.inf,
-            least: float = -math.inf, below: float = math.inf) -> Any:
-    """A dataclass field with its help text (meaning, unit, source) and what values it may take."""
-    rule = {"help": help, "choices": choices, "above": above, "least": least, "below": below}
-    return field(default=default, metadata=rule)
-
-
-def check_settings(config: Any) -> None:
-    """Raise DoRAError for the first field that breaks the rule of its setting()."""
-    for f in fields(config):
-        value, rule = getattr(config, f.name), f.metadata
-        if rule.get("choices") and value not in rule["choices"]:
-            raise DoRAError(f"{f.name} = {value}: choose one of {rule['choices']}")
-        if type(value) in (int, float) and not (
-                value > rule["above"] and rule["least"] <= value < rule["below"]):
-            limits = {"above": "> ", "least": ">= ", "below": "< "}
-            bounds = [s + f"{rule[k]:g}" for k, s in limits.items() if math.isfinite(rule[k])]
-            raise DoRAError(f"{f.name} = {value}: must be {' and '.join(bounds) or 'finite'}")
+Start = Literal["zero_b", "kaiming", "gaussian"]
+ROBERTA = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 
 
 @dataclass(frozen=True)
 class DoRAConfig:
-    """Every setting of the method. Methods differ by these values alone (see METHODS)."""
+    """Every setting of the method. The methods differ in these values alone (see METHODS)."""
 
-    rank: float = setting(2.0, "r: mean components per matrix after pruning; 0.5 works", above=0)
-    start_rank: int | None = setting(
-        None, "r': components per matrix at the start; none = ceil(1.5 r) (paper)", least=1)
-    alpha: float = setting(8.0, "update scale = alpha / rank or alpha / start_rank", above=0)
-    dropout: float = setting(0.1, "dropout on the low-rank path (paper: 0.1)", least=0, below=1)
-    targets: tuple[str, ...] = setting(
-        ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
-        "dotted suffixes of the names of the matrices to adapt")
-    # differs: the paper starts from c = 0 and large random B; B = 0 is ready to prune sooner
-    init: str = setting("zero_b", "start: B = 0 and c = 1, or random A and B and c = 0",
-                        ("zero_b", "kaiming", "gaussian"))
-    gate: bool = setting(True, "train the gates c; if not, they stay at 1")
+    rank: float = 2.0  # r: components per matrix that stay, on average; may be a fraction
+    start_rank: int | None = None  # r': components per matrix at the start; none = ceil(1.5 r)
+    alpha: float = 8.0  # the scale of the update is alpha / rank or alpha / start_rank
+    dropout: float = 0.1  # dropout rate on the low-rank path (paper: 0.1)
+    targets: tuple[str, ...] = ROBERTA  # matrices to adapt: whole dotted ends of their names
+
+    # differs: the paper starts at c = 0 with large random B; at B = 0 the scores mean more, earlier
+    init: Start = "zero_b"  # B = 0 and c = 1; or random A and B and c = 0 (kaiming: the paper)
+    gate: bool = True  # train the gates c; otherwise they stay at 1
     # differs: the paper has alpha / r'; with alpha / r a run ends at LoRA's scale
-    scale: str = setting("rank", "what alpha is divided by (Eq. 6: r')", ("rank", "start_rank"))
-    # differs: the paper has Eq. 7, which gives rank to each matrix, also to one that needs none
-    importance: str | None = setting("sensitivity", "score of a component; none = never prune",
-                                     ("sensitivity", "triplet", "norm", "frobenius", None))
-    beta1: float = setting(0.85, "smoothing of the importance (Eq. 8)", least=0, below=1)
-    beta2: float | None = setting(0.85, "same for its uncertainty; none = unused", least=0, below=1)
-    eps: float = setting(1e-8, "added to the norm that Eq. 7 divides by", above=0)
-    # differs: the paper prunes slowly first, which leaves the survivors little time to move in
-    schedule: str | None = setting(
-        "adalora", "budget curve: dora = slow first (Eq. 9), adalora = fast first; none = flat",
-        ("dora", "adalora", None))
-    initial_phase: float = setting(0.15, "share of steps before pruning (paper)", least=0, below=1)
-    final_phase: float = setting(0.5, "share of steps after pruning (paper)", least=0, below=1)
-    interval: int = setting(10, "optimizer steps between prunings (paper: 10 or 50)", least=1)
-    penalty: str | None = setting("dem", "regulariser while pruning", ("dem", "orthogonal", None))
-    eta: float = setting(0.3, "weight of the regulariser (paper: 0.3 or 0.5)", least=0)
-    # differs: the paper drops out x, d_in numbers a matrix; dropping out r' costs next to nothing
-    dropout_on: str = setting("components", "dropout on the input x or on the r' numbers a_i . x",
-                              ("input", "components"))
+    scale: Literal["rank", "start_rank"] = "rank"  # what alpha is divided by (Eq. 6: start_rank)
+
+    # differs: the paper scores by Eq. 7, which keeps components even in matrices that need none
+    importance: str | None = "sensitivity"  # score of a component; none = never prune
+    beta1: float = 0.85  # smoothing of the importance (Eq. 8)
+    beta2: float | None = 0.85  # smoothing of its uncertainty; none = do not use it
+    eps: float = 1e-8  # added to the norm that Eq. 7 divides by
+
+    # differs: the paper prunes late, which leaves the remaining components little time to adapt
+    schedule: str | None = "fast_first"  # curve of the budget (Eq. 9: slow_first); none = flat
+    initial_phase: float = 0.15  # share of the steps before pruning starts (paper: 0.15)
+    final_phase: float = 0.5  # share of the steps after the last pruning (paper: 0.5)
+    interval: int = 10  # optimizer steps between prunings (paper: 10 or 50)
+
+    penalty: str | None = "dem"  # regulariser while pruning
+    eta: float = 0.3  # weight of the regulariser (paper: 0.3 or 0.5)
+    # differs: the paper applies dropout to x; on the r' values A x it costs almost nothing
+    dropout_on: Literal["input", "components"] = "components"  # what dropout applies to: x or A x
+
+    RANGES: ClassVar[dict[str, str]] = {
+        "> 0": "rank alpha eps",
+        ">= 1": "start_rank interval",
+        ">= 0": "eta",
+        ">= 0, < 1": "dropout beta1 beta2 initial_phase final_phase",
+    }
 
     @property
     def r_prime(self) -> int:
         """r': components per matrix at the start."""
-        spare = 1.0 if self.schedule is None else 1.5
-        return self.start_rank or math.ceil(spare * self.rank)
+        surplus = 1.0 if self.schedule is None else 1.5
+        return self.start_rank or math.ceil(surplus * self.rank)
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if not self.targets:
-            raise DoRAError("targets is empty: name at least one matrix to adapt")
-        if self.r_prime < self.rank:
-            raise DoRAError(f"start_rank = {self.r_prime} is below rank = {self.rank}; pruning "
-                            f"only removes, so raise start_rank")
-        if (self.schedule is None) != (self.importance is None):
-            raise DoRAError(f"importance = {self.importance} and schedule = {self.schedule}: set "
-                            f"both to prune, or both to none to keep every component")
-        if self.schedule is None and self.r_prime != self.rank:
-            raise DoRAError(f"rank = {self.rank} and start_rank = {self.r_prime} must be equal "
-                            f"whole numbers where nothing is pruned (schedule = none)")
-        if not self.gate and (self.schedule is not None or self.init != "zero_b"):
-            raise DoRAError("gate = False: pruning closes gates, and a random B needs c = 0 at the "
-                            "start; train the gates, or set schedule = none and init = zero_b")
+        check_combinations(self)
 
 
 METHODS: dict[str, dict[str, Any]] = {
     "dora": {},  # the defaults above; benchmarks/RESULTS.md has the evidence for each
-    "paper": dict(init="kaiming", scale="start_rank", importance="norm", beta1=0.9, beta2=None,
-                  schedule="dora", dropout_on="input"),
+    "paper": dict(
+        init="kaiming", scale="start_rank", importance="norm", beta1=0.9, beta2=None,
+        schedule="slow_first", dropout_on="input"),
     "lora": dict(gate=False, importance=None, schedule=None, penalty=None, dropout_on="input"),
-    "adalora": dict(init="gaussian", scale="start_rank", importance="triplet", schedule="adalora",
-                    penalty="orthogonal", eta=0.5, dropout_on="input"),
+    "adalora": dict(
+        init="gaussian", scale="start_rank", importance="triplet", schedule="fast_first",
+        penalty="orthogonal", eta=0.5, dropout_on="input"),
 }
 
 
-# ---- the layer: Eq. 6 --------------------------------------------------------------------------
+# ---- the layer: Eq. 6 ----------------------------------------------------------------------------
 
 
 class DoRALinear(nn.Module):
-    """A frozen nn.Linear plus r' gated rank-1 components, y = W x + bias with
+    """A frozen nn.Linear plus r' gated rank-1 components: y = W x + bias, where
 
-    W = W0 + s * sum_i c_i b_i a_i^T,   s = alpha / r' or alpha / r   (Eq. 6)
+    W = W0 + scale * sum_i c_i b_i a_i^T,   scale = alpha / r' or alpha / r   (Eq. 6)
     """
 
     mask: Tensor  # (r',) bool, True = live: kept by the last pruning
 
-    def __init__(self, base: nn.Linear, config: DoRAConfig):
+    def __init__(self, base: nn.Linear, config: DoRAConfig, name: str = "layer",
+                 progress: Progress | None = None):
         super().__init__()
-        d_out, d_in = base.weight.shape
-        r = config.r_prime
-        self.base, self.config = base.requires_grad_(False), config
-        self.scale = config.alpha / (config.rank if config.scale == "rank" else r)
-        self.dropout = nn.Dropout(config.dropout)
-        # float32 also over a half-precision base, which would round small updates away
+        (d_out, d_in), r = base.weight.shape, config.r_prime
+        # float32 even over a half-precision base, which would round small updates away
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         self.A = nn.Parameter(base.weight.new_empty((r, d_in), dtype=dtype))
         self.B = nn.Parameter(base.weight.new_empty((d_out, r), dtype=dtype))
         self.c = nn.Parameter(base.weight.new_empty((r,), dtype=dtype), requires_grad=config.gate)
         self.register_buffer("mask", torch.ones_like(self.c, dtype=torch.bool))
-        self.name = ""  # in the model, for messages
-        self.final_budget = math.inf  # b(T) of the whole model, set by inject()
-        self.progress = (0, 0, 0)  # the Pruner's t, last pruning, T; zeros before its first step
+        self.scale = config.alpha / (config.rank if config.scale == "rank" else r)
+        self.dropout = nn.Dropout(config.dropout)
+
+        self.base, self.config = base.requires_grad_(False), config
+        self.in_features, self.out_features = d_in, d_out
+        self.name, self.progress = name, progress or Progress()
         self.reset()
         self.train(base.training)
 
@@ -196,184 +168,183 @@ class DoRALinear(nn.Module):
         self.c.fill_(1.0 if self.config.init == "zero_b" else 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) -> (..., d_out)."""
+        """Map (..., d_in) to (..., d_out)."""
+        # y = base(x) + scale * B (c * (A x)), ordered so that no second (N, d_out) tensor is made
         rows, A = x.reshape(-1, x.shape[-1]), self.A.to(x.dtype)  # (N, d_in), (r', d_in)
         if self.config.dropout_on == "input":
-            h = self.dropout(rows) @ A.T  # (N, r')   a_i . x
+            h = self.dropout(rows) @ A.T  # (N, r')
         else:
             h = self.dropout(rows @ A.T)  # (N, r')
-        # as contiguous rows: with a skinny (d_out, r') matrix backward takes 4 to 8 times as long
+
+        # B^T is made contiguous: backward through a (d_out, r') layout is 4 to 8 times slower
         B = (self.scale * self.c * self.B).T.contiguous()  # (r', d_out)
         y = self.base(rows)  # (N, d_out)
-        y.addmm_(h.to(y.dtype), B.to(y.dtype))  # in place: no second (N, d_out) tensor
+        h, B = h.to(y.dtype), B.to(y.dtype)
+        y = y.addmm(h, B) if is_watched(self.base) else y.addmm_(h, B)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def delta_weight(self) -> Tensor:
-        """The update s * sum_i c_i b_i a_i^T, (d_out, d_in) (Eq. 6)."""
+        """Return the update scale * sum_i c_i b_i a_i^T, (d_out, d_in) (Eq. 6)."""
         return (self.scale * self.c * self.B) @ self.A
 
     @property
+    def weight(self) -> Tensor:
+        """W, the matrix in effect, (d_out, d_in): for code that reads layer.weight."""
+        return (self.base.weight + self.delta_weight()).to(self.base.weight.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias, (d_out,)."""
+        return self.base.bias
+
+    @property
     def rank(self) -> int:
-        """Live components."""
+        """The number of live components."""
         return int(self.mask.sum())
+
+    def extra_repr(self) -> str:
+        """What print(model) shows of this layer."""
+        return f"live={self.rank} of {len(self.mask)}, scale={self.scale:g}"
 
 
 def inject(model: nn.Module, config: DoRAConfig) -> dict[str, DoRALinear]:
-    """Freeze the model, replace each target by a DoRALinear, return these by name.
+    """Freeze the model, replace each target by a DoRALinear, and return these by name.
 
-    A target is a whole dotted suffix: "output.dense" matches "0.output.dense" and also
+    A target is a whole dotted end of a name: "output.dense" matches "0.output.dense" and also
     "0.attention.output.dense", "put.dense" matches neither. Unfreeze the head afterwards. Raises
-    DoRAError, before anything is changed, for a target that matches nothing or no nn.Linear.
+    DoRAError before anything is changed if a target cannot be adapted.
     """
-    modules = dict(model.named_modules())
-    found: dict[str, nn.Linear] = {}
-    for target in config.targets:
-        matches = {name: m for name, m in modules.items() if f".{name}".endswith(f".{target}")}
-        for name, module in matches.items():
-            if type(module) is not nn.Linear:
-                raise DoRAError(f"target {target!r}: {name} is a {type(module).__name__}, not an "
-                                f"nn.Linear with a (d_out, d_in) weight; choose other targets")
-            found[name] = module
-        if not matches:
-            linear = {re.sub(r"^.*\.\d+\.", "", name) for name, module in modules.items()
-                      if type(module) is nn.Linear}
-            raise DoRAError(f"target {target!r} matches no module; candidates: "
-                            f"{', '.join(sorted(linear)) or 'none'}")
-    b_T = final_budget(config, len(found))
+    model = unwrapped(model)
+    bases = find_targets(model, config)
+    progress = Progress(len(bases), buffers=checksums(model))
     model.requires_grad_(False)
-    layers = {name: DoRALinear(found[name], config) for name in modules if name in found}
-    for name, layer in layers.items():
-        layer.name, layer.final_budget = name, b_T
-        model.set_submodule(name, layer)
+
+    layers = {}
+    for name, base in bases.items():
+        layers[name] = DoRALinear(base, config, name, progress)
+        model.set_submodule(name, layers[name])
     return layers
 
 
-def dora_layers(model: nn.Module) -> dict[str, DoRALinear]:
-    """The model's DoRALinear layers by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, DoRALinear)}
+# ---- importance: Eq. 7 and AdaLoRA's Eq. 8 -------------------------------------------------------
+
+Layers = Sequence[DoRALinear]
 
 
-# ---- importance: Eq. 7 and AdaLoRA's Eq. 8 -----------------------------------------------------
+def sensitivity(layers: Layers) -> Tensor:
+    """I_i = |c_i dL/dc_i|, (n,): how much removing component i changes the loss, to first order.
 
-
-def component_norm(layer: DoRALinear) -> Tensor:
-    """||c_i b_i a_i^T||_F = |c_i| ||a_i|| ||b_i||, (r',): the numerator of Eq. 7."""
-    return layer.c.abs() * layer.A.norm(dim=1) * layer.B.norm(dim=0)
-
-
-def norm_score(layer: DoRALinear) -> Tensor:
-    """s_i = ||c_i b_i a_i^T||_F / ||sum_j c_j b_j a_j^T||_F, (r',) (Eq. 7).
-
-    No (d_out, d_in) matrix is built: <b_i a_i^T, b_j a_j^T> = (a_i . a_j)(b_i . b_j).
+    This is AdaLoRA's Eq. 8 for a whole component: c_i dL/dc_i = <dL/dW, Delta W_i>, and by Euler's
+    identity a_i . dL/da_i and b_i . dL/db_i are the same number.
     """
-    A, B, c = layer.A, layer.B, layer.c
-    squared = ((A @ A.T) * (B.T @ B) * torch.outer(c, c)).sum()
-    norm = squared.clamp(min=0).sqrt()  # where components cancel, rounding may go below 0
-    return component_norm(layer) / (norm + layer.config.eps)
+    c = concatenate(layer.c for layer in layers)
+    grad = concatenate(gradient(layer.c) for layer in layers)
+    return (c * grad).abs()
 
 
-def sensitivity(layer: DoRALinear) -> Tensor:
-    """|c_i dL/dc_i|, (r',): what removing component i does to the loss, to first order.
-
-    That is <dL/dW, Delta W_i>; by Euler's identity a_i . dL/da_i and b_i . dL/db_i are the same
-    number. AdaLoRA's Eq. 8 for the whole component. Raises DoRAError without a gradient.
-    """
-    if layer.c.grad is None:
-        raise DoRAError(f"{layer.name or 'layer'}: no gradient; call observe() after backward() "
-                        f"and before zero_grad()")
-    return (layer.c * layer.c.grad).abs()
+def frobenius(layers: Layers) -> Tensor:
+    """||c_i b_i a_i^T||_F = |c_i| ||a_i|| ||b_i||, (n,): the numerator of Eq. 7."""
+    return concatenate(m.c.abs() * m.A.norm(dim=1) * m.B.norm(dim=0) for m in layers)
 
 
-def triplet(layer: DoRALinear) -> list[Tensor]:
-    """|w dL/dw| of each entry of c (r',), A (r', d_in) and B^T (r', d_out) (AdaLoRA Eq. 8)."""
-    s = sensitivity(layer)
-    assert layer.A.grad is not None and layer.B.grad is not None  # they share c's backward
-    return [s, (layer.A * layer.A.grad).abs(), (layer.B * layer.B.grad).abs().T]
+def norm_score(layers: Layers) -> Tensor:
+    """s_i = ||c_i b_i a_i^T||_F / ||sum_j c_j b_j a_j^T||_F, within each matrix, (n,) (Eq. 7)."""
+    shares = []
+    for layer in layers:
+        A, B, c = layer.A, layer.B, layer.c
+        # no (d_out, d_in) matrix is built: <b_i a_i^T, b_j a_j^T> = (a_i . a_j)(b_i . b_j)
+        squared = ((A @ A.T) * (B.T @ B) * torch.outer(c, c)).sum()
+        norm = squared.clamp(min=0).sqrt()  # where components cancel, rounding may go below 0
+        shares.append(frobenius([layer]) / (norm + layer.config.eps))
+    return concatenate(shares)
 
 
-# ---- budget: Eq. 9 -----------------------------------------------------------------------------
+# To add an importance, write its function and its row (function, moment, total). The moment is
+# "gradients", before optimizer.step(), or "weights", after it. A function may return one tensor
+# (n,) or several, which are smoothed one by one and which `total` then combines.
+IMPORTANCE: dict[str, tuple[Callable[..., Any], str, Callable[..., Tensor]]] = {
+    "sensitivity": (sensitivity, "gradients", torch.cat),
+    "norm": (norm_score, "weights", torch.cat),
+    "frobenius": (frobenius, "weights", torch.cat),
+}
+
+
+# ---- budget: Eq. 9 -------------------------------------------------------------------------------
+
+
+def slow_first(p: float, surplus: int) -> int:
+    """Components above b(T) that are left at progress p in [0, 1]: few leave early (Eq. 9)."""
+    return surplus - int(surplus * p**3)
+
+
+def fast_first(p: float, surplus: int) -> int:
+    """The same, but most leave early (AdaLoRA)."""
+    return int(surplus * (1 - p) ** 3)
+
+
+# To add a curve, write its function and its row.
+SCHEDULES = {"slow_first": slow_first, "fast_first": fast_first}
 
 
 def phases(total_steps: int, config: DoRAConfig) -> tuple[int, int]:
-    """(t_i, T - t_f): the step after which the budget falls, and that of the last pruning.
-
-    Raises DoRAError where no step is left to prune in.
-    """
-    if total_steps < 1:
-        raise DoRAError(f"total_steps = {total_steps}: a run needs at least one step")
+    """Return (t_i, T - t_f): the step after which b(t) falls, and that of the last pruning."""
     if config.schedule is None:
         return 0, 0
     first = round(config.initial_phase * total_steps)
     last = total_steps - round(config.final_phase * total_steps)
-    if first >= last:
-        raise DoRAError(f"initial_phase = {config.initial_phase} and final_phase = "
-                        f"{config.final_phase} of {total_steps} steps leave no step to prune in; "
-                        f"shorten a phase or lengthen the run")
+    check_window(first, last, total_steps, config)
     return first, last
 
 
-def final_budget(config: DoRAConfig, n_layers: int) -> int:
-    """b(T) = r L, in components of the whole model. Raises DoRAError for less than one."""
-    b_T = round(config.rank * n_layers)
-    if b_T < 1:
-        raise DoRAError(f"rank = {config.rank} in {n_layers} matrices is no component; raise rank")
-    return b_T
-
-
 def budget(step: int, total_steps: int, config: DoRAConfig, n_layers: int) -> int:
-    """b(t): components kept in the whole model after optimizer step t = 1..T (Eq. 9)."""
-    b_0, b_T = config.r_prime * n_layers, final_budget(config, n_layers)
+    """Return b(t): components kept in the whole model after optimizer step t = 1..T (Eq. 9)."""
+    b_0, b_T = config.r_prime * n_layers, final_budget(config, n_layers)  # r' L, r L
     first, last = phases(total_steps, config)
     if config.schedule is None or step <= first:
         return b_0
-    # differs: printed, Eq. 9 divides by t_f - t_i and misses b(T); the authors' code is as here
+
+    # differs: as printed, Eq. 9 divides by t_f - t_i and misses b(T); the authors' code is as here
     p = min((step - first) / (last - first), 1.0)  # progress through the pruning window
-    if config.schedule == "dora":
-        return b_0 - int((b_0 - b_T) * p**3)  # slow first
-    return b_T + int((b_0 - b_T) * (1 - p) ** 3)  # fast first
+    return b_T + SCHEDULES[config.schedule](p, b_0 - b_T)
 
 
 def keep_mask(scores: Tensor, k: int) -> Tensor:
-    """(n,) bool with exactly k True: the k highest scores, the first position winning a tie."""
+    """Return (n,) bool with exactly k True: the highest scores; ties go to the earlier position."""
     # differs: the authors prune `score <= kthvalue`, which drops all ties and at least one gate
     mask = torch.zeros_like(scores, dtype=torch.bool)
     mask[scores.argsort(descending=True, stable=True)[:k]] = True
     return mask
 
 
-# ---- penalties: Eq. 10 and AdaLoRA's -----------------------------------------------------------
+# ---- penalty: Eq. 10 -----------------------------------------------------------------------------
 
 
-def dem_penalty(layers: Iterable[DoRALinear]) -> Tensor:
+def dem_penalty(layers: Layers) -> Tensor:
     """R = (1/n) sum_i Var(a_i) + Var(b_i) over all n components, scalar (Eq. 10)."""
     # differs: the authors' code divides by 2n; like theirs, the variance is the unbiased one
-    vectors: dict[int, list[Tensor]] = {}  # by length, so that few kernels do all the work
+    vectors: dict[Any, list[Tensor]] = {}  # by length, so that a few kernels do all the work
     n = 0
     for layer in layers:
         n += len(layer.c)
         for rows in (layer.A, layer.B.T):  # (r', d_in), (r', d_out)
             if rows.shape[1] > 1:  # a single number does not vary
-                vectors.setdefault(rows.shape[1], []).append(rows)
-    return torch.stack([torch.cat(rows).var(dim=1).sum() for rows in vectors.values()]).sum() / n
+                vectors.setdefault((rows.shape[1], rows.device), []).append(rows)
+
+    sums = [torch.cat(rows).var(dim=1).sum() for rows in vectors.values()]
+    return stack(sums).sum() / n if sums else torch.zeros(())
 
 
-def orthogonal_penalty(layers: Iterable[DoRALinear]) -> Tensor:
-    """Mean of ||A A^T - I||_F and ||B^T B - I||_F over all layers, scalar (AdaLoRA's code)."""
-    norms = []
-    for layer in layers:
-        eye = torch.eye(len(layer.c), device=layer.c.device, dtype=layer.c.dtype)
-        norms += [(layer.A @ layer.A.T - eye).norm(), (layer.B.T @ layer.B - eye).norm()]
-    return torch.stack(norms).mean()
+PENALTIES: dict[str, Callable[[Layers], Tensor]] = {"dem": dem_penalty}
 
 
-# ---- the pruner: Eq. 8 and Algorithm 1 ---------------------------------------------------------
+# ---- the pruner: Eq. 8 and Algorithm 1 -----------------------------------------------------------
 
 
 class Pruner:
-    """The one object with a memory: step count, moving averages, mask (Algorithm 1).
+    """The only stateful object: step count, moving averages, mask (Algorithm 1).
 
-    In each *optimizer* step, also under gradient accumulation: penalty() goes into the loss,
-    observe() follows backward, step() follows optimizer.step().
+    Once per *optimizer* step, even under gradient accumulation: penalty() goes into the loss,
+    observe() follows backward(), step() follows optimizer.step().
     """
 
     def __init__(self, layers: dict[str, DoRALinear], config: DoRAConfig, total_steps: int):
@@ -381,10 +352,14 @@ class Pruner:
         self.first, self.last = phases(total_steps, config)
         self.t = 0  # optimizer steps done
         self.live = config.r_prime * len(layers)  # components that the last pruning kept
-        self.mask = torch.ones(self.live, dtype=torch.bool)  # (n,), whole also after compact_
-        self.I_bar: list[Tensor] = []  # Ī: one tensor (n,), or three a layer for "triplet"
+        self.mask = torch.ones(self.live, dtype=torch.bool)  # (n,), keeps its size in compact_
+        self.I_bar: list[Tensor] = []  # Ī: one tensor (n,), or three per layer for "triplet"
         self.U_bar: list[Tensor] = []  # Ū: likewise
-        self.observed = False
+        self.observed = False  # since the last step()
+
+        check_pruner(self)
+        self.progress = progress_of(layers)  # tells the layers, and so save_adapter, of t
+        self.progress.update(self)
 
     @property
     def done(self) -> bool:
@@ -392,327 +367,805 @@ class Pruner:
         return self.t >= self.last
 
     def penalty(self) -> Tensor:
-        """eta * R, scalar; 0 once pruning has ended."""
+        """Return eta * R, scalar; 0 once pruning has ended."""
         # differs: AdaLoRA keeps its penalty until the end of training
         if self.config.penalty is None or self.done:
             return torch.zeros(())
-        R = dem_penalty if self.config.penalty == "dem" else orthogonal_penalty
-        return self.config.eta * R(self.layers.values())
+        return self.config.eta * PENALTIES[self.config.penalty](list(self.layers.values()))
 
     @torch.no_grad()
     def observe(self) -> None:
-        """Take up the importance of this step's weights with this step's gradients."""
+        """Update the averages with the importance of the current weights and gradients.
+
+        Call this after backward() and before clipping; with a GradScaler, after its unscale_().
+        """
+        check_gradients(self.layers)
         self.observed = True
-        if self.config.importance == "sensitivity" and not self.done:
-            self._smooth([torch.cat([sensitivity(layer) for layer in self.layers.values()])])
-        elif self.config.importance == "triplet" and not self.done:
-            self._smooth([I for layer in self.layers.values() for I in triplet(layer)])
+        if not self.done:
+            self._measure("gradients")
 
     @torch.no_grad()
     def step(self) -> None:
-        """Prune to b(t) when it is time; after the last pruning, hold the mask.
-
-        Raises DoRAError without observe(), NotFiniteError for a score that is not finite.
-        """
-        if not self.observed:
-            raise DoRAError(f"step {self.t + 1}: pruner.step() without pruner.observe(); "
-                            f"call observe() after backward() in every step")
+        """Prune to b(t) when it is time; after the last pruning, hold the mask."""
+        check_observed(self)
         self.observed = False
         self.t += 1
-        for layer in self.layers.values():
-            layer.progress = (self.t, self.last, self.total_steps)
-        if self.t > self.last:  # AdamW's momentum would revive a closed gate
-            for layer in self.layers.values():
-                layer.c.mul_(layer.mask)
+        self.progress.update(self)
+        if self.t > self.last:
+            self._close_gates()  # AdamW's momentum would reopen them
             return
-        if self.config.importance in ("norm", "frobenius"):  # of the updated weights
-            score = norm_score if self.config.importance == "norm" else component_norm
-            self._smooth([torch.cat([score(layer) for layer in self.layers.values()])])
+
+        self._measure("weights")
         due = self.t > self.first and (self.t - self.first) % self.config.interval == 0
         if due or self.t == self.last:
             self._prune(budget(self.t, self.total_steps, self.config, len(self.layers)))
 
-    def _smooth(self, importance: list[Tensor]) -> None:
-        """Ī <- β1 Ī + (1 - β1) I,  Ū <- β2 Ū + (1 - β2) |I - Ī|  (Eq. 8; AdaLoRA Eq. 9-10)."""
+    def _measure(self, moment: str) -> None:
+        """Measure I, if this is the moment for it, and smooth it."""
+        function, when, total = IMPORTANCE.get(self.config.importance or "", (None, "", torch.cat))
+        if function is None or when != moment:
+            return
+
+        I = function(list(self.layers.values()))
+        I = [I] if isinstance(I, Tensor) else I
         if not self.I_bar:
-            self.I_bar = [torch.zeros_like(I) for I in importance]
-            self.U_bar = [torch.zeros_like(I) for I in importance]
-        for I, I_bar, U_bar in zip(importance, self.I_bar, self.U_bar, strict=True):
-            I_bar.lerp_(I, 1 - self.config.beta1)
-            if self.config.beta2 is not None:
-                U_bar.lerp_((I - I_bar).abs(), 1 - self.config.beta2)
+            check_shape(self, total(I))
+            self.I_bar, self.U_bar = ([torch.zeros_like(part) for part in I] for _ in range(2))
+        for parts in zip(I, self.I_bar, self.U_bar, strict=True):
+            self._smooth(*parts)
+
+    def _smooth(self, I: Tensor, I_bar: Tensor, U_bar: Tensor) -> None:
+        """Ī <- β1 Ī + (1 - β1) I,  Ū <- β2 Ū + (1 - β2) |I - Ī|  (Eq. 8; AdaLoRA Eq. 9-10)."""
+        seen = I.isfinite()  # a gradient that overflowed (GradScaler) is not observed
+        I_bar.copy_(torch.where(seen, I_bar.lerp(I, 1 - self.config.beta1), I_bar))
+        if self.config.beta2 is not None:
+            U = (I - I_bar).abs()
+            U_bar.copy_(torch.where(seen, U_bar.lerp(U, 1 - self.config.beta2), U_bar))
 
     def scores(self) -> Tensor:
-        """The score of every component, (n,): Ī Ū, or Ī where beta2 is None."""
+        """Return the score of every component, (n,): Ī Ū, or Ī if beta2 is None."""
         s = self.I_bar
         if self.config.beta2 is not None:
             s = [I * U for I, U in zip(self.I_bar, self.U_bar, strict=True)]
-        if self.config.importance == "triplet":  # s(c) + mean s(A) + mean s(B)
-            s = [c + A.mean(1) + B.mean(1) for c, A, B in zip(s[::3], s[1::3], s[2::3])]
-        return torch.cat(s)
+        return IMPORTANCE[self.config.importance or ""][2](s)
 
     def _prune(self, k: int) -> None:
-        """Close all gates but the k best of the whole model; one closed earlier may come back."""
+        """Keep the k best components of the whole model and zero all other gates.
+
+        A gate closed earlier may reopen.
+        """
         scores = self.scores()
-        if not scores.isfinite().all():  # the one place in which a step waits for the device
-            i = int(scores.isfinite().int().argmin()) // self.config.r_prime
-            raise NotFiniteError(f"step {self.t}: a score of {list(self.layers)[i]} is not finite; "
-                                 f"lower the learning rate")
-        self.mask, self.live = keep_mask(scores, k), k
-        for layer, mask in zip(self.layers.values(), self.mask.split(self.config.r_prime)):
-            layer.mask.copy_(mask)
-            layer.c.mul_(layer.mask)
+        check_decision(self, scores, k)
+        self._set_mask(keep_mask(scores, k), k)
+        self._close_gates()
+
+    def _set_mask(self, mask: Tensor, live: int) -> None:
+        """Note a mask (n,) and give each layer its part (r',)."""
+        self.mask, self.live = mask, live
+        for layer, part in zip(self.layers.values(), mask.split(self.config.r_prime)):
+            layer.mask.copy_(part)
+
+    def _close_gates(self) -> None:
+        """Set the gates of pruned components to 0; a compacted model has none."""
+        if self.live < len(self.mask) and not self.progress.compacted:
+            for layer in self.layers.values():
+                layer.c.mul_(layer.mask)
 
     def ranks(self) -> dict[str, int]:
-        """Live components of each matrix, by name."""
+        """Return the number of live components of each matrix, by name."""
         return {name: layer.rank for name, layer in self.layers.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides the model's and the optimizer's state."""
-        return {k: getattr(self, k) for k in ("t", "live", "mask", "I_bar", "U_bar")}
+        """Return what a resumed run needs besides the model's and the optimizer's state."""
+        keys = ("t", "total_steps", "live", "mask", "I_bar", "U_bar")
+        return {key: getattr(self, key) for key in keys}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state, with the layers of a fresh inject(), before any compact_().
-
-        Raises DoRAError for a state of another size.
-        """
-        if state["mask"].shape != self.mask.shape:
-            raise DoRAError(f"the state has {len(state['mask'])} components, the model "
-                            f"{len(self.mask)}; use the same rank, start_rank and targets")
-        self.t, self.live, self.mask = state["t"], state["live"], state["mask"]
+        """Restore a saved state. Call this on freshly injected layers, before compact_()."""
+        check_state(self, state)
         device = next((layer.c.device for layer in self.layers.values()), self.mask.device)
-        self.I_bar, self.U_bar = ([v.to(device, copy=True) for v in state[k]]
-                                  for k in ("I_bar", "U_bar"))
-        for layer, mask in zip(self.layers.values(), self.mask.split(self.config.r_prime)):
-            layer.progress = (self.t, self.last, self.total_steps)
-            layer.mask.copy_(mask)
-            if self.done:  # until then a closed gate may have moved, and goes on from there
-                layer.c.mul_(layer.mask)
+        self.I_bar, self.U_bar = ([part.to(device, copy=True) for part in state[key]]
+                                  for key in ("I_bar", "U_bar"))
+        self.t = state["t"]
+        self.progress.update(self)
+        self._set_mask(state["mask"], state["live"])
+        if self.done:  # before the last pruning a closed gate may be nonzero again; keep its value
+            self._close_gates()
+
+
+# ---- after training ------------------------------------------------------------------------------
 
 
 def rank_map(ranks: dict[str, int]) -> str:
-    """A table of live components, layer by matrix."""
-    rows: dict[str, Counter[str]] = {}
+    """Return a table of live components: a row per layer of the model, a column per matrix."""
+    cells = {}
     for name, rank in ranks.items():
-        match = re.fullmatch(r"(?:.*\.)?(\d+)\.(.+)", name)
-        layer, matrix = match.groups() if match else ("-", name)
-        rows.setdefault(layer, Counter())[matrix.removeprefix("attention.self.")] += rank
-    columns = list(dict.fromkeys(matrix for row in rows.values() for matrix in row))
-    rows["total"] = Counter({c: sum(row[c] for row in rows.values()) for c in columns})
-    lines = ["layer  " + "  ".join(f"{c:>3}" for c in (*columns, "total"))]
-    for layer, row in rows.items():
-        cells = [f"{row.get(c, '.'):>{max(3, len(c))}}" for c in columns]
-        lines.append(f"{layer:>5}  " + "  ".join([*cells, f"{sum(row.values()):>5}"]))
-    return "\n".join(lines)
+        # "encoder.layer.3.query": row "encoder.layer.3", so that two matrices never share a cell
+        match = re.fullmatch(r"((?:.*?\.)?\d+)\.(.+)", name)
+        row, column = match.groups() if match else (name, "live")
+        cells[row, column] = rank
 
-
-# ---- after the last pruning --------------------------------------------------------------------
-
-
-def _check_budget(layers: dict[str, DoRALinear]) -> None:
-    """Raise unless the last pruning is done and its mask is held, and say what is missing."""
-    live = sum(layer.rank for layer in layers.values())
-    for name, layer in layers.items():
-        short = f"{live} components are live, the budget is {layer.final_budget}"
-        t, last, total = layer.progress
-        if t < last:
-            raise DoRAError(f"{short}: training stopped at step {t} of {total}, before the last "
-                            f"pruning at step {last}")
-        if live > layer.final_budget:
-            raise DoRAError(f"{short}: pruner.step() was never called; call observe() and step() "
-                            f"in every step")
-        if layer.c[~layer.mask].any():
-            raise DoRAError(f"{name}: a pruned gate is not 0; call pruner.step() after every "
-                            f"optimizer.step()")
+    return table(cells)
 
 
 @torch.no_grad()
 def compact_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
-    """Drop dead components from the layers and the optimizer's state; outputs stay the same.
+    """Remove pruned components from the layers and the optimizer's state; outputs stay the same.
 
-    A matrix without components is its plain nn.Linear again. The parameters are new objects, so
-    wrap the model in DistributedDataParallel anew.
+    The Parameter objects stay and their data shrink. A matrix left without components becomes a
+    plain nn.Linear again. Re-wrap the model in DistributedDataParallel.
     """
+    model, state = unwrapped(model), optimizer.state if optimizer is not None else {}
     layers = dora_layers(model)
-    _check_budget(layers)
+    check_budget(layers)
+    check_optimizer_state(layers, state)
+
     for name, layer in layers.items():
         live = layer.mask.nonzero()[:, 0]  # (rank,)
-        for symbol, dim in (("A", 0), ("B", 1), ("c", 0)):
-            old = getattr(layer, symbol)
-            new = nn.Parameter(old.index_select(dim, live), requires_grad=old.requires_grad)
-            setattr(layer, symbol, new)
-            if optimizer is not None:
-                _swap(optimizer, old, new, dim, live)
+        for p, dim in ((layer.A, 0), (layer.B, 1), (layer.c, 0)):
+            shrink_(p, dim, live, state.get(p, {}))
         layer.mask = layer.mask[live]
+        layer.progress.compacted = True
         if not len(live):
             model.set_submodule(name, layer.base)
     return model
 
 
-def _swap(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, dim: int,
-          live: Tensor) -> None:
-    """In the optimizer, put new, the live part of old, in its place, with that of its moments."""
-    for group in optimizer.param_groups:
-        params = [new if p is old else p for p in group["params"]]
-        group["params"] = [p for p in params if p is not new or len(live)]
-    state = optimizer.state.pop(old, None)
-    if state and len(live):
-        moments = {k: v for k, v in state.items() if getattr(v, "shape", None) == old.shape}
-        moments = {k: v.index_select(dim, live) for k, v in moments.items()}
-        optimizer.state[new] = {**state, **moments}
-
-
 @torch.no_grad()
 def merge_(model: nn.Module) -> nn.Module:
-    """Fold every update into its nn.Linear, W = W0 + Delta W; nothing of DoRA is left."""
-    for name, layer in dora_layers(model).items():
-        W = layer.base.weight + layer.delta_weight()
-        layer.base.weight = nn.Parameter(W.to(layer.base.weight.dtype), requires_grad=False)
-        model.set_submodule(name, layer.base)
+    """Replace every DoRALinear by a new nn.Linear with the weight W0 + Delta W."""
+    model = unwrapped(model)
+    layers = dora_layers(model)
+    check_budget(layers)
+    for name, layer in layers.items():
+        merged = copy.copy(layer.base)  # others may hold the old module
+        merged._parameters = dict(layer.base._parameters)
+        merged.weight = nn.Parameter(layer.weight, requires_grad=False)
+        model.set_submodule(name, merged)
     return model
 
 
-# ---- safetensors -------------------------------------------------------------------------------
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-          "U8": torch.uint8, "BOOL": torch.bool}
+# ==================================================================================================
+# You can stop reading here: what follows is plumbing (files, checks, downloads, the command line).
+# ==================================================================================================
 
 
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of any shape by name, memory-mapped: read when used; changes never reach the file.
+# ---- errors --------------------------------------------------------------------------------------
 
-    Layout: 8 bytes little-endian header length n, JSON {name: {dtype, shape, data_offsets}} of n
-    bytes, then the data. All numbers are checked; DoRAError names the file and what is wrong.
+
+class DoRAError(ValueError):
+    """Bad input. The message is one line: the value, what is wrong with it, and the remedy."""
+
+
+class NotFiniteError(DoRAError):
+    """A loss, gradient, weight or score is NaN or infinite."""
+
+
+# ---- AdaLoRA's importance and penalty, for comparison --------------------------------------------
+
+
+def triplet(layers: Layers) -> list[Tensor]:
+    """|w dL/dw| of every entry of c (r',), A (r', d_in) and B^T (r', d_out), per layer: AdaLoRA's
+    Eq. 8."""
+    weights = [w for layer in layers for w in (layer.c, layer.A, layer.B)]
+    I = [(w * gradient(w)).abs() for w in weights]
+    I[2::3] = [B.T for B in I[2::3]]
+    return I
+
+
+def triplet_total(s: list[Tensor]) -> Tensor:
+    """s(c_i) + mean s(a_i) + mean s(b_i), (n,), from tensors in the order of `triplet`."""
+    return concatenate(c + A.mean(1) + B.mean(1) for c, A, B in zip(s[::3], s[1::3], s[2::3]))
+
+
+IMPORTANCE["triplet"] = (triplet, "gradients", triplet_total)
+
+
+def orthogonal_penalty(layers: Layers) -> Tensor:
+    """Mean of ||A A^T - I||_F and ||B^T B - I||_F over all layers, scalar (AdaLoRA's code)."""
+    norms = []
+    for layer in layers:
+        eye = torch.eye(len(layer.c), device=layer.c.device, dtype=layer.c.dtype)
+        norms += [(layer.A @ layer.A.T - eye).norm(), (layer.B.T @ layer.B - eye).norm()]
+    return stack(norms).mean()
+
+
+PENALTIES["orthogonal"] = orthogonal_penalty
+
+
+# ---- tensors and modules -------------------------------------------------------------------------
+
+
+def dora_layers(model: nn.Module) -> dict[str, DoRALinear]:
+    """Return the model's DoRALinear layers by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, DoRALinear)}
+
+
+def concatenate(tensors: Iterable[Tensor]) -> Tensor:
+    """Join vectors end to end, on the device of the first (layers may be on several)."""
+    found = list(tensors)
+    return torch.cat([tensor.to(found[0].device) for tensor in found])
+
+
+def stack(numbers: Sequence[Tensor]) -> Tensor:
+    """Make a vector of scalars, on the device of the first."""
+    return torch.stack([number.to(numbers[0].device) for number in numbers])
+
+
+def gradient(p: nn.Parameter) -> Tensor:
+    """Return the gradient, of p's shape; 0 if p took no part in this step."""
+    return torch.zeros_like(p) if p.grad is None else p.grad
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook may hold the module's output, which must not change in place then."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside the wrappers of torch.compile and of data parallelism."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(
+            model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore
+    return model
+
+
+def checksums(model: nn.Module) -> dict[str, int]:
+    """Return the CRC-32 of every buffer in the state dict, by name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = {name: value for name, value in model.state_dict().items()
+               if name not in parameters and isinstance(value, Tensor) and not value.is_meta}
+    return {name: zlib.crc32(as_bytes(value)) for name, value in buffers.items()}
+
+
+def as_bytes(tensor: Tensor) -> Any:
+    """Return the bytes of a tensor, as an array."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def shrink_(p: nn.Parameter, dim: int, live: Tensor, state: dict[str, Any]) -> None:
+    """Keep the indices `live` (rank,) of one dimension of p, of its gradient and its moments."""
+    shape, kept = p.shape, p.index_select(dim, live)
+    grad = None if p.grad is None else p.grad.index_select(dim, live)
+    p.grad = None
+
+    # A graph of an earlier step may still hold p's gradient node, which checks the old shape.
+    # torch makes a new node when the dtype changes.
+    p.data = p.data.half()
+    p.data = kept
+    p.grad = grad
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == shape:
+            state[key] = value.index_select(dim, live)
+
+
+def table(cells: dict[tuple[str, str], int]) -> str:
+    """Lay out numbers by (row, column) with totals; "." where there is no number."""
+    rows, columns = (list(dict.fromkeys(names)) for names in zip(*cells))
+    labels, titles = without_common_prefix(rows), distinct_ends(columns)
+    width = max(map(len, ["layer", *labels]))
+
+    lines = [[f"{'layer':<{width}}", *(f"{title:>3}" for title in titles), "total"]]
+    for row, label in [*zip(rows, labels), (None, "total")]:
+        chosen = {key: number for key, number in cells.items() if row in (None, key[0])}
+        line = [f"{label:>{width}}"]
+        for column, title in zip(columns, titles):
+            numbers = [number for key, number in chosen.items() if key[1] == column]
+            line.append(f"{sum(numbers) if numbers else '.':>{max(3, len(title))}}")
+        lines.append([*line, f"{sum(chosen.values()):>5}"])
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def without_common_prefix(names: list[str]) -> list[str]:
+    """Leave out the dotted parts with which all names begin: encoder.0, encoder.1 -> 0, 1."""
+    parts = [name.split(".") for name in names]
+    common = min(len(os.path.commonprefix(parts)), min(map(len, parts)) - 1)
+    return [".".join(part[common:]) for part in parts]
+
+
+def distinct_ends(names: list[str]) -> list[str]:
+    """Shorten names to the dotted end that no other name has: attention.self.key -> key."""
+    short = []
+    for name in names:
+        parts = name.split(".")
+        ends = [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+        short.append(next((end for end in ends if sum(
+            f".{other}".endswith(f".{end}") for other in names) == 1), name))
+    return short
+
+
+@dataclass
+class Progress:
+    """What the layers of one inject() share: their number, their Pruner's steps, the buffers."""
+
+    n_layers: int = 0
+    t: int = 0  # optimizer steps that the Pruner has done
+    last: int = 0  # the step of its last pruning
+    total: int = 0  # T; 0 = no Pruner yet
+    compacted: bool = False
+    buffers: dict[str, int] = field(default_factory=dict)  # checksums() before training
+
+    def update(self, pruner: Pruner) -> None:
+        """Note how far a Pruner is."""
+        self.t, self.last, self.total = pruner.t, pruner.last, pruner.total_steps
+
+
+def progress_of(layers: dict[str, DoRALinear]) -> Progress:
+    """Return the Progress that the layers share."""
+    return next((layer.progress for layer in layers.values()), Progress())
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "importance": IMPORTANCE,
+    "schedule": SCHEDULES,
+    "penalty": PENALTIES,
+}
+COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt}
+
+
+def check_settings(config: Any) -> None:
+    """Raise DoRAError for the first field with a wrong type, an unknown choice or out of range."""
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name in CHOICES:
+            check_choice(f.name, value, (*CHOICES[f.name], None))
+        elif get_origin(hints[f.name]) is Literal:
+            check_choice(f.name, value, get_args(hints[f.name]))
+        else:
+            check_type(f.name, value, hints[f.name])
+
+    for rule, name in rules(type(config)):
+        value = getattr(config, name)
+        bounds = [bound.split() for bound in rule.split(", ")]  # [[">=", "0"], ["<", "1"]]
+        if value is not None and not all(COMPARE[op](value, float(x)) for op, x in bounds):
+            raise DoRAError(f"{name} = {value}: must be {rule.replace(', ', ' and ')}")
+
+
+def rules(config: type) -> list[tuple[str, str]]:
+    """Return (rule, field) of every range that a settings class and its parents state."""
+    tables = [vars(cls).get("RANGES", {}) for cls in reversed(config.__mro__)]
+    return [(rule, name) for table in tables for rule in table for name in table[rule].split()]
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise DoRAError for a value that is not one of the choices."""
+    if not any(value is choice or value == choice for choice in choices):
+        words = ", ".join("none" if choice is None else choice for choice in choices)
+        raise DoRAError(f"{name} = {value!r}: choose one of {words}")
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise DoRAError for a value of another type than the annotation; an int is a float, too."""
+    if get_origin(hint) is tuple:
+        if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
+            raise DoRAError(f'{name} = {value!r}: must be a tuple of names, such as ("query",)')
+        return
+
+    kinds = get_args(hint) or (hint,)
+    accepted = (*kinds, int) if float in kinds else kinds
+    if not isinstance(value, accepted) or isinstance(value, bool) and bool not in kinds:
+        words = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise DoRAError(f"{name} = {value!r}: must be of type {words}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DoRAError(f"{name} = {value}: must be finite")
+
+
+def check_combinations(config: DoRAConfig) -> None:
+    """Raise DoRAError for settings that are fine alone but not together."""
+    if not config.targets:
+        raise DoRAError("targets is empty: name at least one matrix to adapt")
+    if config.r_prime < config.rank:
+        raise DoRAError(f"start_rank = {config.r_prime} is below rank = {config.rank}; pruning "
+                        f"only removes, so raise start_rank")
+    if (config.schedule is None) != (config.importance is None):
+        raise DoRAError(f"importance = {config.importance} and schedule = {config.schedule}: set "
+                        f"both to prune, or both to none to keep every component")
+    if config.schedule is None and config.r_prime != config.rank:
+        raise DoRAError(f"rank = {config.rank} and start_rank = {config.r_prime} must be equal "
+                        f"whole numbers if nothing is pruned (schedule = none)")
+    if config.importance is not None and config.beta1 == 0 and config.beta2 is not None:
+        raise DoRAError("beta1 = 0: the uncertainty |I - Ī|, and with it every score, is then 0; "
+                        "set beta2 = none or raise beta1")
+    if not config.gate and (config.schedule is not None or config.init != "zero_b"):
+        raise DoRAError("gate = False: pruning closes gates, and a random B needs c = 0 at the "
+                        "start; train the gates, or set schedule = none and init = zero_b")
+
+
+def check_window(first: int, last: int, total_steps: int, config: DoRAConfig) -> None:
+    """Raise DoRAError if no step is left to prune in."""
+    if first >= last:
+        raise DoRAError(f"initial_phase = {config.initial_phase} and final_phase = "
+                        f"{config.final_phase} of {total_steps} steps leave no step to prune in; "
+                        f"shorten a phase or lengthen the run")
+
+
+def final_budget(config: DoRAConfig, n_layers: int) -> int:
+    """Return b(T) = r L, in components of the whole model. Raises DoRAError if that is 0."""
+    b_T = round(config.rank * n_layers)
+    if b_T < 1:
+        raise DoRAError(f"rank = {config.rank} over {n_layers} matrices leaves no component; "
+                        f"raise rank")
+    return b_T
+
+
+def find_targets(model: nn.Module, config: DoRAConfig) -> dict[str, nn.Linear]:
+    """Return the matrices to adapt by name, in the model's order; DoRAError if one cannot be."""
+    if dora_layers(model):
+        raise DoRAError("the model is adapted already; name all targets in one inject(), on a "
+                        "model without components")
+
+    names: dict[nn.Module, list[str]] = {}  # of each module: several if it is used several times
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+
+    chosen: dict[nn.Module, str] = {}
+    for target in config.targets:
+        matches = [(module, name) for module in names for name in names[module]
+                   if f".{name}".endswith(f".{target}")]
+        if not matches:
+            linear = {re.sub(r"^.*\.\d+\.", "", name[0]) for module, name in names.items()
+                      if type(module) is nn.Linear}
+            raise DoRAError(f"target {target!r} matches no module; candidates: "
+                            f"{', '.join(sorted(linear)) or 'none'}")
+        for module, name in matches:
+            check_target(target, name, module, names[module])
+            chosen[module] = name
+
+    found: dict[str, Any] = {name: m for m, (name, *_) in names.items() if m in chosen}
+    sizes = [min(module.weight.shape) for module in found.values()]
+    if final_budget(config, len(found)) > sum(sizes):
+        raise DoRAError(f"rank = {config.rank}: the matrices' own ranks are {max(sizes)} or less; "
+                        f"lower rank")
+    return found
+
+
+def check_target(target: str, name: str, module: nn.Module, names: list[str]) -> None:
+    """Raise DoRAError for a module that a DoRALinear cannot replace."""
+    if type(module) is not nn.Linear:
+        remedy = "choose other targets"
+        if type(module).__name__ == "Conv1D":
+            remedy = "turn it into an nn.Linear first, as the README shows for GPT-2"
+        raise DoRAError(f"target {target!r}: {name} is a {type(module).__name__}, and only an "
+                        f"nn.Linear can be adapted; {remedy}")
+    if "weight" not in module._parameters or not module.weight.is_floating_point():
+        raise DoRAError(f"target {target!r}: the weight of {name} is computed from other tensors "
+                        f"(weight_norm, spectral_norm, pruning) or holds no real numbers; remove "
+                        f"that first, or choose other targets")
+    if len(names) > 1:
+        raise DoRAError(f"target {target!r}: {' and '.join(names)} are one module, used several "
+                        f"times, and a saved adapter cannot say so; choose other targets")
+
+
+def check_pruner(pruner: Pruner) -> None:
+    """Raise DoRAError for layers that this Pruner cannot train."""
+    if pruner.total_steps < 1:
+        raise DoRAError(f"total_steps = {pruner.total_steps}: a run needs at least one step")
+
+    config = pruner.config
+    for name, layer in pruner.layers.items():
+        if layer.config != config:
+            raise DoRAError(f"{name}: its settings differ from the Pruner's; pass the config that "
+                            f"inject() got")
+        if len(layer.c) != config.r_prime:
+            raise DoRAError(f"{name}: has {len(layer.c)} components, expected {config.r_prime}; a "
+                            f"compacted model cannot be pruned again, inject() into a fresh one")
+        check_frozen(name, layer)
+
+    earliest = min(pruner.first + config.interval, pruner.last)
+    if pruner.layers and config.importance and earliest < 2 and (
+            IMPORTANCE[config.importance][1] == "gradients"):
+        raise DoRAError(f"total_steps = {pruner.total_steps}, initial_phase = "
+                        f"{config.initial_phase}, interval = {config.interval}: the first pruning "
+                        f"is at step {earliest}, when every score is still 0; lengthen the run or "
+                        f"the initial phase")
+
+
+def check_frozen(name: str, layer: DoRALinear) -> None:
+    """Raise DoRAError if the base of a layer trains: an adapter file has no place for it."""
+    for symbol, p in layer.base.named_parameters():
+        if p.requires_grad:
+            raise DoRAError(f"{name}: its frozen {symbol} was set to train, and an adapter cannot "
+                            f"hold it; unfreeze only modules without targets inside")
+
+
+def check_observed(pruner: Pruner) -> None:
+    """Raise DoRAError if this step has no importance."""
+    if not pruner.observed:
+        raise DoRAError(f"step {pruner.t + 1}: pruner.step() without pruner.observe(); call "
+                        f"observe() after backward() in every step")
+
+
+def check_gradients(layers: dict[str, DoRALinear]) -> None:
+    """Raise DoRAError if no component has a gradient."""
+    parameters = [p for layer in layers.values() for p in (layer.c, layer.A, layer.B)]
+    if parameters and all(p.grad is None for p in parameters):
+        raise DoRAError("no component has a gradient; call observe() after backward() and before "
+                        "zero_grad(), and use_reentrant=False in gradient checkpointing")
+
+
+def check_shape(pruner: Pruner, scores: Tensor) -> None:
+    """Raise DoRAError unless there is one score per component, (n,)."""
+    if scores.shape != pruner.mask.shape:
+        raise DoRAError(f"importance = {pruner.config.importance}: its scores have the shape "
+                        f"{tuple(scores.shape)}, expected one number per component, "
+                        f"{tuple(pruner.mask.shape)}")
+
+
+def check_decision(pruner: Pruner, scores: Tensor, k: int) -> None:
+    """Raise before a mask is decided by scores (n,) that are not finite or by ties of zeros."""
+    gates = concatenate(layer.c for layer in pruner.layers.values())
+    bad = ~(scores.isfinite() & gates.isfinite())
+    first_bad, any_bad, positive = torch.stack(  # the one place in which a step waits for a device
+        [bad.int().argmax(), bad.any().long(), (scores > 0).sum()]).tolist()
+
+    if any_bad:
+        name = list(pruner.layers)[first_bad // pruner.config.r_prime]
+        raise NotFiniteError(f"step {pruner.t}: a score of {name} is not finite; lower the "
+                             f"learning rate")
+    if k == len(scores) or positive >= (k if pruner.t == pruner.last else 1):
+        return
+    if not positive:
+        raise DoRAError(f"step {pruner.t}: every score is 0, so no component has moved; make the "
+                        f"optimizer after inject(), and check the learning rate")
+    raise DoRAError(f"step {pruner.t}: {positive} components have a score above 0 and the budget "
+                    f"keeps {k}: position would decide between the others; lengthen the run, lower "
+                    f"rank, or leave out targets that get no gradient")
+
+
+def check_state(pruner: Pruner, state: dict[str, Any]) -> None:
+    """Raise DoRAError for a state of another model or another run."""
+    if state["mask"].shape != pruner.mask.shape:
+        raise DoRAError(f"the state has {len(state['mask'])} components, the model "
+                        f"{len(pruner.mask)}; use the same rank, start_rank and targets")
+    if state["total_steps"] != pruner.total_steps:
+        raise DoRAError(f"the state is of a run of {state['total_steps']} steps, this Pruner has "
+                        f"total_steps = {pruner.total_steps}; use the same number")
+
+
+def check_budget(layers: dict[str, DoRALinear]) -> None:
+    """Raise DoRAError unless the last pruning is done and its mask is held."""
+    progress, live = progress_of(layers), sum(layer.rank for layer in layers.values())
+    for name, layer in layers.items():
+        if layer.config.schedule is None:
+            continue
+        if not progress.total:
+            raise DoRAError("no Pruner has run on these layers; make one, and call observe() and "
+                            "step() in every step")
+        if progress.t < progress.last:
+            raise DoRAError(f"the Pruner is at step {progress.t} of {progress.total}, before its "
+                            f"last pruning at step {progress.last}; finish the run, calling "
+                            f"pruner.step() in every step, or restore the Pruner's state")
+        b_T = final_budget(layer.config, progress.n_layers)
+        if live > b_T:
+            raise DoRAError(f"{live} components are live, the budget is {b_T}; leave the masks to "
+                            f"the Pruner")
+        if layer.c[~layer.mask].any():
+            raise DoRAError(f"{name}: a pruned gate is not 0; call pruner.step() after every "
+                            f"optimizer.step()")
+
+
+def check_optimizer_state(layers: dict[str, DoRALinear], state: dict[Any, Any]) -> None:
+    """Raise DoRAError for state that compact_ does not know how to cut."""
+    for name, layer in layers.items():
+        for p in (layer.A, layer.B, layer.c):
+            for key, value in state.get(p, {}).items():
+                known = isinstance(value, Tensor) and (value.shape == p.shape or value.numel() == 1)
+                if not known and not isinstance(value, (int, float, bool, type(None))):
+                    raise DoRAError(f"{name}: the optimizer's {key!r} is not of the shape of its "
+                                    f"parameter, so compact_ cannot cut it; use AdamW, or call "
+                                    f"compact_(model) after training, without the optimizer")
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a binary file for writing that replaces `path` only when it is complete.
+
+    The content goes to a temporary file in the same folder, is flushed to disk and then renamed,
+    so that a crash leaves the old content or the new, and two processes never mix theirs.
     """
-    return _read_safetensors(path)[0]
-
-
-def _read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, metadata): the header may hold {"__metadata__": {name: text}}, too."""
-
-    def bad(problem: str) -> DoRAError:
-        return DoRAError(f"{path}: not a safetensors file ({problem:.200}); get or save it anew")
-
-    with open(path, "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        n = int.from_bytes(f.read(8), "little")
-        if n > min(size - 8, 100_000_000):
-            raise bad(f"a header of {n} bytes in a file of {size}")
-        try:
-            header = json.loads(f.read(n), object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:
-            raise bad(f"header: {error}") from None
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict):
-        raise bad("its header or metadata is no JSON object")
-    begin, room = 8 + n, size - 8 - n  # of the data, in bytes
-    tensors: dict[str, Tensor] = {}
-    spans = []
-    for name, entry in header.items():
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise bad(f"{name!r:.80} is not dtype, shape and data_offsets")
-        shape, span = entry["shape"], entry["data_offsets"]
-        dtype = DTYPES.get(str(entry["dtype"]))
-        whole = all(isinstance(v, list) and len(v) < 64 and
-                    all(type(i) is int and 0 <= i < 2**48 for i in v) for v in (shape, span))
-        if dtype is None or not whole or len(span) != 2:
-            raise bad(f"{name!r:.80} has type {entry['dtype']!r:.40}, shape {shape!r:.80}")
-        count = math.prod(shape)
-        if span[1] - span[0] != count * dtype.itemsize or span[1] > room:
-            raise bad(f"{name!r:.80}: {entry['dtype']} {shape} at {span} of {room} bytes")
-        flat = torch.empty(0, dtype=dtype) if count == 0 else torch.frombuffer(
-            data, dtype=dtype, count=count, offset=begin + span[0])
-        tensors[name] = flat.view(shape)
-        spans.append(span)
-    spans.sort()  # without a hole or an overlap each begins where the one before ends
-    if [start for start, _ in spans] + [room] != [0] + [stop for _, stop in spans]:
-        raise bad("some bytes of its data belong to two tensors or to none")
-    return tensors, metadata
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name stands twice")
-    return dict(pairs)
-
-
-def write_safetensors(path: str | Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Write tensors of any shape as a file, whole or not at all; OSError if that fails."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    end, chunks = 0, []
-    for name in sorted(tensors, key=lambda k: (-tensors[k].element_size(), k)):  # aligned starts
-        tensor = tensors[name].detach().cpu().contiguous()
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [end, end + tensor.nbytes]}
-        end += tensor.nbytes
-        chunks.append(tensor.flatten().view(torch.uint8).numpy())
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    write_whole(path, [len(text).to_bytes(8, "little"), text, *chunks])
-
-
-def write_whole(path: str | Path, chunks: Iterable[Any]) -> None:
-    """Write bytes so that path has its old content or all of the new: temporary, flush, rename."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.urandom(6).hex()}.part")
     try:
-        with open(part, "xb") as f:
-            f.writelines(chunks)
-            f.flush()
-            os.fsync(f.fileno())
+        with open(part, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-# ---- adapters, in PEFT's LoRA format -----------------------------------------------------------
+# ---- safetensors ---------------------------------------------------------------------------------
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64, "BOOL": torch.bool,
+}
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a file by name, memory-mapped: a change never reaches the file.
+
+    Layout: 8 bytes, the length n of the header, little-endian; n bytes of JSON, {name: {dtype,
+    shape, data_offsets}}; then the data. Raises DoRAError for anything else.
+    """
+    return read_file(path)[0]
+
+
+def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return (tensors, metadata) of a safetensors file; the header may hold "__metadata__", too."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        n = int.from_bytes(start, "little")
+        if start == b"version ":
+            raise DoRAError(f"{path}: this is a git-lfs pointer, not the file itself; run "
+                            f"`git lfs pull`")
+        try:
+            if n > min(size - 8, 100_000_000):
+                raise ValueError(f"a header of {n} bytes in a file of {size}")
+            header = parse_header(file.read(n))
+            metadata = header.pop("__metadata__", {})
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            return tensors_of(header, data, 8 + n), metadata
+        except Exception as error:  # of any kind: the header may hold anything
+            raise DoRAError(f"{path}: not a safetensors file ({error!s:.200}); download or save "
+                            f"it again") from None
+
+
+def parse_header(text: bytes) -> dict[str, Any]:
+    """Return a header's JSON, UTF-8 without a byte order mark; ValueError for another."""
+
+    def number(digits: str) -> int:
+        if digits.startswith("-"):
+            raise ValueError(f"{digits:.20} is negative")
+        return int(digits)
+
+    header = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_int=number)
+    json.dumps(header, ensure_ascii=False).encode("utf-8")  # fails for half a surrogate pair
+
+    metadata = header.get("__metadata__", {})
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are not strings")
+    return header
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dictionary of a JSON object; ValueError for a duplicate name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("duplicate name")
+    return found
+
+
+def tensors_of(header: dict[str, Any], data: mmap.mmap, begin: int) -> dict[str, Tensor]:
+    """Return the tensors that a header describes, as views of the data; ValueError for a bad one.
+
+    Each begins where the one before ends, so no byte is read twice and none is left out.
+    """
+    tensors, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, span = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if len(shape) > 63 or not all(type(i) is int and i < 2**48 for i in shape + span):
+            raise ValueError(f"{name!r:.80}: shape {shape!r:.80}")
+        if math.prod(max(i, 1) for i in shape) >= 2**63:
+            raise ValueError(f"{name!r:.80}: shape {shape!r:.80} overflows")
+
+        count = math.prod(shape)
+        start, end = end, end + count * dtype.itemsize
+        if span != [start, end] or len(entry) > 3:
+            raise ValueError(f"{name!r:.80}: {entry!r:.80}, but its place is {start} to {end}")
+        flat = torch.empty(0, dtype=dtype) if count == 0 else torch.frombuffer(
+            data, dtype=dtype, count=count, offset=begin + start)
+        tensors[name] = flat.view(shape)
+
+    if begin + end != len(data):
+        raise ValueError(f"{len(data) - begin} bytes of data, {end} of them in tensors")
+    return tensors
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor],
+                      metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically. Raises DoRAError for what the format cannot hold."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    metadata = {"format": "pt", **(metadata or {})}
+    for key, text in metadata.items():
+        if not isinstance(text, str):
+            raise DoRAError(f"{path}: metadata {key!r} = {text!r:.80} is not a string")
+    for name, tensor in tensors.items():
+        if name == "__metadata__" or tensor.dtype not in names:
+            raise DoRAError(f"{path}: cannot hold a tensor named {name!r:.80} of {tensor.dtype}")
+
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end, chunks = 0, []
+    for name in sorted(tensors, key=lambda k: (-tensors[k].element_size(), k)):  # aligned starts
+        tensor = tensors[name]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+        chunks.append(as_bytes(tensor))
+
+    start = json.dumps(header).encode()
+    start += b" " * (-len(start) % 8)
+    with atomic_file(path) as file:
+        file.writelines([len(start).to_bytes(8, "little"), start, *chunks])
+
+
+# ---- adapters, in PEFT's LoRA format -------------------------------------------------------------
 
 PREFIX = "base_model.model."
+PEFT_MODULES = ("base_layer", "lora_dropout", "lora_A", "lora_B", "lora_embedding_A",
+                "lora_embedding_B", "lora_magnitude_vector", "default")
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
+def save_adapter(model: nn.Module, folder: str | Path,
+                 metadata: dict[str, str] | None = None) -> None:
     """Save the live components and the head as adapter_model.safetensors and adapter_config.json.
 
-    Hugging Face PEFT's LoRA format: s and c are folded into B, so that alpha / r is 1 in every
-    matrix. Matrices without components are left out, since PEFT has no rank 0. Raises DoRAError
-    before the last pruning and after merge_().
+    The format is Hugging Face PEFT's LoRA: scale and c are folded into B, so that alpha / r is 1 in
+    every matrix. Matrices without components are left out, since PEFT has no rank 0. Raises
+    DoRAError before the last pruning, after merge_(), and for anything that trained and that the
+    file could not hold.
     """
+    model = unwrapped(model)
     layers = dora_layers(model)
     if not layers:
         raise DoRAError("the model has no DoRALinear; save the adapter before merge_()")
-    _check_budget(layers)
-    ranks = {name: layer.rank for name, layer in layers.items() if layer.rank}
+    check_budget(layers)
+    check_moved(layers)
+    heads = modules_to_save(model, layers)
+
     tensors = {}
-    for name in ranks:
-        layer = layers[name]
+    for head in heads:  # the trained head belongs to the adapter: with a random one it is noise
+        state = model.get_submodule(head).state_dict(prefix=f"{PREFIX}{head}.")
+        tensors.update({plain(key): tensor for key, tensor in state.items()})
+    live = {plain(name): layer for name, layer in layers.items() if layer.rank}
+    for name, layer in live.items():
+        B = (layer.scale * layer.c * layer.B)[:, layer.mask]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.A[layer.mask]  # (rank, d_in)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = (layer.scale * layer.c * layer.B)[:, layer.mask]
-    heads = _trained_modules(model)  # an adapter without its head is noise
-    for head in heads:
-        tensors.update(model.get_submodule(head).state_dict(prefix=f"{PREFIX}{head}."))
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = B  # (d_out, rank)
+
+    base = fingerprint(live[name].base.weight for name in sorted(live))
+    config = peft_config({name: layer.rank for name, layer in live.items()},
+                         peft_names(model, [plain(head) for head in heads]),
+                         next(iter(live.values())).config.dropout)
+    folder = Path(folder)
+    write_safetensors(folder / "adapter_model.safetensors", tensors, {**(metadata or {}),
+                                                                      "base": base})
+    with atomic_file(folder / "adapter_config.json") as file:
+        file.write(json.dumps(config, indent=2).encode() + b"\n")
+
+
+def peft_config(ranks: dict[str, int], heads: list[str], dropout: float) -> dict[str, Any]:
+    """Return adapter_config.json for matrices of these ranks."""
     r = max(ranks.values())
     others = {f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != r}
-    config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None,
-              "r": r, "lora_alpha": r, "rank_pattern": others, "alpha_pattern": others,
-              "target_modules": "|".join(re.escape(name) for name in ranks),  # whole names
-              "modules_to_save": heads or None, "lora_dropout": layers[name].config.dropout,
-              "bias": "none", "fan_in_fan_out": False, "use_dora": False, "use_rslora": False,
-              "init_lora_weights": True, "inference_mode": True}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    base = fingerprint(layers[name].base.weight for name in sorted(ranks))
-    write_safetensors(folder / "adapter_model.safetensors", tensors, base=base)
-    write_whole(folder / "adapter_config.json", [json.dumps(config, indent=2).encode() + b"\n"])
+    return {
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None,
+        "r": r, "lora_alpha": r, "rank_pattern": others, "alpha_pattern": others,
+        "target_modules": "|".join(re.escape(name) for name in ranks),  # whole names
+        "modules_to_save": heads or None, "lora_dropout": dropout,
+        "bias": "none", "fan_in_fan_out": False, "use_dora": False, "use_rslora": False,
+        "init_lora_weights": True, "inference_mode": True,
+    }
 
 
 def fingerprint(weights: Iterable[Tensor]) -> str:
-    """8 hex digits that tell models apart, in any dtype: the signs of each one's first 256 numbers.
+    """Return a checksum of base weights: CRC-32 of the signs of the first 256 entries of each.
 
-    Weights of any shape; rounding to another dtype keeps the sign bit.
+    The signs survive rounding to another dtype.
     """
     crc = 0
     for weight in weights:
@@ -720,83 +1173,194 @@ def fingerprint(weights: Iterable[Tensor]) -> str:
     return f"{crc:08x}"
 
 
-def _trained_modules(model: nn.Module) -> list[str]:
-    """The outermost modules all of whose parameters train: the head."""
-    found: list[str] = []
-    for name, module in model.named_modules():
-        params = list(module.parameters())
-        inside = any(name.startswith(f"{other}.") for other in found)
-        if name and params and not inside and all(p.requires_grad for p in params):
-            found.append(name)
-    return found
+def plain(name: str) -> str:
+    """Return a name as it is in the model without torch.compile."""
+    return name.replace("_orig_mod.", "")
+
+
+def check_moved(layers: dict[str, DoRALinear]) -> None:
+    """Raise DoRAError if every update is exactly 0, as before training."""
+    if not any(layer.c.any() and layer.A.any() and layer.B.any() for layer in layers.values()):
+        raise DoRAError("every update is exactly 0, so no component was trained; make the "
+                        "optimizer after inject(), and give it all parameters that require a "
+                        "gradient")
+
+
+def modules_to_save(model: nn.Module, layers: dict[str, DoRALinear]) -> list[str]:
+    """Return the names of the modules, outside the layers, that training changed.
+
+    These are the modules with a parameter that requires a gradient, or with a buffer that moved
+    since inject(), such as running statistics; and of the modules around them the largest in which
+    everything trains. Raises DoRAError for one that cannot be saved whole, as PEFT does it.
+    """
+    start = progress_of(layers).buffers
+    trains = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    moved = [name for name, mark in checksums(model).items() if start.get(name, mark) != mark]
+
+    found: dict[str, None] = {}
+    for changed in [*(name for name in trains if trains[name]), *moved]:
+        layer = next((name for name in layers if changed.startswith(f"{name}.")), None)
+        if layer is not None:
+            check_frozen(layer, layers[layer])
+            continue
+
+        owner = changed.rpartition(".")[0]
+        around = owner.rpartition(".")[0]
+        while around and all(trains[name] for name in trains if name.startswith(f"{around}.")):
+            owner, around = around, around.rpartition(".")[0]
+        if not owner or any(name.startswith(f"{owner}.") for name in layers):
+            raise DoRAError(f"{changed} changed in training, but an adapter holds whole modules, "
+                            f"and {owner or 'the model'} contains adapted matrices; freeze it")
+        found[owner] = None
+    return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+
+
+def peft_names(model: nn.Module, heads: list[str]) -> list[str]:
+    """Return the heads by names that PEFT, which compares the ends of names, cannot confuse."""
+    others = [*PEFT_MODULES, *(plain(name) for name, _ in model.named_modules())]
+    return [PREFIX + head if any(name.endswith(head) and name != head for name in others) else head
+            for head in heads]
+
+
+def adapter_metadata(folder: str | Path) -> dict[str, str]:
+    """Return what save_adapter noted beside the tensors."""
+    return read_file(Path(folder) / "adapter_model.safetensors")[1]
 
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
     """Put a LoRA adapter, ours or PEFT's, on a plain model; return its layers by name.
 
-    All is checked before the model is touched. Raises DoRAError for another base model, another
-    head, and the kinds of LoRA that Eq. 6 does not cover.
+    Everything is checked before the model is changed. Raises DoRAError for another base model,
+    another head, and the kinds of LoRA that Eq. 6 does not cover.
     """
-    path, file = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
+    model = unwrapped(model)
+    if dora_layers(model):
+        raise DoRAError(f"{folder}: the model is adapted already; load into a plain model")
+
+    # 1. read the config
+    path = Path(folder) / "adapter_config.json"
+    alpha_of, dropout = read_adapter_config(path)
+
+    # 2. match the tensors with the model
+    file = Path(folder) / "adapter_model.safetensors"
+    saved, metadata = read_file(file)
+    pairs, head = split_adapter(file, saved)
+    modules: dict[str, Any] = {plain(name): module for name, module in
+                               model.named_modules(remove_duplicate=False)}
+    for name, (A, B) in pairs.items():
+        check_pair(folder, name, A, B, modules.get(name))
+    state = {plain(key): value for key, value in model.state_dict(keep_vars=True).items()}
+    head = {key: tensor for key, tensor in head.items() if not is_base(file, key, tensor, state)}
+    for key, tensor in head.items():
+        shape = tuple(state[key].shape) if key in state else None
+        if tensor.shape != shape:
+            raise DoRAError(f"{folder}: {key!r:.120} is {tuple(tensor.shape)}, in the model "
+                            f"{shape}; is the adapter for another task or base model?")
+    mark = fingerprint(modules[name].weight for name in sorted(pairs))
+    if metadata.get("base", mark) != mark:
+        raise DoRAError(f"{file}: was trained on other weights of the same shapes; use it with the "
+                        f"base model that it was trained on")
+    configs = {name: DoRAConfig(**METHODS["lora"], rank=len(A), alpha=alpha_of(name),
+                                dropout=dropout) for name, (A, _) in pairs.items()}
+
+    # 3. change the model
+    progress = Progress(len(pairs), buffers=checksums(model))
+    model.requires_grad_(False)
+    layers: dict[str, DoRALinear] = {}
+    for name, (A, B) in pairs.items():
+        layer = layers[name] = DoRALinear(modules[name], configs[name], name, progress)
+        layer.A.copy_(A)
+        layer.B.copy_(B)
+        owner, _, leaf = name.rpartition(".")
+        setattr(modules[owner], leaf, layer)
+    for key, tensor in head.items():
+        set_copy(modules[key.rpartition(".")[0]], key.rpartition(".")[2], tensor)
+    return layers
+
+
+def read_adapter_config(path: Path) -> tuple[Callable[[str], float], float]:
+    """Return (alpha of a matrix by its name, dropout); DoRAError for anything but plain LoRA."""
     try:
-        config = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        config = json.loads(path.read_bytes(), object_pairs_hook=unique)
         alphas = {re.compile(rf"(.*\.)?({key})$"): value  # PEFT's rule for a pattern
                   for key, value in (config.get("alpha_pattern") or {}).items()}
     except (ValueError, RecursionError, OverflowError, AttributeError, re.error):
-        raise DoRAError(f"{path}: not an adapter's JSON; save the adapter anew") from None
-    plain: dict[str, tuple[Any, ...]] = {
+        raise DoRAError(f"{path}: not the JSON of an adapter; save the adapter again") from None
+
+    allowed: dict[str, tuple[Any, ...]] = {
         "peft_type": ("LORA",), "use_dora": (False,), "use_rslora": (False,), "bias": ("none",),
         "fan_in_fan_out": (False,), "alora_invocation_tokens": (None,),
-        "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}  # W0 unchanged
-    for key, allowed in plain.items():
-        if config.get(key, allowed[0]) not in allowed:
+        "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # W0 unchanged
+    }
+    for key, values in allowed.items():
+        if config.get(key, values[0]) not in values:
             raise DoRAError(f"{path}: {key} is {config[key]!r:.40}; only plain LoRA can be loaded "
-                            f"({key} = {allowed[0]!r})")
+                            f"({key} = {values[0]!r})")
+
     dropout = config.get("lora_dropout", 0.0)
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise DoRAError(f"{path}: lora_dropout is {dropout!r:.40}, not a number in [0, 1)")
-    saved, metadata = _read_safetensors(file)
-    if foreign := [key for key in saved if not key.startswith(PREFIX)]:
-        raise DoRAError(f"{file}: {foreign[0]!r:.120} is no name of PEFT's, which begin with "
-                        f"{PREFIX}; save the adapter anew")
-    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in saved.items()}
-    modules, weights = dict(model.named_modules()), model.state_dict(keep_vars=True)
-    found: dict[str, tuple[Tensor, Tensor, float]] = {}
-    for name in sorted({key.split(".lora_")[0] for key in tensors if ".lora_" in key}):
-        A, B = (tensors.pop(f"{name}.lora_{m}.weight", torch.empty(0)) for m in "AB")
-        base = modules.get(name)
-        shape = tuple(base.weight.shape) if type(base) is nn.Linear else None
-        if not A.numel() or shape != (*B.shape[:1], *A.shape[1:]) or B.shape[1:] != A.shape[:1]:
-            raise DoRAError(f"{folder}: {name!r:.120} has lora_B {tuple(B.shape)} and lora_A "
-                            f"{tuple(A.shape)}, the model's matrix is {shape}; is the adapter for "
-                            f"another base model?")
+
+    def alpha_of(name: str) -> float:
         alpha = next((value for pattern, value in alphas.items() if pattern.match(name)),
                      config.get("lora_alpha"))
         if type(alpha) not in (int, float) or not 0 < alpha < 1e9:
             raise DoRAError(f"{path}: lora_alpha of {name} is {alpha!r:.40}, not a number above 0")
-        found[name] = A, B, alpha
-    for key, tensor in tensors.items():  # what is left is the head
-        shape = tuple(weights[key].shape) if key in weights else None
-        if tensor.shape != shape:
-            raise DoRAError(f"{folder}: {key!r:.120} is {tuple(tensor.shape)}, in the model "
-                            f"{shape}; is the adapter for another task or base model?")
+        return alpha
+
+    return alpha_of, dropout
+
+
+Pairs = dict[str, tuple[Tensor, Tensor]]
+
+
+def split_adapter(file: Path, saved: dict[str, Tensor]) -> tuple[Pairs, dict[str, Tensor]]:
+    """Return ({matrix: (A (r, d_in), B (d_out, r))}, the other tensors) of an adapter file."""
+    for key in saved:
+        if not key.startswith(PREFIX):
+            raise DoRAError(f"{file}: unexpected tensor {key!r:.120}: names in a PEFT adapter "
+                            f"start with {PREFIX}")
+        if ".lora_embedding_" in key:
+            raise DoRAError(f"{file}: {key!r:.120} adapts an embedding; only LoRA on nn.Linear can "
+                            f"be loaded")
+
+    others = {key.removeprefix(PREFIX): tensor for key, tensor in saved.items()}
+    halves = [re.fullmatch(r"(.+)\.lora_[AB]\.weight", key) for key in others]
+    pairs = {}
+    for name in sorted({match[1] for match in halves if match}):
+        A, B = (others.pop(f"{name}.lora_{m}.weight", torch.empty(0)) for m in "AB")
+        pairs[name] = A, B
+    if not pairs:
+        raise DoRAError(f"{file}: no lora_A and lora_B in it; save the adapter again")
+    return pairs, others
+
+
+def check_pair(folder: str | Path, name: str, A: Tensor, B: Tensor, base: Any) -> None:
+    """Raise DoRAError unless A (r, d_in) and B (d_out, r) fit the matrix of the model."""
+    shape = tuple(base.weight.shape) if type(base) is nn.Linear else None
+    if not A.numel() or shape != (*B.shape[:1], *A.shape[1:]) or B.shape[1:] != A.shape[:1]:
+        raise DoRAError(f"{folder}: {name!r:.120} has lora_B {tuple(B.shape)} and lora_A "
+                        f"{tuple(A.shape)}, the model's matrix is {shape}; is the adapter for "
+                        f"another base model?")
+
+
+def is_base(file: Path, key: str, tensor: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether a tensor only repeats the frozen model, as PEFT does for lm_head; DoRAError if not
+    quite."""
+    name, found, leaf = key.rpartition(".base_layer.")
     if not found:
-        raise DoRAError(f"{file}: no lora_A and lora_B in it; save the adapter anew")
-    base_mark = fingerprint(modules[name].weight for name in found)  # type: ignore[misc]
-    if metadata.get("base", base_mark) != base_mark:
-        raise DoRAError(f"{file}: was trained on other weights of the same shapes; use it with the "
-                        f"base model that it was trained on")
-    model.requires_grad_(False)
-    layers: dict[str, DoRALinear] = {}
-    for name, (A, B, alpha) in found.items():
-        settings = DoRAConfig(**METHODS["lora"], rank=len(A), alpha=alpha, dropout=dropout)
-        layer = layers[name] = DoRALinear(modules[name], settings)  # type: ignore[arg-type]
-        layer.name = name
-        layer.A.copy_(A)
-        layer.B.copy_(B)
-        model.set_submodule(name, layer)
-    for key, tensor in tensors.items():
-        weights[key].copy_(tensor)
-        weights[key].requires_grad_(isinstance(weights[key], nn.Parameter))
-    return layers
+        return False
+    base = state.get(f"{name}.{leaf}")
+    if base is None or base.shape != tensor.shape or not torch.equal(
+            base.to(tensor.device), tensor.to(base.dtype)):
+        raise DoRAError(f"{file}: {key!r:.120} differs from the model's {name}.{leaf}; use it with "
+                        f"the base model that it was trained on")
+    return True
+
+
+def set_copy(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Give a module its own copy of a trained tensor: others may share the one that it has."""
+    old = getattr(module, name)
+    new = tensor.to(old, copy=True)
+    setattr(module, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
