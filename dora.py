@@ -634,7 +634,7 @@ def shrink_(p: nn.Parameter, dim: int, live: Tensor, state: dict[str, Any]) -> N
     # torch makes a new node when the dtype changes.
     p.data = p.data.half()
     p.data = kept
-    p.grad = grad
+    p.grad = grad if len(live) else None
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == shape:
             state[key] = value.index_select(dim, live)
@@ -643,7 +643,8 @@ def shrink_(p: nn.Parameter, dim: int, live: Tensor, state: dict[str, Any]) -> N
 def table(cells: dict[tuple[str, str], int]) -> str:
     """Lay out numbers by (row, column) with totals; "." where there is no number."""
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*cells))
-    labels, titles = without_common_prefix(rows), distinct_ends(columns)
+    labels = without_common_prefix(rows)
+    titles = [column.removeprefix("attention.self.") for column in columns]  # RoBERTa's
     width = max(map(len, ["layer", *labels]))
 
     lines = [[f"{'layer':<{width}}", *(f"{title:>3}" for title in titles), "total"]]
@@ -662,17 +663,6 @@ def without_common_prefix(names: list[str]) -> list[str]:
     parts = [name.split(".") for name in names]
     common = min(len(os.path.commonprefix(parts)), min(map(len, parts)) - 1)
     return [".".join(part[common:]) for part in parts]
-
-
-def distinct_ends(names: list[str]) -> list[str]:
-    """Shorten names to the dotted end that no other name has: attention.self.key -> key."""
-    short = []
-    for name in names:
-        parts = name.split(".")
-        ends = [".".join(parts[i:]) for i in reversed(range(len(parts)))]
-        short.append(next((end for end in ends if sum(
-            f".{other}".endswith(f".{end}") for other in names) == 1), name))
-    return short
 
 
 @dataclass

@@ -4,16 +4,16 @@ from fractions import Fraction
 
 import pytest
 import torch
-from small import settings
+from small import net_config
 
 from dora import DoRAError, Pruner, budget, keep_mask
 
-SLOW, FAST = "dora", "adalora"
+SLOW, FAST = "slow_first", "fast_first"
 
 
 def curve(schedule, rank, start_rank, n_layers, total, **changes):
     """b(0), ..., b(T)."""
-    config = settings(schedule=schedule, rank=rank, start_rank=start_rank, **changes)
+    config = net_config(schedule=schedule, rank=rank, start_rank=start_rank, **changes)
     return [budget(t, total, config, n_layers) for t in range(total + 1)]
 
 
@@ -85,7 +85,7 @@ def test_a_rank_that_is_not_pruned():
     (100, dict(rank=0.01, start_rank=1), "rank = 0.01.*no component")])
 def test_a_budget_that_cannot_work(total, changes, says):
     """Each is an error that says what to change."""
-    config = settings(**{"rank": 2, **changes})
+    config = net_config(**{"rank": 2, **changes})
     with pytest.raises(DoRAError, match=says):
         budget(1, total, config, 6)
 
@@ -101,9 +101,9 @@ def test_a_short_run_still_prunes():
 def test_pruner_checks_the_phases_at_once():
     """Pruner() itself refuses a run without a pruning window, before any training."""
     with pytest.raises(DoRAError, match="no step to prune"):
-        Pruner({}, settings(initial_phase=0.6), 100)
+        Pruner({}, net_config(initial_phase=0.6), 100)
     with pytest.raises(DoRAError, match="step"):
-        Pruner({}, settings(), 0)
+        Pruner({}, net_config(), 0)
 
 
 # ---- which components ---------------------------------------------------------------------------
