@@ -35,8 +35,10 @@ class Net(nn.Module):
 
 
 def net_config(**changes):
-    """A DoRAConfig for Net: the default method with dropout off, but for the changes."""
-    return DoRAConfig(**{"targets": TARGETS, "dropout": 0.0, "interval": 3, **changes})
+    """A DoRAConfig for Net: the default method without dropout, its budget in components (numbers
+    that can be worked out by hand), but for the changes."""
+    return DoRAConfig(**{"targets": TARGETS, "dropout": 0.0, "interval": 3,
+                         "budget_unit": "components", **changes})
 
 
 def plain(seed=0, dtype=torch.float64, **sizes):
