@@ -232,12 +232,15 @@ def ascii_like(char: str) -> str:
 
 
 def byte_chars(piece: str) -> list[str]:
-    """Return the UTF-8 bytes of a piece in GPT-2's characters: " é" -> Ġ Ã ©."""
+    """Return the UTF-8 bytes of a piece in GPT-2's characters: " é" -> Ġ Ã ©.
+
+    DataError for half of a surrogate pair, which has no bytes in UTF-8.
+    """
     try:
         return [BYTE_CHARS[byte] for byte in piece.encode()]
     except UnicodeEncodeError as e:
-        raise DataError(f"the text {piece!a:.60} has {piece[e.start]!a}, a lone surrogate, which "
-                        f"is only half of a character; remove or replace it") from None
+        raise DataError(f"text {piece!a:.60}: {piece[e.start]!a} is a lone surrogate, half of a "
+                        f"character; remove or replace it") from None
 
 
 class BPE:
@@ -313,7 +316,10 @@ class BPE:
         return [symbol for symbol in symbols if symbol]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of the ids. Special tokens appear by name, half a character as U+FFFD."""
+        """Return the text of the ids, with special tokens by name and half a character as U+FFFD.
+
+        DataError for an id that is not in the vocabulary.
+        """
         raw = bytearray()
         for i in map(int, ids):
             if not 0 <= i < len(self.tokens):
