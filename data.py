@@ -188,7 +188,7 @@ def parse_row(task: Task, columns: Sequence[str], cells: Sequence[str],
     return texts, task.parse_label(row[task.label]) if labelled else None
 
 
-def read_tsv(path: Path, remedy: str) -> list[list[str]]:
+def read_tsv(path: Path, remedy: str = "check --data-dir") -> list[list[str]]:
     r"""Read a file as rows of cells. DataError, with this remedy, if there is no such file.
 
     A tab ends a cell and "\n" a row, and nothing else does: quotes, U+0085 and U+2028 are text.
@@ -726,12 +726,12 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
             raise DataError(f"{path}: {name} is {value!r:.60}, expected {allowed[0]!r}, since this "
                             f"is not RoBERTa's tokenizer; take a RoBERTa model")
 
-    model = content["model"]
-    vocab = check_vocab(path, model.get("vocab"))
-    tokens, pairs = content.get("added_tokens") or [], model.get("merges")
-    if not isinstance(pairs, list) or not isinstance(tokens, list):
-        raise DataError(f"{path}: merges and added_tokens are not lists; {OTHER_FILES}")
-    check_added_tokens(path, [token["content"] for token in tokens if "content" in token])
+    vocab = check_vocab(path, content["model"].get("vocab"))
+    added, pairs = content.get("added_tokens", []), content["model"].get("merges")
+    if not isinstance(added, list) or not isinstance(pairs, list):
+        raise DataError(f"{path}: expected lists of merges and added_tokens; {OTHER_FILES}")
+    check_added_tokens(path, [token["content"] if isinstance(token, dict) and "content" in token
+                              else token for token in added])
     return vocab, check_merges(f"{path} merge", 1, pairs, vocab)
 
 
@@ -780,14 +780,16 @@ def check_merges(place: str, first: int, pairs: Iterable[Any],
     merges = []
     made = {*CHAR_BYTES}
     for number, pair in enumerate(pairs, first):
-        match pair.split(" ") if isinstance(pair, str) else pair:
-            case [str(left), str(right)] if left in made and right in made and vocab.get(
-                    left + right, 0) >= len(SPECIAL):
-                merges.append((left, right))
-                made.add(left + right)
-            case _:
-                raise DataError(f"{place} {number}: {pair!r:.60}, expected two tokens whose "
-                                f"product is in the vocabulary; {OTHER_FILES}")
+        try:
+            left, right = pair.split(" ") if isinstance(pair, str) else pair
+            known = left in made and right in made and vocab.get(left + right, 0) >= len(SPECIAL)
+        except (TypeError, ValueError):
+            known = False
+        if not known:
+            raise DataError(f"{place} {number}: {pair!r:.60}, expected two tokens whose product "
+                            f"is in the vocabulary; {OTHER_FILES}")
+        merges.append((left, right))
+        made.add(left + right)
 
     end = vocab.get("<mask>", len(vocab))
     for token, i in vocab.items():

@@ -192,7 +192,7 @@ def test_an_empty_file_is_called_empty(name, text, tmp_path, toy):
 
 
 def test_a_git_lfs_pointer_is_called_one(tmp_path, toy):
-    """What git leaves in the place of a large file that was not pulled: the remedy is in the line."""
+    """What git leaves in the place of a large file that was not pulled: the line has the remedy."""
     put(tmp_path, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "rte")
     with pytest.raises(DataError, match="git-lfs pointer.*run git lfs pull"):
         data.load_task("rte", tmp_path, "train", toy, 128)
@@ -224,7 +224,7 @@ NFC, NFD = "n\xe9gatif", "ne\u0301gatif"
 
 @pytest.mark.parametrize("labels, cell, says", [
     ((NFC, "positif"), NFD, r"'ne\u0301gatif'), expected 'négatif' ('n\xe9gatif') or 'positif'"),
-    ((NFD, "positif"), NFC, r"'n\xe9gatif'), expected 'négatif' ('ne\u0301gatif') or 'positif'"),
+    ((NFD, "positif"), NFC, r"('ne\u0301gatif') or 'positif'"),
     (("bad", "good"), "b\u0430d", r"('b\u0430d'), expected 'bad' or 'good'"),  # a Cyrillic a
     (("bad", "good"), "good\u200b", r"'good\u200b'"), (("bad", "good"), "good ", "'good '")])
 def test_labels_that_look_alike(labels, cell, says, tmp_path, toy, monkeypatch):
@@ -314,7 +314,7 @@ def test_three_dev_files(tmp_path, toy, monkeypatch):
 
 GOOD_ROW = Task("mine", "m", ("review",), "stars", ("accuracy",))
 BAD_ROWS_OF_TASKS = {    # case: (what is wrong with the row, what the message must say)
-    "a metric misspelt": (dict(metrics=("acuracy",)), "unknown metric 'acuracy', expected one of acc"),
+    "a metric misspelt": (dict(metrics=("acuracy",)), "unknown metric 'acuracy', expected one of "),
     "a second metric unknown": (dict(metrics=("accuracy", "precision")), "unknown metric 'precis"),
     "no metric": (dict(metrics=()), "metrics is empty"),
     "metrics a string": (dict(metrics=("f1")), "metrics = 'f1', expected a tuple of strings"),
@@ -331,7 +331,7 @@ BAD_ROWS_OF_TASKS = {    # case: (what is wrong with the row, what the message m
     "no label column": (dict(label=""), "label = '', expected a string"),
     "a column that is not in columns": (dict(columns=("review", "star")), "lacks stars"),
     "matthews of three": (dict(metrics=("matthews",), labels=("a", "b", "c")), "is for two labels"),
-    "f1 of three": (dict(metrics=("f1",), labels=("a", "b", "c")), "f1 is for two labels, labels has"),
+    "f1 of three": (dict(metrics=("f1",), labels=("a", "b", "c")), "f1 is for two labels"),
     "matthews of numbers": (dict(metrics=("matthews",), labels=()), "is for two labels"),
     "accuracy of numbers": (dict(labels=()), "accuracy is for classes"),
     "no dev file": (dict(files={"train": "train.tsv", "test": "test.tsv"}), "no 'dev'"),
@@ -516,7 +516,7 @@ def test_a_long_word_takes_linear_time(roberta):
 
 
 def test_no_more_is_encoded_than_max_len_can_need(toy, monkeypatch):
-    """T5: of a text of 5,000 words, only about max_len are merged; ids equal the start of all ids."""
+    """T5: of a text of 5,000 words only about max_len are merged; ids are the start of all ids."""
     met = []
     monkeypatch.setattr(toy, "merged", lambda piece: met.append(piece) or BPE.merged(toy, piece))
     words = [f"w{i}" for i in range(5000)]
@@ -742,7 +742,8 @@ USER = [{"id": 265, "content": "[USER]", "special": False}]
 
 @pytest.mark.parametrize("changes, says", [
     (dict(model__type="WordPiece"), "model.type is 'WordPiece', expected 'BPE'"),
-    (dict(model__type="Unigram"), "model.type is 'Unigram'"), (dict(model=None), "model.type is None"),
+    (dict(model__type="Unigram"), "model.type is 'Unigram'"),
+    (dict(model=None), "model.type is None"),
     (dict(model__ignore_merges=True), "model.ignore_merges is True"),
     (dict(model__byte_fallback=True), "model.byte_fallback is True"),
     (dict(model__end_of_word_suffix="</w>"), "model.end_of_word_suffix is '</w>'"),
@@ -751,9 +752,9 @@ USER = [{"id": 265, "content": "[USER]", "special": False}]
     (dict(pre_tokenizer=None), "pre_tokenizer.type is None"),
     (dict(pre_tokenizer__add_prefix_space=True), "add_prefix_space is True"),
     (dict(added_tokens=USER), r"added token '[USER]', and a text that contains it"),
-    (dict(added_tokens=[3]), "added_tokens"), (dict(added_tokens={"a": 1}), "added_tokens"),
+    (dict(added_tokens=[3]), "added token 3"), (dict(added_tokens={"a": 1}), "added_tokens"),
     (dict(model__vocab=[["a", 0.5]]), "token: id"), (dict(model__vocab=None), "token: id"),
-    (dict(model__merges={}), "not lists"), (dict(model__merges=[3]), "merge 1: 3"),
+    (dict(model__merges={}), "expected lists"), (dict(model__merges=[3]), "merge 1: 3"),
     (dict(model__merges=[]), "no merge makes 'lo'"),
     (dict(model__merges=[["l", "o"], ["q", "u"]]), "merge 2: ['q', 'u']"),
     (dict(model__merges=[["l", 3]]), "merge 1: ['l', 3]"), (dict(model__merges=["lo"]), "merge 1")])
