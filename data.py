@@ -39,7 +39,7 @@ AnyPath = str | os.PathLike[str]
 
 
 class DataError(ValueError):
-    """Report input that cannot be used, in one line: the file, what was found, and the remedy."""
+    """Raised for input that cannot be used, with one line: file, what was found, and the remedy."""
 
 
 # ---- tasks and TSV files -------------------------------------------------------------------------
@@ -59,7 +59,7 @@ class Task(NamedTuple):
     bad_rows: int = 0  # malformed train and dev rows that may be left out
     source: str = ""  # what download_task fetches, below glue/data/
     files: Mapping[str, str] = {"train": "train.tsv", "dev": "dev.tsv", "test": "test.tsv"}
-    submissions: Mapping[str, str] = {}  # names of submission files, where not the folder's
+    submissions: Mapping[str, str] = {}  # names of submission files that are not the folder's
 
     @property
     def num_labels(self) -> int:
@@ -80,13 +80,18 @@ class Task(NamedTuple):
                 return share
 
         choices = " or ".join(map(spelled, self.labels)) or f"a number from 0 to {self.top:g}"
-        raise ValueError(f"{self.label} is {spelled(cell)}, expected {choices}; fix it")
+        raise ValueError(f"{self.label} is {spelled(cell)}, expected {choices:.300}; fix it")
+
+    def submission(self, split: str) -> str:
+        """Return the name of a test file's submission file, without ".tsv"."""
+        default = self.folder if split == "test" else f"{self.folder}-{split.removeprefix('test_')}"
+        return self.submissions.get(split, default)
 
 
 PAIR = ("sentence1", "sentence2")
 NLI2 = ("entailment", "not_entailment")
 NLI3 = ("entailment", "neutral", "contradiction")
-COLA = ("source", "label", "mark", "sentence")  # CoLA's files have no header, nor have the toy's
+COLA = ("source", "label", "mark", "sentence")  # CoLA's files and the toy's have no header line
 TOY_FILES = {"train": "train.tsv", "dev": "dev.tsv"}  # made by write_toy
 MNLI_FILES = {
     "train": "train.tsv",
@@ -168,7 +173,8 @@ def load_task(name: str, data_dir: AnyPath, split: str, bpe: "BPE", max_len: int
             examples.append(Example(encode_row(bpe, texts, max_len), label))
 
     if not examples:
-        raise DataError(f"{path}: no rows, expected {', '.join(columns)}; download it again")
+        raise DataError(f"{path}: no rows, expected {', '.join(columns):.200}; download it "
+                        f"again")
     if malformed:
         count = len(malformed)
         print(f"left out {count} malformed rows, the first: {malformed[0]}", file=sys.stderr)
@@ -180,8 +186,8 @@ def parse_row(task: Task, columns: Sequence[str], cells: Sequence[str],
     """Return the texts and the label (None in a test file) of a row. ValueError if malformed."""
     if len(cells) != len(columns):
         found = f"{len(cells)} columns" if cells != [""] else "a blank line"
-        raise ValueError(f"{found}, expected {len(columns)} columns: {', '.join(columns)}; fix "
-                         f"the row (a tab separates columns even inside quotes)")
+        raise ValueError(f"{found}, expected {len(columns)} columns: {', '.join(columns):.200}; "
+                         f"fix the row (a tab separates columns even inside quotes)")
 
     row = dict(zip(columns, cells))
     texts = [row[text] for text in task.texts]
@@ -243,6 +249,12 @@ def byte_chars(piece: str) -> list[str]:
                         f"character; remove or replace it") from None
 
 
+def token_bytes(token: str) -> bytes:
+    """Return the bytes of a token, Ġ Ã © -> " é". An added token may have other characters, too."""
+    return b"".join(bytes([CHAR_BYTES[char]]) if char in CHAR_BYTES
+                    else char.encode(errors="replace") for char in token)
+
+
 class BPE:
     """RoBERTa's tokenizer (Radford et al. 2019, section 2.2).
 
@@ -275,7 +287,7 @@ class BPE:
         return [text[match.start():match.end()] for match in PIECES.finditer(likeness)]
 
     def encode(self, text: str, limit: int = sys.maxsize) -> list[int]:
-        """Return the token ids of a text, without <s> and </s>, and only the first `limit`."""
+        """Return the token ids of a text, the first `limit` of them, without <s> and </s>."""
         ids: list[int] = []
         for piece in self.pieces(text):
             if piece not in self.cache:
@@ -288,13 +300,14 @@ class BPE:
     def merged(self, piece: str) -> list[str]:
         """Return the tokens of a piece: its bytes, merged in the order in which pairs were learned.
 
-        With the merges (e, s), (es, t): n e w e s t -> n e w es t -> n e w est. A heap offers the
-        best pair, the leftmost of equal ones, so that the time is about linear in the length.
+        With the merges (e, s), (es, t): n e w e s t -> n e w es t -> n e w est.
         """
-        # differs: the paper's algorithm scans all pairs before each merge, in quadratic time
-        symbols = ["", *byte_chars(piece), ""]  # no pair with "", which marks the ends, is learned
-        before = [*range(-1, len(symbols) - 1)]  # places of the neighbours
-        after = [*range(1, len(symbols) + 1)]
+        # Plainly: while a pair of neighbours is in ranks, join the one that was learned first, the
+        # leftmost if there are several. A heap finds it in about constant time: a long word takes
+        # linear time, not quadratic.
+        symbols = ["", *byte_chars(piece), ""]  # "" marks the ends, and those that were joined
+        before = [*range(-1, len(symbols) - 1)]  # position of the neighbour on the left
+        after = [*range(1, len(symbols) + 1)]  # and on the right
         ranks = self.ranks
         heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(symbols)) if pair in ranks]
         heapq.heapify(heap)
@@ -303,7 +316,7 @@ class BPE:
             rank, left = heapq.heappop(heap)
             right = after[left]
             if ranks.get((symbols[left], symbols[right])) != rank:
-                continue  # another merge took one of the two
+                continue  # one of the two has been joined with another neighbour
 
             symbols[left] += symbols[right]
             symbols[right] = ""
@@ -324,18 +337,17 @@ class BPE:
         for i in map(int, ids):
             if not 0 <= i < len(self.tokens):
                 raise DataError(f"token id {i}: expected 0 to {len(self.tokens) - 1}")
-            for char in self.tokens[i]:
-                raw += bytes([CHAR_BYTES[char]]) if char in CHAR_BYTES else char.encode(
-                    errors="replace")  # in an added token, which need not be made of bytes
+            raw += token_bytes(self.tokens[i])
         return raw.decode(errors="replace")
 
 
 def encode_row(bpe: BPE, texts: Sequence[str], max_len: int) -> list[int]:
-    """Return what join_ids gives for the texts of a row, without encoding more than it can need."""
+    """Encode the texts of a row, as far as they can fit into max_len, and join their ids."""
     room = max_len - 2 * len(texts)
-    ids = [bpe.encode(text, max(1, room + 1)) for text in texts]
-    if len(ids) == 2 and room % 2 and min(map(len, ids)) > room:
-        ids = [bpe.encode(text) for text in texts]  # the odd place goes to the longer of the two
+    ids = [bpe.encode(text, limit=room + 1) for text in texts]
+    if len(texts) == 2 and room % 2 and min(map(len, ids)) > room:
+        # the odd place goes to the longer of two long texts: only all ids tell which one that is
+        ids = [bpe.encode(text) for text in texts]
     return join_ids(ids, max_len)
 
 
@@ -376,7 +388,7 @@ class Batch(NamedTuple):
     def split(self, n: int) -> list["Batch"]:
         """Cut into n parts: part i has the rows i, i + n, ..., and is as wide as its longest row.
 
-        Beyond B parts there is nothing left to cut: the others are empty, with ids of shape (0, 1).
+        If n > B, only the first B parts have examples; the rest are empty, with ids (0, 1).
         """
         parts = []
         for i in range(n):
@@ -387,12 +399,13 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same batch on another device."""
-        # only CUDA keeps the source until it is copied: elsewhere it may be freed too early
+        # elsewhere the source might be freed before it is copied
         non_blocking = torch.device(device).type == "cuda"
         return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
 
 
-POOL = 64  # batches whose examples are sorted together; larger: less padding; smaller: more mixed
+# batches whose examples are sorted together; larger: less padding; smaller: better shuffled
+POOL = 64
 
 
 def batches(examples: Sequence[Example], batch_size: int, seed: int | None, epoch: int,
@@ -433,7 +446,7 @@ def collate(examples: Sequence[Example], rows: np.ndarray) -> Batch:
     chosen = [examples[row] for row in rows]
     lengths = np.array([len(example.ids) for example in chosen], dtype=np.int64)
     mask = np.arange(max([1, *lengths])) < lengths[:, None]  # (B, T)
-    ids = np.full(mask.shape, PAD)
+    ids = np.full(mask.shape, PAD, dtype=np.int64)
     ids[mask] = [i for example in chosen for i in example.ids]  # row after row
 
     labels = [-1 if example.label is None else example.label for example in chosen]
@@ -551,9 +564,7 @@ def write_submission(task: Task, split: str, predictions: Any, folder: AnyPath) 
     else:
         cells = [f"{value:.5f}" for value in np.clip(values * task.top, 0, task.top)]
 
-    # the folder's name for "test"; another test file without a name of its own gets its split's
-    default = task.folder if split == "test" else f"{task.folder}-{split.removeprefix('test_')}"
-    path = Path(folder) / f"{task.submissions.get(split, default)}.tsv"
+    path = Path(folder) / f"{task.submission(split)}.tsv"
     with atomic_file(path) as file:
         file.write(b"index\tprediction\n")
         file.writelines(f"{i}\t{cell}\n".encode() for i, cell in enumerate(cells))
@@ -596,12 +607,17 @@ def check_task(name: str, task: Task) -> None:
             f"bad_rows = {task.bad_rows!r}, expected a whole number, 0 or more")
 
     splits = [*task.files] if isinstance(task.files, Mapping) else []
-    require(splits, f"files = {task.files!r}, expected a dict such as {TOY_FILES}")
+    require(splits and all(isinstance(file, str) for file in task.files.values()),
+            f"files = {task.files!r}, expected a dict such as {TOY_FILES}")
     require(all(re.fullmatch(r"train|(dev|test)\w*", str(split)) for split in splits),
             f"files has the splits {splits}; names start with train, dev or test")
     labelled = any(not split.startswith("test") for split in splits)
     require("dev" in splits or not labelled, f"files has the splits {splits}, but no 'dev', the "
             f"file that a run is scored on")
+    require(isinstance(task.submissions, Mapping),
+            f"submissions = {task.submissions!r}, expected a dict")
+    names = [task.submission(split) for split in splits if split.startswith("test")]
+    require(len(set(names)) == len(names), f"two test files have the submission file {names[-1:]}")
 
     require(task.metrics, f"metrics is empty, expected names from {', '.join(METRICS)}")
     for metric_name in task.metrics:
@@ -631,7 +647,7 @@ def spelled(text: str) -> str:
     Example: 'é' ('e\u0301').
     """
     short = f"{text[:60]}..." if len(text) > 60 else text
-    return repr(short) if short.isascii() else f"{short!r} ({short!a})"
+    return f"{short!r}" if repr(short) == ascii(short) else f"{short!r} ({short!a})"
 
 
 def read_text(path: Path, remedy: str) -> str:
@@ -641,7 +657,7 @@ def read_text(path: Path, remedy: str) -> str:
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}; {remedy}") from None
 
-    if not text.strip():
+    if not text or text.isspace():
         raise DataError(f"{path}: the file is empty; {remedy}")
     if text.startswith("version https://git-lfs"):
         raise DataError(f"{path}: a git-lfs pointer, not the file itself; run git lfs pull")
@@ -679,7 +695,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {CHECK_MODEL_DIR}")
-    check_model_type(folder / "config.json")
+    check_setting(folder / "config.json", "model_type", "roberta")
+    check_setting(folder / "tokenizer_config.json", "add_prefix_space", False)
 
     vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
     missing = [path.name for path in (vocab_path, merges_path) if not path.exists()]
@@ -691,23 +708,26 @@ def read_tokenizer(folder: Path) -> Tokenizer:
                     f"{CHECK_MODEL_DIR}")
 
 
-def check_model_type(path: Path) -> None:
-    """Raise DataError if this config.json exists and names another architecture than RoBERTa."""
+def check_setting(path: Path, key: str, expected: Any) -> None:
+    """Raise DataError if this JSON file exists and has another value for the key."""
     try:
-        model_type = json.loads(path.read_bytes())["model_type"]
+        value = json.loads(path.read_bytes())[key]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return  # whoever loads the weights needs all of this file and reports what is wrong with it
-    if model_type != "roberta":
-        raise DataError(f"{path}: model_type is {model_type!r:.60}, expected 'roberta'; take a "
-                        f"RoBERTa model")
+        return  # whoever needs all of the file reports what is wrong with it
+    if value != expected:
+        raise DataError(f"{path}: {key} is {value!r:.60}, expected {expected!r}; take a RoBERTa "
+                        f"model")
 
 
 def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
     """Read the two files of RoBERTa's first release. DataError if damaged or of another model."""
     vocab = check_vocab(vocab_path, read_json(vocab_path))
     added_path = vocab_path.with_name("added_tokens.json")
-    if added_path.exists():
-        check_added_tokens(added_path, read_json(added_path))
+    added = read_json(added_path) if added_path.exists() else {}
+    if not isinstance(added, dict):
+        raise DataError(f"{added_path}: expected token: id; {OTHER_FILES}")
+    for token in added:
+        check_added_token(added_path, token)
 
     text = read_text(merges_path, CHECK_MODEL_DIR).replace("\r\n", "\n")
     lines = text.rstrip("\n").split("\n")
@@ -730,8 +750,8 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
     added, pairs = content.get("added_tokens", []), content["model"].get("merges")
     if not isinstance(added, list) or not isinstance(pairs, list):
         raise DataError(f"{path}: expected lists of merges and added_tokens; {OTHER_FILES}")
-    check_added_tokens(path, [token["content"] if isinstance(token, dict) and "content" in token
-                              else token for token in added])
+    for token in added:
+        check_added_token(path, token.get("content") if isinstance(token, dict) else token)
     return vocab, check_merges(f"{path} merge", 1, pairs, vocab)
 
 
@@ -761,13 +781,12 @@ def check_vocab(path: Path, vocab: Any) -> dict[str, int]:
     return vocab
 
 
-def check_added_tokens(path: Path, tokens: Iterable[Any]) -> None:
-    """Raise DataError if a text could contain a token that was added to RoBERTa's."""
-    for token in tokens:
-        if token not in (*SPECIAL, "<mask>"):
-            raise DataError(f"{path}: has the added token {token!r:.60}, and a text that contains "
-                            f"it would get other ids here; take a tokenizer without it, or delete "
-                            f"it from this file if no text contains it")
+def check_added_token(path: Path, token: Any) -> None:
+    """Raise DataError if this added token is not one of RoBERTa's own."""
+    if token not in (*SPECIAL, "<mask>"):
+        raise DataError(f"{path}: has the added token {token!r:.60}, and a text that contains it "
+                        f"would get other ids here; take a tokenizer without it, or delete it from "
+                        f"this file if no text contains it")
 
 
 def check_merges(place: str, first: int, pairs: Iterable[Any],
@@ -775,7 +794,8 @@ def check_merges(place: str, first: int, pairs: Iterable[Any],
     """Return the pairs, written "a b" or ["a", "b"], as tuples; places are numbered from `first`.
 
     Raises DataError unless each pair and its product are tokens, and every token has its merge.
-    Tokens after <mask> are exempt: they were added by hand, and no text ever becomes one.
+    Tokens after a <mask> that follows the merges are exempt: they were added by hand, and no text
+    ever becomes one.
     """
     merges = []
     made = {*CHAR_BYTES}
@@ -791,9 +811,11 @@ def check_merges(place: str, first: int, pairs: Iterable[Any],
         merges.append((left, right))
         made.add(left + right)
 
-    end = vocab.get("<mask>", len(vocab))
+    mask = vocab.get("<mask>", len(vocab))
+    last = max(vocab[token] for token in made)
     for token, i in vocab.items():
-        if token not in made and i < end and not UNMERGED.fullmatch(token):
+        added = i > mask > last
+        if token not in made and not added and not UNMERGED.fullmatch(token):
             raise DataError(f"{place} {first + len(merges)}: the merges end, but no merge makes "
                             f"{token!r:.60}; {OTHER_FILES}")
     return merges
@@ -936,7 +958,7 @@ def checksum(path: AnyPath) -> str:
             while block := file.read(1 << 20):
                 crc = zlib.crc32(block, crc)
     except OSError as e:
-        raise DataError(f"{path}: {e.strerror}; check the path") from None
+        raise DataError(f"{path}: {e.strerror}") from None
     return f"{crc:08x}"
 
 

@@ -226,7 +226,8 @@ NFC, NFD = "n\xe9gatif", "ne\u0301gatif"
     ((NFC, "positif"), NFD, r"'ne\u0301gatif'), expected 'négatif' ('n\xe9gatif') or 'positif'"),
     ((NFD, "positif"), NFC, r"('ne\u0301gatif') or 'positif'"),
     (("bad", "good"), "b\u0430d", r"('b\u0430d'), expected 'bad' or 'good'"),  # a Cyrillic a
-    (("bad", "good"), "good\u200b", r"'good\u200b'"), (("bad", "good"), "good ", "'good '")])
+    (("bad", "good"), "good\u200b", r"label is 'good\u200b', expected 'bad'"),
+    (("bad", "good"), "good ", "label is 'good ', expected 'bad'")])
 def test_labels_that_look_alike(labels, cell, says, tmp_path, toy, monkeypatch):
     """T17: a label in another Unicode form, alphabet or spacing: the message shows how it differs
     from what is expected. A column of the header likewise."""
@@ -337,7 +338,11 @@ BAD_ROWS_OF_TASKS = {    # case: (what is wrong with the row, what the message m
     "no dev file": (dict(files={"train": "train.tsv", "test": "test.tsv"}), "no 'dev'"),
     "no plain dev file": (dict(files={"train": "t.tsv", "dev_a": "a.tsv"}), "no 'dev'"),
     "an unknown split": (dict(files={"train": "t", "dev": "d", "valid": "v"}), "names start with"),
+    "submissions a string": (dict(submissions="m"), "submissions = 'm', expected a dict"),
+    "one name for two submissions": (dict(submissions={"test": "m", "test_b": "m"}, files={
+        "train": "t", "dev": "d", "test": "e", "test_b": "f"}), "two test files have the"),
     "no files": (dict(files={}), "files = {}, expected a dict"),
+    "a file without a name": (dict(files={"train": "t", "dev": None}), "expected a dict such as"),
     "files a string": (dict(files="train.tsv"), "files = 'train.tsv', expected a dict"),
     "top is zero": (dict(labels=(), metrics=("pearson",), top=0), "top = 0, expected a positive"),
     "top is NaN": (dict(labels=(), metrics=("pearson",), top=math.nan), "top = nan, expected"),
@@ -780,6 +785,21 @@ def test_a_folder_of_another_architecture(present, toy_files, tmp_path):
             BPE(tmp_path)
 
 
+def test_a_tokenizer_that_adds_a_space(toy_files, tmp_path):
+    """T8: tokenizer_config.json asks for a space before each text, which would give other ids than
+    ours: refused beside vocab.json and merges.txt as in tokenizer.json."""
+    for source, name in zip(toy_files, ("vocab.json", "merges.txt")):
+        (tmp_path / name).write_bytes(source.read_bytes())
+    for text, good in (('{"add_prefix_space": true}', False), ('{"add_prefix_space": false}', True),
+                       ('{"model_max_length": 512}', True), ("[]", True)):
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        if good:
+            assert len(BPE(tmp_path).vocab) == 265
+        else:
+            with pytest.raises(DataError, match="add_prefix_space is True, expected False"):
+                BPE(tmp_path)
+
+
 @pytest.mark.parametrize("present, says", [
     ((), "has no vocab.json and no merges.txt, nor a tokenizer.json"),
     (("vocab.json",), "has no merges.txt, nor a tokenizer.json"),
@@ -810,6 +830,25 @@ def test_added_tokens(toy_files, toy, tmp_path):
     assert BPE(tmp_path).ranks == toy.ranks
     (tmp_path / "added_tokens.json").write_text('{"<mask>": 264, "[USER]": 265}')
     with pytest.raises(DataError, match=r"added_tokens.json: has the added token '\[USER\]'"):
+        BPE(tmp_path)
+    for text in ("3", "[]", "null", "{"):
+        (tmp_path / "added_tokens.json").write_text(text)
+        with pytest.raises(DataError, match="added_tokens.json: "):
+            BPE(tmp_path)
+
+
+def test_cut_merges_are_seen_wherever_mask_is(toy_files, tmp_path):
+    """T8: with <mask> as id 4, before all merges, no token is taken for an added one: a missing
+    last merge is still an error."""
+    vocab = json.loads(toy_files[0].read_text())
+    tokens = sorted(vocab, key=vocab.get)
+    tokens.insert(4, tokens.pop())
+    merges = toy_files[1].read_text()
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (tmp_path / "merges.txt").write_text(merges)
+    assert BPE(tmp_path).vocab["<mask>"] == 4
+    (tmp_path / "merges.txt").write_text(merges.removesuffix("e s\n"))
+    with pytest.raises(DataError, match="line 5: the merges end, but no merge makes 'es'"):
         BPE(tmp_path)
 
 
