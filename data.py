@@ -67,7 +67,7 @@ class Task(NamedTuple):
         return len(self.labels) or 1
 
     def parse_label(self, cell: str) -> int | float:
-        """Return the label as it is trained on: a class id, or y/top. ValueError if it is none."""
+        """Return the label as it is trained on: a class id, or y/top. ValueError if invalid."""
         if cell in self.labels:
             return self.labels.index(cell)
 
@@ -444,15 +444,15 @@ def endless_batches(examples: Sequence[Example], batch_size: int, seed: int,
 def collate(examples: Sequence[Example], rows: np.ndarray) -> Batch:
     """Return the examples at these rows (B,) as one padded batch; without rows, ids are (0, 1)."""
     chosen = [examples[row] for row in rows]
-    lengths = np.array([len(example.ids) for example in chosen], dtype=np.int64)
-    mask = np.arange(max([1, *lengths])) < lengths[:, None]  # (B, T)
-    ids = np.full(mask.shape, PAD, dtype=np.int64)
-    ids[mask] = [i for example in chosen for i in example.ids]  # row after row
+    width = max([1, *(len(example.ids) for example in chosen)])
+    padded = np.full((len(chosen), width), PAD, dtype=np.int64)  # (B, T)
+    for row, example in zip(padded, chosen):
+        row[:len(example.ids)] = example.ids
 
+    ids = torch.from_numpy(padded)
     labels = [-1 if example.label is None else example.label for example in chosen]
     dtype = torch.float32 if isinstance(examples[0].label, float) else torch.int64
-    return Batch(torch.from_numpy(ids), torch.from_numpy(mask),
-                 torch.tensor(labels, dtype=dtype), torch.tensor(rows))
+    return Batch(ids, ids != PAD, torch.tensor(labels, dtype=dtype), torch.tensor(rows))
 
 
 # ---- metrics -------------------------------------------------------------------------------------
@@ -553,7 +553,7 @@ def write_submission(task: Task, split: str, predictions: Any, folder: AnyPath) 
         expected = f"class ids below {task.num_labels}"
         valid = np.isin(values, range(task.num_labels))
     else:
-        expected = "finite numbers"
+        expected = "finite values"
         valid = np.isfinite(values)
     if values.ndim != 1 or not valid.all():
         raise DataError(f"{task.name}: predictions of shape {values.shape}, expected a vector of "

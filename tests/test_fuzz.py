@@ -1,7 +1,7 @@
 """Every file format, 2,000 damaged files each (hypothesis, the same ones in each run): a file loads
 and can be used, or is refused by one line that names it; nothing else is ever raised.
 
-What fuzzing found stands as a case of its own in test_hostile, test_safetensors, test_data and
+What fuzzing found is a case of its own in test_hostile, test_safetensors, test_data and
 test_download.
 """
 import json
