@@ -392,9 +392,10 @@ class Batch(NamedTuple):
         """
         parts = []
         for i in range(n):
-            width = max([1, *self.mask[i::n].sum(1).tolist()])
-            parts.append(Batch(self.ids[i::n, :width], self.mask[i::n, :width],
-                               self.labels[i::n], self.rows[i::n]))
+            part = slice(i, None, n)
+            width = max([1, *self.mask[part].sum(1).tolist()])
+            ids, mask = self.ids[part, :width], self.mask[part, :width]
+            parts.append(Batch(ids, mask, self.labels[part], self.rows[part]))
         return parts
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -492,7 +493,8 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
 def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Return 2 TP / (2 TP + FP + FN) of class 1, and 0 for 0/0, of two vectors of ids, (N,)."""
     predicted, true = predictions == 1, labels == 1
-    return float(2 * (predicted & true).sum() / max(1, predicted.sum() + true.sum()))
+    tp = (predicted & true).sum()
+    return float(2 * tp / max(1, predicted.sum() + true.sum()))  # the sum is 2 TP + FP + FN
 
 
 @metric
@@ -517,8 +519,10 @@ def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
         return 0.0  # tested exactly, since rounding would leave a spurious x - mean
 
     x, y = x - x.mean(), y - y.mean()
-    x, y = x / np.abs(x).max(), y / np.abs(y).max()  # so that squares neither overflow nor vanish
-    return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1, 1))
+    x = x / np.abs(x).max()  # so that squares neither overflow nor vanish
+    y = y / np.abs(y).max()
+    correlation = x @ y / np.sqrt((x @ x) * (y @ y))
+    return float(np.clip(correlation, -1, 1))  # rounding may lead out of this range
 
 
 @metric
@@ -900,7 +904,8 @@ def train_bpe(texts: Iterable[str], n_merges: int, vocab_path: AnyPath,
         for symbols, n in words:
             for pair in pairwise(symbols):
                 pairs[pair] += n
-        new = [pair for pair in pairs if "".join(pair) not in vocab and "".join(pair) != "<mask>"]
+        taken = vocab.keys() | {"<mask>"}
+        new = [pair for pair in pairs if "".join(pair) not in taken]
         if not new:
             break
 
@@ -913,7 +918,8 @@ def train_bpe(texts: Iterable[str], n_merges: int, vocab_path: AnyPath,
     with atomic_file(vocab_path) as file:
         file.write(json.dumps(vocab, ensure_ascii=False).encode())
     with atomic_file(merges_path) as file:
-        file.write("\n".join(("#version: 0.2", *map(" ".join, merges), "")).encode())
+        file.write(b"#version: 0.2\n")
+        file.writelines(f"{left} {right}\n".encode() for left, right in merges)
 
 
 def merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
@@ -975,6 +981,7 @@ def fetch(source: tuple[str, str, str], file: str, path: AnyPath) -> None:
     """
     variable, address, flag = source
     url = f"{(os.environ.get(variable) or address).rstrip('/')}/{file}"
+
     for wait in (*WAITS, None):
         try:
             return fetch_once(url, path)
@@ -1081,10 +1088,12 @@ def download_mrpc(folder: Path) -> None:
     dev_ids = [row[:2] for row in rows_of("glue/data/mrpc_dev_ids.tsv")]
 
     splits = {
-        "train": [header, *(row for row in pairs if row[1:3] not in dev_ids)],
-        "dev": [header, *(row for row in pairs if row[1:3] in dev_ids)],
-        "test": [["index", *header[1:]], *([str(i), *row[1:]] for i, row in enumerate(tests))],
+        "train": [row for row in pairs if row[1:3] not in dev_ids],
+        "dev": [row for row in pairs if row[1:3] in dev_ids],
+        "test": [[str(i), *row[1:]] for i, row in enumerate(tests)],
     }
     for split, rows in splits.items():
+        first = "index" if split == "test" else header[0]
+        rows = [[first, *header[1:]], *rows]
         with atomic_file(folder / f"{split}.tsv") as file:
             file.write("".join("\t".join(row) + "\n" for row in rows).encode())
