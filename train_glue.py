@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import functools
 import inspect
 import io
 import json
@@ -28,7 +29,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -699,6 +699,8 @@ def make_config(task: str = "toy", method: str = "dora", **flags: Any) -> TrainC
     Raises DoRAError for a flag that would have no effect.
     """
     row = dict(zip(COLUMNS_8, TABLE_8.get(task, ())))
+    flags = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in flags.items()}
     try:
         config = TrainConfig(task=task, method=method,
                              **{**row, **METHOD_ROWS.get(method, {}), **flags})
@@ -727,6 +729,7 @@ def unused_settings(config: TrainConfig) -> dict[str, str]:
     return unused
 
 
+@functools.cache  # inspect.getsource parses the file
 def help_of(config: type) -> dict[str, str]:
     """Return the comment beside each field that a class adds to its parent's fields."""
     source = inspect.getsource(config)
@@ -1451,7 +1454,7 @@ def flag_options(name: str, hint: Any) -> dict[str, Any]:
     choices = get_args(hint) if get_origin(hint) is Literal else [
         *tables.get(name, ()), *["none"] * (name in CHOICES)]
     kind = str if choices else kind
-    return {"type": partial(parse_value, kind, type(None) in more),
+    return {"type": functools.partial(parse_value, kind, type(None) in more),
             "metavar": f"{{{','.join(choices)}}}" if choices else kind.__name__.upper(),
             "nargs": "+" if get_origin(hint) is tuple else None}
 

@@ -1,4 +1,5 @@
-"""train_glue.py: the training loop, its run folder, evaluation, accumulation, compaction."""
+"""A run is a function of its settings, bit for bit; accumulation, compaction and evaluation give
+what one batch, masks and single examples give."""
 import json
 import math
 import statistics
@@ -7,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from tiny import (
-    NO_DROPOUT, files, lines, newest, result, run, same, same_runs, settings, tiny_model)
+    NO_DROPOUT, files, lines, newest, result, run, same, same_runs, run_settings, tiny_model)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -78,10 +79,8 @@ def test_config_of_a_run(finished):
     """config.json holds all settings: TrainConfig made from them is the run's own."""
     folder, _ = finished
     values = json.loads((folder / "config.json").read_text())
-    dora = values.pop("dora")
-    dora["targets"] = tuple(dora["targets"])
-    assert TrainConfig(**values, dora=train_glue.DoRAConfig(**dora)) == make_config(
-        **settings(folder))
+    values["targets"] = tuple(values["targets"])
+    assert TrainConfig(**values) == make_config(**run_settings(folder))
 
 
 def test_metrics_of_a_run(finished):
@@ -89,16 +88,16 @@ def test_metrics_of_a_run(finished):
     the budget Eq. 9's, live is the budget of the last pruning, all the rest finite; the penalty is
     0 once pruning has ended."""
     folder, _ = finished
-    config, found = make_config(**settings(folder)), lines(folder)
+    config, found = make_config(**run_settings(folder)), lines(folder)
     assert [line["step"] for line in found] == [*range(1, 25)]
     for line in found:
         t = line["step"]
         assert list(line) == ["step", "lr", "loss", "penalty", "grad_norm", "live", "budget"]
         assert all(math.isfinite(value) for value in line.values())
         assert line["lr"] == learning_rate(t - 1, 24, config)
-        assert line["budget"] == budget(t, 24, config.dora, 12)
+        assert line["budget"] == budget(t, 24, config, 12)
         pruned = [s for s in (7, 10, 12) if s <= t]             # first is 4, interval 3, last 12
-        assert line["live"] == (budget(pruned[-1], 24, config.dora, 12) if pruned else 36)
+        assert line["live"] == (budget(pruned[-1], 24, config, 12) if pruned else 36)
         assert (line["penalty"] > 0) == (t <= 12)
 
 
@@ -141,10 +140,10 @@ def test_the_budget_is_live_at_the_end(finished):
 
 @pytest.mark.parametrize("method", [*METHODS, "bitfit", "full", "head"])
 def test_every_method_runs(tmp_path, method):
-    """Five steps of each: what trains has moved, what is frozen has not, the log is finite, and
+    """Eight steps of each: what trains has moved, what is frozen has not, the log is finite, and
     the saved adapter or model scores as the result says."""
-    found = run(tmp_path, method=method, max_steps=5, interval=1)
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    found = run(tmp_path, method=method, max_steps=8)
+    assert [line["step"] for line in lines(tmp_path)] == [*range(1, 9)]
     model, before = load_roberta(files()[1], 2), load_roberta(files()[1], 2)
     if method in METHODS:
         load_adapter(model, tmp_path / "adapter")
@@ -281,7 +280,7 @@ def test_compaction_in_training(tmp_path, masks, monkeypatch, rank):
 def test_bf16(tmp_path, method):
     """--dtype bf16: frozen weights are bfloat16; A, B, c and the head are float32, also in the
     checkpoint, and five steps run."""
-    config = make_config(**settings(tmp_path, dtype="bf16", method=method, max_steps=5, interval=1))
+    config = make_config(**run_settings(tmp_path, dtype="bf16", method=method, max_steps=8))
     _, model, _, _ = prepare(config)
     adapt(model, config)
     for name, p in model.named_parameters():
@@ -351,4 +350,4 @@ def test_no_dropout_is_really_off():
     """The folder for float64 comparisons has every dropout at 0, or those would compare noise."""
     config = load_roberta(files(False)[1], 2).config
     assert {getattr(config, name) for name in NO_DROPOUT} == {0.0}
-    assert make_config(**settings("x", False)).dora.dropout == 0.0
+    assert make_config(**run_settings("x", False)).dropout == 0.0
