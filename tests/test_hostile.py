@@ -165,6 +165,15 @@ def test_absurd_configurations(place, capsys, changes):
     refused(capsys, place, path)
 
 
+@pytest.mark.parametrize("missing", ["vocab.json", "merges.txt", "model.safetensors", "none"])
+def test_a_folder_of_another_architecture(place, capsys, missing):
+    """T8: a BERT folder is refused as BERT, whatever file is missing beside config.json."""
+    path = place[1] / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "bert"}))
+    (place[1] / missing).unlink(missing_ok=True)
+    assert "model_type is 'bert'" in refused(capsys, place, path)
+
+
 def test_a_tokenizer_of_another_model(place, capsys):
     """vocab.json with two ids swapped; merges.txt whose products are not in it."""
     path = place[1] / "vocab.json"

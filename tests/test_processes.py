@@ -145,6 +145,26 @@ def test_a_killed_process_ends_all(tmp_path, victim):
     assert newest(tmp_path / "out")["step"] > 1
 
 
+def test_an_error_of_one_process(tmp_path):
+    """D6: one of two runs out of memory: it shows its traceback, and the other says that another
+    process died. Both end with exit code 1."""
+    failing = """
+import os, sys, train_glue
+real, steps = train_glue.task_loss, []
+def task_loss(*args):
+    steps.append(1)
+    if os.environ["RANK"] == "1" and len(steps) == 5:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    return real(*args)
+train_glue.task_loss = task_loss
+sys.exit(train_glue.main(sys.argv[1:]))"""
+    words = flags(**run_settings(tmp_path / "out"))
+    (code, _, other), (failed_code, _, error) = ends(start(words, "m", code=failing), timeout=60)
+    assert (code, failed_code) == (1, 1)
+    assert "Traceback" in error and "can't allocate memory" in error.strip().splitlines()[-1]
+    assert "Traceback" not in other and "another process died" in other.strip().splitlines()[-1]
+
+
 def test_two_processes_resume(tmp_path):
     """SIGTERM for the second alone: both stop after the same step, the first saves, both return
     143; resumed, losses, masks, scores and weights are those of an undisturbed pair."""

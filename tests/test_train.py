@@ -15,8 +15,8 @@ import data
 import train_glue
 from dora import METHODS, Pruner, budget, load_adapter, read_safetensors
 from train_glue import (
-    TrainConfig, adapt, evaluate, evaluate_dev, learning_rate, load_roberta, make_config, predict,
-    prepare, task_loss)
+    TrainConfig, adapt, backward, connection_lost, evaluate, evaluate_dev, learning_rate,
+    load_roberta, make_config, predict, prepare, task_loss)
 
 FLOAT64 = dict(dropout=False, dtype="float64")
 
@@ -230,10 +230,46 @@ def test_a_collapsed_model_says_so(capsys):
     model.classifier.out_proj.bias.data = torch.tensor([0.0, 1.0])
     assert evaluate(model, dev(), data.TASKS["toy"]) == {"matthews": 0.0}
     assert "all 40 predictions are '1': the model collapsed to one class" in capsys.readouterr().out
+    model = tiny_model(1)
+    model.classifier.out_proj.weight.data.mul_(1e-6)
+    model.classifier.out_proj.bias.data.fill_(0.25)
+    evaluate(model, dev(), data.TASKS["stsb"])
+    assert "predictions are 0.250: the model collapsed to one value" in capsys.readouterr().out
+
+
+class OnMPS(torch.Tensor):
+    """A tensor on a device without float64, until .cpu()."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(found, torch.Tensor) and found.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return found
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_float64_stays_on_the_cpu(classes):
+    """D1: predictions of a model whose outputs are on a device without float64, as mps."""
+    model = tiny_model(classes)
+    expected = predict(model, dev())
+
+    class Elsewhere(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, ids, mask):
+            return self.inner(ids, mask).as_subclass(OnMPS)
+
+    found = predict(Elsewhere(), dev())
+    assert found.dtype == "float64" and found.tolist() == expected.tolist()
 
 
 def test_the_mean_of_mnlis_two():
-    """Two dev files: each accuracy, and their mean as the headline."""
+    """T3: two dev files: each accuracy, and their mean as the headline."""
     task = data.TASKS["mnli"]
     first = [e._replace(label=i % 3) for i, e in enumerate(dev())]
     second = [e._replace(label=0) for e in dev()[:10]]
@@ -254,6 +290,24 @@ def test_accumulation(tmp_path, masks, whole, parts):
     close(lines(tmp_path / "whole"), lines(tmp_path / "parts"))
     half = len(masks) // 2
     assert masks[:half] == masks[half:] and len(masks) == 2 * len({t for t, _ in masks}) > 10
+
+
+@pytest.mark.parametrize("rows, parts, passes", [(5, 100_000, 5), (5, 2, 2), (1, 4, 1)])
+def test_never_more_parts_than_examples(rows, parts, passes):
+    """T16: forward passes of one step whose batch has fewer examples than --accumulate; their
+    gradients are those of the batch's mean loss."""
+    model, calls = tiny_model().double(), []
+    batch = data.collate(dev(), range(rows))
+    model.register_forward_hook(lambda *a: calls.append(1))
+    loss = backward(model, batch, torch.zeros(()), parts, torch.device("cpu"))
+    grads = [p.grad.clone() for p in model.parameters()]
+    assert len(calls) == passes
+    model.zero_grad()
+    expected = task_loss(model(batch.ids, batch.mask), batch.labels)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-9, atol=1e-9)
+    for p, grad in zip(model.parameters(), grads):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("rank", [2.0, 0.5])
@@ -290,6 +344,36 @@ def test_bf16(tmp_path, method):
     assert all(math.isfinite(line["loss"]) for line in lines(tmp_path))
 
 
+@pytest.mark.parametrize("method", ["dora", "full", "bitfit", "head"])
+def test_logits_are_float32(tmp_path, method):
+    """D4: with --dtype bf16 the logits, and so loss and predictions, are float32 for each method,
+    the whole model's training included; the encoder's products are bfloat16."""
+    config = make_config(**run_settings(tmp_path, dtype="bf16", method=method))
+    _, model, _, _ = prepare(config)
+    adapt(model, config)
+    dtypes = []
+    query = model.roberta.encoder.layer[0].attention["self"].query
+    query.register_forward_hook(lambda module, x, y: dtypes.append(y.dtype))
+    batch = data.collate(dev(), range(4))
+    logits = model(batch.ids, batch.mask)
+    assert logits.dtype == torch.float32 and dtypes == [torch.bfloat16]
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
+@pytest.mark.parametrize("abilities, warns", [
+    ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, True),
+    ({"avx2": True, "avx512_bf16": True}, False), ({"amx_bf16": True}, False),
+    ({"architecture": "aarch64", "bf16": True}, False)])
+def test_bf16_on_a_cpu_without_it(tmp_path, capsys, monkeypatch, abilities, warns):
+    """D5: one line of warning, and none on a CPU that has bfloat16 or for another dtype."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
+    for dtype in ("bf16", "float32"):
+        prepare(make_config(**run_settings(tmp_path, dtype=dtype)))
+        text = capsys.readouterr().out
+        assert ("no bfloat16 instructions" in text) == (warns and dtype == "bf16")
+        assert len(text.splitlines()) == (warns and dtype == "bf16")
+
+
 @pytest.mark.parametrize("method", ["full", "bitfit"])
 def test_bf16_where_the_model_itself_trains(tmp_path, method):
     """There the weights stay float32 and only products are taken in bfloat16: small updates are
@@ -311,6 +395,21 @@ def test_deterministic(tmp_path):
         run(tmp_path / "b", max_steps=5)
     assert not torch.are_deterministic_algorithms_enabled()
     same(newest(tmp_path / "a")["weights"], newest(tmp_path / "b")["weights"])
+
+
+@pytest.mark.slow
+def test_compile_of_many_seeds(tmp_path, monkeypatch):
+    """D7: six runs in one process are compiled to their ends: torch's limit of recompilations,
+    here an error, is not reached. (Without code generation, which takes minutes.)"""
+    import torch._dynamo
+    real, compiled = torch.compile, []
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile_limit", True, raising=False)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True, raising=False)
+    monkeypatch.setattr(torch, "compile", lambda net, **options: compiled.append(options) or real(
+        net, backend="eager", **options))
+    for seed in range(1, 7):
+        run(tmp_path / f"{seed}", seed=seed, compile=True, max_steps=10, batch_size=12)
+    assert compiled == [{"dynamic": True}] * 12           # again after each compaction
 
 
 @pytest.mark.slow
@@ -344,6 +443,19 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, monkeypatch, method):
     prunings = set() if method in ("lora", "full") else {7, 10, 12}
     assert {step for step, n in taken.items() if n} == {5, 10, 15, 20, 8, 16, 24} | prunings
     assert not prunings or taken[7] == 1
+
+
+@pytest.mark.parametrize("text, lost", [
+    ("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234", True),
+    ("Read error [127.0.0.1]:7: Connection reset by peer", True), ("writev: Broken pipe", True),
+    ("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)", True),
+    ("NCCL error: remote process exited or there was a network error", True),
+    ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+    ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes", False),
+    ("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)", False)])
+def test_what_a_lost_connection_is(text, lost):
+    """D6: messages of gloo and NCCL about another process, and errors of this process's own."""
+    assert connection_lost(RuntimeError(text)) == lost
 
 
 def test_no_dropout_is_really_off():
