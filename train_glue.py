@@ -249,8 +249,8 @@ def backward(net: nn.Module, batch: data.Batch, penalty: Tensor, parts: int,
     for i, part in enumerate(batch.split(min(parts, len(batch.labels)))):
         piece = part.split(world)[rank].to(device)
         share = len(piece.labels) / len(batch.labels)
-        if not share:  # too few examples for all processes: run one with weight 0, since every
-            piece = batch.split(len(batch.labels))[0].to(device)  # process has to call backward
+        if not share:  # too few examples for all processes, but each has to call backward:
+            piece = batch.split(len(batch.labels))[0].to(device)  # run one, with weight 0
 
         loss = task_loss(net(piece.ids, piece.mask), piece.labels) * share
         # DistributedDataParallel averages the processes' gradients
@@ -271,7 +271,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     train_set, dev_sets = load("train"), load_dev(task, load)
     identity = identify(config, model, train_set)
     layers = adapt(model, config)
-    sizes = parameter_counts(model, layers)
+    counts = parameter_counts(model, layers)
     device = next(model.parameters()).device
 
     batch_size = config.batch_size * config.accumulate  # examples per optimizer step
@@ -284,7 +284,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with Run(config, identity, model, optimizer, pruner) as run:
         run.start(total)
         say(f"{config.task}, {config.method}, seed {config.seed}: {len(train_set):,} examples, "
-            f"{total:,} steps on {device}, {sizes['trainable_parameters']:,} trainable parameters, "
+            f"{total:,} steps, {counts['trainable_parameters']:,} parameters to train on {device}, "
             f"files in {run.folder}")
         stream = data.endless_batches(train_set, batch_size, config.seed, run.step)
         net = wrap(model, config)
@@ -310,7 +310,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             run.bar.update()
             epoch_ends = run.step % per_epoch == 0 or run.step == total
             logging = run.step % config.log_every == 0 or run.step == total
-            # several processes have to talk about a signal, so they do it only in these steps
+            # several processes have to agree on a signal, which they do only in these steps
             stopping = run.signals.arrived(device) if logging or world == 1 else 0
             saving = epoch_ends or stopping or run.step % config.save_every == 0
 
@@ -330,7 +330,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
         return run.finish({
             "task": config.task, "method": config.method, "seed": config.seed, "best": run.best,
-            "last": run.records[-1], "epochs": run.records, "steps": total, **sizes,
+            "last": run.records[-1], "epochs": run.records, "steps": total, **counts,
             "adapter_parameters_after_pruning": adapter_size(layers, pruner.ranks()),
             "seconds": round(time.monotonic() - started, 1)})
 
@@ -417,34 +417,46 @@ def load_roberta(folder: str | Path, num_labels: int,
         model = RobertaForSequenceClassification(config, num_labels)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
-    state: dict[str, Tensor] = {}
-    for key, tensor in weights.items():
-        name = model_name(key)
-        if shapes.get(name) == tuple(tensor.shape):
-            state[name] = tensor.float()
-        elif name.startswith("roberta."):  # heads of other tasks are left out
-            raise DoRAError(f"{path}: {key!r:.120} is {tuple(tensor.shape)}, expected "
-                            f"{shapes.get(name, 'no such weight')} from {folder}/config.json; "
-                            f"take both files from one RoBERTa model")
-    missing = [key for key in shapes if key not in state]
-    lost = [key for key in missing if key.startswith("roberta.")]
-    if lost:
-        known = (*BARE, "roberta.", "classifier.", "lm_head.")
-        other = next((key for key in weights if not key.startswith(known)), "")
-        raise DoRAError(f"{path}: {lost[0]} is missing, {len(lost)} of {len(shapes)} weights"
-                        + f" (the file has {other!r:.80})" * bool(other) + "; take a RoBERTa model")
-
-    order = head_order(folder / "config.json", task)
-    if missing or order is None:
+    state = match_weights(weights, shapes, path)
+    has_head = state.keys() == shapes.keys()
+    order = head_order(folder / "config.json", task) if has_head else None
+    if order is None:  # no head, or one for other labels
         state = {key: tensor for key, tensor in state.items() if key.startswith("roberta.")}
         model.classifier.to_empty(device="cpu")
         model.reset(model.classifier)
     elif order != sorted(order):
         for key in ("classifier.out_proj.weight", "classifier.out_proj.bias"):
             state[key] = state[key][order]
-    model.trained_head = not missing and order is not None
+
+    model.trained_head = order is not None
     model.load_state_dict(state, strict=False, assign=True)  # the mapped file is the weights
     return model
+
+
+def match_weights(weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]],
+                  path: Path) -> dict[str, Tensor]:
+    """Return a file's weights by their names in our model, in float32: all of the encoder, and what
+    fits of the head. shapes[name] is the shape in our model, such as (D, D). Raises DoRAError."""
+    state: dict[str, Tensor] = {}
+    for key, tensor in weights.items():
+        name = model_name(key)
+        if shapes.get(name) == tuple(tensor.shape):
+            if not tensor.is_floating_point():
+                raise DoRAError(f"{path}: {key!r:.120} is quantized ({tensor.dtype}); take the "
+                                f"model's float32 or float16 weights")
+            state[name] = tensor.float()
+        elif name.startswith("roberta."):  # heads of other tasks are left out
+            raise DoRAError(f"{path}: {key!r:.120} is {tuple(tensor.shape)}, expected "
+                            f"{shapes.get(name, 'no such weight')} from the config.json beside it; "
+                            f"take both files from one RoBERTa model")
+
+    missing = [name for name in shapes if name.startswith("roberta.") and name not in state]
+    if missing:
+        known = (*BARE, "roberta.", "classifier.", "lm_head.")
+        other = next((key for key in weights if not key.startswith(known)), "")
+        raise DoRAError(f"{path}: {missing[0]} is missing, {len(missing)} of {len(shapes)} weights"
+                        + f" (the file has {other!r:.80})" * bool(other) + "; take a RoBERTa model")
+    return state
 
 
 def model_name(key: str) -> str:
@@ -514,17 +526,16 @@ def refuse_git_lfs(path: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises DoRAError if it is missing or is something else."""
-    try:
-        refuse_git_lfs(path)
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        hint = path.parent / "model"  # of a run that trained the whole model
-        remedy = f"did you mean {hint}?" if (hint / path.name).exists() else (
+    if not path.exists():
+        inside = path.parent / "model"  # of a run that trained the whole model
+        remedy = f"did you mean {inside}?" if (inside / path.name).exists() else (
             "point --model-dir at a folder with config.json, the tokenizer and the weights")
-        raise DoRAError(f"{path} not found; {remedy}") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, DoRAError):
-            raise
+        raise DoRAError(f"{path} not found; {remedy}")
+
+    refuse_git_lfs(path)
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
         raise DoRAError(f"{path}: not JSON; download it again") from None
     if not isinstance(values, dict):
         raise DoRAError(f"{path}: not a JSON object; download it again")
@@ -548,7 +559,8 @@ def read_config(path: Path) -> RobertaConfig:
         if size is None and f.default is None:
             continue
         whole = type(f.default) is int
-        types, (low, high) = [int] if whole else [int, float], (1, 2**24) if whole else (0, 0.99)
+        types = [int] if whole else [int, float]
+        low, high = (1, 2**24) if whole else (0, 0.99)
         if type(size) not in types or not low <= size <= high:
             raise DoRAError(f"{path}: {f.name} is {size!r:.60}, expected a number from {low} to "
                             f"{high} (roberta-base: {f.default})")
@@ -572,7 +584,7 @@ def head_order(path: Path, task: Task | None) -> list[int] | None:
     values = read_json(path)
     if task is None:
         return []
-    if plain(values.get("finetuning_task") or task.name) != plain(task.name):
+    if plain(str(values.get("finetuning_task") or task.name)) != plain(task.name):
         return None
     if not task.labels:  # only save_model says in which unit a regression's output is
         return [0] if values.get("label_top") == task.top else None
@@ -745,7 +757,7 @@ def seed_torch(config: TrainConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
     torch.use_deterministic_algorithms(config.deterministic)
     if config.compile:
-        torch.compiler.reset()  # it stops compiling after 8 models, and earlier runs had some
+        torch.compiler.reset()  # torch gives up after 8 versions of a model: forget earlier runs
     torch.manual_seed(config.seed)
 
 
@@ -779,8 +791,7 @@ def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification
 
 
 def find_data(config: TrainConfig, name: str) -> Path:
-    """Return the folder that holds the task's folder. Raises DataError if it cannot be downloaded.
-    """
+    """Return the folder that holds the task's folder. DataError if the download fails."""
     return Path(config.data_dir or data.download_task(name))
 
 
@@ -932,6 +943,17 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Name the folder in an OSError that names no file, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(folder)
+        raise
+
+
 def newest_undamaged(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
     """Return the newest checkpoint that is intact, and its content. Raises DoRAError if none is."""
     for path in reversed(paths):
@@ -977,6 +999,7 @@ class Run:
     def __enter__(self) -> Run:
         self.refuse_overwriting()
         with ExitStack() as stack:
+            stack.enter_context(naming(self.folder))
             if self.writes:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.folder))
@@ -990,9 +1013,7 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        with self.open:
-            if isinstance(error, OSError) and error.filename is None:  # of a full disk
-                error.filename = str(self.folder)
+        try:
             if isinstance(error, NotFiniteError):
                 self.save("not-finite")  # for inspection; --resume ignores it
                 folder = self.folder / "checkpoints"
@@ -1001,6 +1022,8 @@ class Run:
                     f"{error} (--lr), which was {self.optimizer.param_groups[0]['lr']:.3g}. The "
                     f"state is in {folder}/not-finite.pt, the last good checkpoint there is "
                     f"{good[-1]}") from None
+        finally:
+            self.open.__exit__(kind, error, trace)
 
     def refuse_overwriting(self) -> None:
         """Raise DoRAError if the folder has a run and this one does not resume it."""
@@ -1237,7 +1260,7 @@ def toy(config: TrainConfig) -> dict[str, Any]:
     def run(name: str, model_dir: Path, what: str, **changes: Any) -> tuple[str, dict[str, Any]]:
         say(f"--- {what}")
         settings = {"data_dir": str(root), "model_dir": str(model_dir), "out": str(root / name),
-                    "max_len": 48, **changes}
+                    "max_len": min(config.max_len, 48), **changes}  # no text is longer
         return what, train(dataclasses.replace(config, **settings))
 
     no_adapter = dataclasses.asdict(DoRAConfig(**METHODS["lora"]))
@@ -1300,9 +1323,6 @@ def failed(message: str) -> int:
 
 def run_command(flags: dict[str, Any]) -> None:
     """Do what the flags of a command line ask for. Raises DoRAError or DataError for bad ones."""
-    if flags.get("task", "toy") == "toy" and not (
-            flags["eval_only"] or {"data_dir", "out"} & flags.keys()):
-        flags["out"] = tempfile.mkdtemp(prefix="dora-toy-")
     settings = dict(flags)
     seeds, eval_only, adapter, split = (
         settings.pop(name) for name in ("seeds", "eval_only", "adapter", "predict"))
@@ -1315,14 +1335,20 @@ def run_command(flags: dict[str, Any]) -> None:
     if split:
         check_test_files(configs[0], split)
 
+    is_toy = configs[0].task == "toy" and not (eval_only or configs[0].data_dir)
+    if is_toy and not flags.get("out"):
+        flags["out"] = tempfile.mkdtemp(prefix="dora-toy-")  # main names it if interrupted
+        configs = [dataclasses.replace(config, out=flags["out"]) for config in configs]
+    if len(seeds) > 1 and flags.get("out"):
+        configs = [dataclasses.replace(config, out=f"{config.out}/seed-{config.seed}")
+                   for config in configs]
+
     results = []
     for config in configs:
-        if len(seeds) > 1 and config.out:
-            config = dataclasses.replace(config, out=f"{config.out}/seed-{config.seed}")
         if eval_only:
             evaluate_only(config, adapter, split)
             continue
-        result = (toy if config.task == "toy" and not config.data_dir else train)(config)
+        result = toy(config) if is_toy else train(config)
         results.append(result)
         show(result)
         if split:
@@ -1376,7 +1402,9 @@ def evaluate_only(config: TrainConfig, adapter: str | Path | None, split: str | 
     for name, part in submission_files(task, split):
         predictions = predict(model, load(part, name))
         if process()[0] == 0:
-            say(f"wrote {data.write_submission(TASKS[name], part, predictions, folder)}")
+            with naming(folder):
+                path = data.write_submission(TASKS[name], part, predictions, folder)
+            say(f"wrote {path}")
 
 
 def submission_files(task: Task, split: str | None) -> list[tuple[str, str]]:
