@@ -10,20 +10,18 @@ the matrices that need it. (NVIDIA's DoRA, which decomposes weights, is a differ
     a_i      A[i]                  (d_in,)         row of A (r', d_in)
     b_i      B[:, i]               (d_out,)        column of B (d_out, r')
     c_i      c[i]                  scalar          gate; 0 = closed
-    scale    scale                 scalar          alpha / r or alpha / r'
     r', r    config.r_prime, rank  components      per matrix: at the start, and mean after pruning
     L        len(layers)           matrices        adapted
     n        len(mask)             components      of the whole model at the start, r' L
-    b(t)     budget                components      kept after step t
+    b(t)     budget                parameters      kept after step t (paper: components)
     T        total_steps           steps           in the run
     t_i, t_f initial_, final_phase share of T      before the first pruning, after the last
     I, Ī, Ū  I, I_bar, U_bar       (n,)            importance, its moving average, its uncertainty
     s        scores()              (n,)            what decides: Ī Ū
     R, η     penalty, eta          scalar          regulariser and its weight
 
-The method is three lines of a training step, in this order:
-
-    layers = inject(model, config); pruner = Pruner(layers, config, total_steps)
+After pruner = Pruner(inject(model, config), config, T), the method is three lines of each
+*optimizer* step, even under gradient accumulation:
 
     loss = task_loss + pruner.penalty()
     loss.backward()
@@ -56,7 +54,6 @@ from torch import Tensor, nn
 
 # ---- settings ------------------------------------------------------------------------------------
 
-Start = Literal["zero_b", "kaiming", "gaussian"]
 ROBERTA = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 
 
@@ -71,9 +68,9 @@ class DoRAConfig:
     targets: tuple[str, ...] = ROBERTA  # matrices to adapt: whole dotted ends of their names
 
     # differs: the paper starts at c = 0 with large random B; at B = 0 the scores mean more, earlier
-    init: Start = "zero_b"  # B = 0 and c = 1; or random A and B and c = 0 (kaiming: the paper)
+    init: Literal["zero_b", "kaiming", "gaussian"] = "zero_b"  # B = 0, c = 1; or random B, c = 0
     gate: bool = True  # train the gates c; otherwise they stay at 1
-    # differs: the paper has alpha / r'; with alpha / r a run ends at LoRA's scale
+    # differs: the paper has alpha / r'; with alpha / max(1, r) a run ends at LoRA's scale
     scale: Literal["rank", "start_rank"] = "rank"  # what alpha is divided by (Eq. 6: start_rank)
 
     # differs: the paper scores by Eq. 7, which keeps components even in matrices that need none
@@ -87,6 +84,8 @@ class DoRAConfig:
     initial_phase: float = 0.15  # share of the steps before pruning starts (paper: 0.15)
     final_phase: float = 0.5  # share of the steps after the last pruning (paper: 0.5)
     interval: int = 10  # optimizer steps between prunings (paper: 10 or 50)
+    # differs: the paper counts components, which costs more parameters than LoRA of the same rank
+    budget_unit: Literal["parameters", "components"] = "parameters"  # what the budget counts
 
     penalty: str | None = "dem"  # regulariser while pruning
     eta: float = 0.3  # weight of the regulariser (paper: 0.3 or 0.5)
@@ -115,11 +114,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {},  # the defaults above; benchmarks/RESULTS.md has the evidence for each
     "paper": dict(
         init="kaiming", scale="start_rank", importance="norm", beta1=0.9, beta2=None,
-        schedule="slow_first", dropout_on="input"),
+        schedule="slow_first", budget_unit="components", dropout_on="input"),
     "lora": dict(gate=False, importance=None, schedule=None, penalty=None, dropout_on="input"),
     "adalora": dict(
         init="gaussian", scale="start_rank", importance="triplet", schedule="fast_first",
-        penalty="orthogonal", eta=0.5, dropout_on="input"),
+        budget_unit="components", penalty="orthogonal", eta=0.5, dropout_on="input"),
 }
 
 
@@ -132,8 +131,6 @@ class DoRALinear(nn.Module):
     W = W0 + scale * sum_i c_i b_i a_i^T,   scale = alpha / r' or alpha / r   (Eq. 6)
     """
 
-    mask: Tensor  # (r',) bool, True = live: kept by the last pruning
-
     def __init__(self, base: nn.Linear, config: DoRAConfig, name: str = "layer",
                  progress: Progress | None = None):
         super().__init__()
@@ -143,8 +140,9 @@ class DoRALinear(nn.Module):
         self.A = nn.Parameter(base.weight.new_empty((r, d_in), dtype=dtype))
         self.B = nn.Parameter(base.weight.new_empty((d_out, r), dtype=dtype))
         self.c = nn.Parameter(base.weight.new_empty((r,), dtype=dtype), requires_grad=config.gate)
+        self.mask: Tensor  # (r',) bool, True = live: kept by the last pruning
         self.register_buffer("mask", torch.ones_like(self.c, dtype=torch.bool))
-        self.scale = config.alpha / (config.rank if config.scale == "rank" else r)
+        self.scale = config.alpha / (max(1, config.rank) if config.scale == "rank" else r)
         self.dropout = nn.Dropout(config.dropout)
 
         self.base, self.config = base.requires_grad_(False), config
@@ -211,12 +209,11 @@ def inject(model: nn.Module, config: DoRAConfig) -> dict[str, DoRALinear]:
     """Freeze the model, replace each target by a DoRALinear, and return these by name.
 
     A target is a whole dotted end of a name: "output.dense" matches "0.output.dense" and also
-    "0.attention.output.dense", "put.dense" matches neither. Unfreeze the head afterwards. Raises
-    DoRAError before anything is changed if a target cannot be adapted.
+    "0.attention.output.dense", "put.dense" matches neither. Unfreeze the head afterwards.
     """
     model = unwrapped(model)
     bases = find_targets(model, config)
-    progress = Progress(len(bases), buffers=checksums(model))
+    progress = Progress(sum(cost(base, config) for base in bases.values()), checksums(model))
     model.requires_grad_(False)
 
     layers = {}
@@ -242,30 +239,23 @@ def sensitivity(layers: Layers) -> Tensor:
     return (c * grad).abs()
 
 
-def frobenius(layers: Layers) -> Tensor:
-    """||c_i b_i a_i^T||_F = |c_i| ||a_i|| ||b_i||, (n,): the numerator of Eq. 7."""
-    return concatenate(m.c.abs() * m.A.norm(dim=1) * m.B.norm(dim=0) for m in layers)
-
-
 def norm_score(layers: Layers) -> Tensor:
     """s_i = ||c_i b_i a_i^T||_F / ||sum_j c_j b_j a_j^T||_F, within each matrix, (n,) (Eq. 7)."""
     shares = []
     for layer in layers:
-        A, B, c = layer.A, layer.B, layer.c
+        A, B, c = layer.A, layer.B, layer.c  # (r', d_in), (d_out, r'), (r',)
         # no (d_out, d_in) matrix is built: <b_i a_i^T, b_j a_j^T> = (a_i . a_j)(b_i . b_j)
         squared = ((A @ A.T) * (B.T @ B) * torch.outer(c, c)).sum()
         norm = squared.clamp(min=0).sqrt()  # where components cancel, rounding may go below 0
-        shares.append(frobenius([layer]) / (norm + layer.config.eps))
+        shares.append(c.abs() * A.norm(dim=1) * B.norm(dim=0) / (norm + layer.config.eps))
     return concatenate(shares)
 
 
-# To add an importance, write its function and its row (function, moment, total). The moment is
-# "gradients", before optimizer.step(), or "weights", after it. A function may return one tensor
-# (n,) or several, which are smoothed one by one and which `total` then combines.
+# To add an importance, write its function and its row: function, moment ("gradients", before
+# optimizer.step(), or "weights", after it), and what joins the smoothed tensors to scores (n,).
 IMPORTANCE: dict[str, tuple[Callable[..., Any], str, Callable[..., Tensor]]] = {
     "sensitivity": (sensitivity, "gradients", torch.cat),
     "norm": (norm_score, "weights", torch.cat),
-    "frobenius": (frobenius, "weights", torch.cat),
 }
 
 
@@ -296,9 +286,14 @@ def phases(total_steps: int, config: DoRAConfig) -> tuple[int, int]:
     return first, last
 
 
-def budget(step: int, total_steps: int, config: DoRAConfig, n_layers: int) -> int:
-    """Return b(t): components kept in the whole model after optimizer step t = 1..T (Eq. 9)."""
-    b_0, b_T = config.r_prime * n_layers, final_budget(config, n_layers)  # r' L, r L
+def cost(layer: DoRALinear | nn.Linear, config: DoRAConfig) -> int:
+    """Return what a component of this matrix costs: its d_in + d_out parameters, or 1."""
+    return layer.in_features + layer.out_features if config.budget_unit == "parameters" else 1
+
+
+def budget(step: int, total_steps: int, config: DoRAConfig, per_rank: int) -> int:
+    """Return b(t) after optimizer step t = 1..T; per_rank is the cost of r = 1 (Eq. 9)."""
+    b_0, b_T = config.r_prime * per_rank, final_budget(config, per_rank)
     first, last = phases(total_steps, config)
     if config.schedule is None or step <= first:
         return b_0
@@ -308,11 +303,17 @@ def budget(step: int, total_steps: int, config: DoRAConfig, n_layers: int) -> in
     return b_T + SCHEDULES[config.schedule](p, b_0 - b_T)
 
 
-def keep_mask(scores: Tensor, k: int) -> Tensor:
-    """Return (n,) bool with exactly k True: the highest scores; ties go to the earlier position."""
+def keep_mask(scores: Tensor, costs: Tensor, budget: int) -> Tensor:
+    """Return (n,) bool: by falling score (n,), each that fits; ties go to the earlier position."""
     # differs: the authors prune `score <= kthvalue`, which drops all ties and at least one gate
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    mask[scores.argsort(descending=True, stable=True)[:k]] = True
+    kept, prices = [], costs.tolist()
+    for i in scores.argsort(descending=True, stable=True).tolist():
+        if prices[i] <= budget:
+            kept.append(i)
+            budget -= prices[i]
+
+    mask = torch.zeros(len(scores), dtype=torch.bool)
+    mask[kept] = True
     return mask
 
 
@@ -341,17 +342,18 @@ PENALTIES: dict[str, Callable[[Layers], Tensor]] = {"dem": dem_penalty}
 
 
 class Pruner:
-    """The only stateful object: step count, moving averages, mask (Algorithm 1).
-
-    Once per *optimizer* step, even under gradient accumulation: penalty() goes into the loss,
-    observe() follows backward(), step() follows optimizer.step().
-    """
+    """The only stateful object: step count, moving averages, mask (Algorithm 1)."""
 
     def __init__(self, layers: dict[str, DoRALinear], config: DoRAConfig, total_steps: int):
         self.layers, self.config, self.total_steps = dict(layers), config, total_steps
         self.first, self.last = phases(total_steps, config)
+        self.function, self.moment, self.total = IMPORTANCE.get(str(config.importance), NO_SCORE)
+
+        costs = [cost(layer, config) for layer in layers.values()]
+        self.per_rank = sum(costs)  # the cost of one component in every matrix
+        self.costs = torch.tensor(costs, dtype=torch.long).repeat_interleave(config.r_prime)  # (n,)
         self.t = 0  # optimizer steps done
-        self.live = config.r_prime * len(layers)  # components that the last pruning kept
+        self.live = len(self.costs)  # components that the last pruning kept
         self.mask = torch.ones(self.live, dtype=torch.bool)  # (n,), keeps its size in compact_
         self.I_bar: list[Tensor] = []  # Ī: one tensor (n,), or three per layer for "triplet"
         self.U_bar: list[Tensor] = []  # Ū: likewise
@@ -398,18 +400,17 @@ class Pruner:
         self._measure("weights")
         due = self.t > self.first and (self.t - self.first) % self.config.interval == 0
         if due or self.t == self.last:
-            self._prune(budget(self.t, self.total_steps, self.config, len(self.layers)))
+            self._prune()
 
     def _measure(self, moment: str) -> None:
         """Measure I, if this is the moment for it, and smooth it."""
-        function, when, total = IMPORTANCE.get(self.config.importance or "", (None, "", torch.cat))
-        if function is None or when != moment:
+        if moment != self.moment:
             return
 
-        I = function(list(self.layers.values()))
+        I = self.function(list(self.layers.values()))
         I = [I] if isinstance(I, Tensor) else I
         if not self.I_bar:
-            check_shape(self, total(I))
+            check_shape(self, self.total(I))
             self.I_bar, self.U_bar = ([torch.zeros_like(part) for part in I] for _ in range(2))
         for parts in zip(I, self.I_bar, self.U_bar, strict=True):
             self._smooth(*parts)
@@ -427,21 +428,20 @@ class Pruner:
         s = self.I_bar
         if self.config.beta2 is not None:
             s = [I * U for I, U in zip(self.I_bar, self.U_bar, strict=True)]
-        return IMPORTANCE[self.config.importance or ""][2](s)
+        return self.total(s)
 
-    def _prune(self, k: int) -> None:
-        """Keep the k best components of the whole model and zero all other gates.
-
-        A gate closed earlier may reopen.
-        """
-        scores = self.scores()
-        check_decision(self, scores, k)
-        self._set_mask(keep_mask(scores, k), k)
+    def _prune(self) -> None:
+        """Keep the best components of the whole model; a gate closed earlier may reopen."""
+        scores = self.scores().cpu()  # the one place in which a step waits for the device
+        b_t = budget(self.t, self.total_steps, self.config, self.per_rank)
+        mask = keep_mask(scores, self.costs, b_t)
+        check_decision(self, scores, mask)
+        self._set_mask(mask)
         self._close_gates()
 
-    def _set_mask(self, mask: Tensor, live: int) -> None:
+    def _set_mask(self, mask: Tensor) -> None:
         """Note a mask (n,) and give each layer its part (r',)."""
-        self.mask, self.live = mask, live
+        self.mask, self.live = mask, int(mask.sum())
         for layer, part in zip(self.layers.values(), mask.split(self.config.r_prime)):
             layer.mask.copy_(part)
 
@@ -457,8 +457,7 @@ class Pruner:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the model's and the optimizer's state."""
-        keys = ("t", "total_steps", "live", "mask", "I_bar", "U_bar")
-        return {key: getattr(self, key) for key in keys}
+        return {k: getattr(self, k) for k in ("t", "total_steps", "mask", "I_bar", "U_bar")}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -469,7 +468,7 @@ class Pruner:
                                   for key in ("I_bar", "U_bar"))
         self.t = state["t"]
         self.progress.update(self)
-        self._set_mask(state["mask"], state["live"])
+        self._set_mask(state["mask"].cpu())
         if self.done:  # before the last pruning a closed gate may be nonzero again; keep its value
             self._close_gates()
 
@@ -479,14 +478,7 @@ class Pruner:
 
 def rank_map(ranks: dict[str, int]) -> str:
     """Return a table of live components: a row per layer of the model, a column per matrix."""
-    cells = {}
-    for name, rank in ranks.items():
-        # "encoder.layer.3.query": row "encoder.layer.3", so that two matrices never share a cell
-        match = re.fullmatch(r"((?:.*?\.)?\d+)\.(.+)", name)
-        row, column = match.groups() if match else (name, "live")
-        cells[row, column] = rank
-
-    return table(cells)
+    return table({row_and_column(name): rank for name, rank in ranks.items()})
 
 
 @torch.no_grad()
@@ -505,8 +497,7 @@ def compact_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         live = layer.mask.nonzero()[:, 0]  # (rank,)
         for p, dim in ((layer.A, 0), (layer.B, 1), (layer.c, 0)):
             shrink_(p, dim, live, state.get(p, {}))
-        layer.mask = layer.mask[live]
-        layer.progress.compacted = True
+        layer.mask, layer.progress.compacted = layer.mask[live], True
         if not len(live):
             model.set_submodule(name, layer.base)
     return model
@@ -542,7 +533,12 @@ class NotFiniteError(DoRAError):
     """A loss, gradient, weight or score is NaN or infinite."""
 
 
-# ---- AdaLoRA's importance and penalty, for comparison --------------------------------------------
+# ---- other importances and penalties, for comparison ---------------------------------------------
+
+
+def frobenius(layers: Layers) -> Tensor:
+    """||c_i b_i a_i^T||_F = |c_i| ||a_i|| ||b_i||, (n,): Eq. 7 without its denominator."""
+    return concatenate(m.c.abs() * m.A.norm(dim=1) * m.B.norm(dim=0) for m in layers)
 
 
 def triplet(layers: Layers) -> list[Tensor]:
@@ -559,6 +555,7 @@ def triplet_total(s: list[Tensor]) -> Tensor:
     return concatenate(c + A.mean(1) + B.mean(1) for c, A, B in zip(s[::3], s[1::3], s[2::3]))
 
 
+IMPORTANCE["frobenius"] = (frobenius, "weights", torch.cat)
 IMPORTANCE["triplet"] = (triplet, "gradients", triplet_total)
 
 
@@ -634,16 +631,26 @@ def shrink_(p: nn.Parameter, dim: int, live: Tensor, state: dict[str, Any]) -> N
     # torch makes a new node when the dtype changes.
     p.data = p.data.half()
     p.data = kept
-    p.grad = grad
+    p.grad = grad if len(live) else None
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == shape:
             state[key] = value.index_select(dim, live)
 
 
+def row_and_column(name: str) -> tuple[str, str]:
+    """Cut a name after its first number, so that no two matrices share a cell.
+
+    "encoder.layer.3.output.dense" -> ("encoder.layer.3", "output.dense")
+    """
+    match = re.fullmatch(r"((?:.*?\.)?\d+)\.(.+)", name)
+    return (match[1], match[2]) if match else (name, "live")
+
+
 def table(cells: dict[tuple[str, str], int]) -> str:
     """Lay out numbers by (row, column) with totals; "." where there is no number."""
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*cells))
-    labels, titles = without_common_prefix(rows), distinct_ends(columns)
+    labels = without_common_prefix(rows)
+    titles = [column.removeprefix("attention.self.") for column in columns]  # RoBERTa's
     width = max(map(len, ["layer", *labels]))
 
     lines = [[f"{'layer':<{width}}", *(f"{title:>3}" for title in titles), "total"]]
@@ -664,27 +671,16 @@ def without_common_prefix(names: list[str]) -> list[str]:
     return [".".join(part[common:]) for part in parts]
 
 
-def distinct_ends(names: list[str]) -> list[str]:
-    """Shorten names to the dotted end that no other name has: attention.self.key -> key."""
-    short = []
-    for name in names:
-        parts = name.split(".")
-        ends = [".".join(parts[i:]) for i in reversed(range(len(parts)))]
-        short.append(next((end for end in ends if sum(
-            f".{other}".endswith(f".{end}") for other in names) == 1), name))
-    return short
-
-
 @dataclass
 class Progress:
-    """What the layers of one inject() share: their number, their Pruner's steps, the buffers."""
+    """What the layers of one inject() share."""
 
-    n_layers: int = 0
+    per_rank: int = 0  # what one component in every matrix costs
+    buffers: dict[str, int] = field(default_factory=dict)  # checksums() before training
     t: int = 0  # optimizer steps that the Pruner has done
     last: int = 0  # the step of its last pruning
     total: int = 0  # T; 0 = no Pruner yet
     compacted: bool = False
-    buffers: dict[str, int] = field(default_factory=dict)  # checksums() before training
 
     def update(self, pruner: Pruner) -> None:
         """Note how far a Pruner is."""
@@ -698,6 +694,7 @@ def progress_of(layers: dict[str, DoRALinear]) -> Progress:
 
 # ---- checks --------------------------------------------------------------------------------------
 
+NO_SCORE = (list, "never", torch.cat)  # the row of importance = none
 CHOICES: dict[str, dict[str, Any]] = {
     "importance": IMPORTANCE,
     "schedule": SCHEDULES,
@@ -783,13 +780,9 @@ def check_window(first: int, last: int, total_steps: int, config: DoRAConfig) ->
                         f"shorten a phase or lengthen the run")
 
 
-def final_budget(config: DoRAConfig, n_layers: int) -> int:
-    """Return b(T) = r L, in components of the whole model. Raises DoRAError if that is 0."""
-    b_T = round(config.rank * n_layers)
-    if b_T < 1:
-        raise DoRAError(f"rank = {config.rank} over {n_layers} matrices leaves no component; "
-                        f"raise rank")
-    return b_T
+def final_budget(config: DoRAConfig, per_rank: int) -> int:
+    """Return b(T): r times the cost of one component in every matrix."""
+    return round(config.rank * per_rank)
 
 
 def find_targets(model: nn.Module, config: DoRAConfig) -> dict[str, nn.Linear]:
@@ -817,9 +810,13 @@ def find_targets(model: nn.Module, config: DoRAConfig) -> dict[str, nn.Linear]:
 
     found: dict[str, Any] = {name: m for m, (name, *_) in names.items() if m in chosen}
     sizes = [min(module.weight.shape) for module in found.values()]
-    if final_budget(config, len(found)) > sum(sizes):
+    if config.rank * len(found) > sum(sizes):
         raise DoRAError(f"rank = {config.rank}: the matrices' own ranks are {max(sizes)} or less; "
                         f"lower rank")
+    costs = [cost(module, config) for module in found.values()]
+    if final_budget(config, sum(costs)) < min(costs):
+        raise DoRAError(f"rank = {config.rank} over {len(found)} matrices leaves no component; "
+                        f"raise rank")
     return found
 
 
@@ -856,8 +853,7 @@ def check_pruner(pruner: Pruner) -> None:
         check_frozen(name, layer)
 
     earliest = min(pruner.first + config.interval, pruner.last)
-    if pruner.layers and config.importance and earliest < 2 and (
-            IMPORTANCE[config.importance][1] == "gradients"):
+    if pruner.layers and pruner.moment == "gradients" and earliest < 2:
         raise DoRAError(f"total_steps = {pruner.total_steps}, initial_phase = "
                         f"{config.initial_phase}, interval = {config.interval}: the first pruning "
                         f"is at step {earliest}, when every score is still 0; lengthen the run or "
@@ -895,25 +891,24 @@ def check_shape(pruner: Pruner, scores: Tensor) -> None:
                         f"{tuple(pruner.mask.shape)}")
 
 
-def check_decision(pruner: Pruner, scores: Tensor, k: int) -> None:
-    """Raise before a mask is decided by scores (n,) that are not finite or by ties of zeros."""
-    gates = concatenate(layer.c for layer in pruner.layers.values())
+def check_decision(pruner: Pruner, scores: Tensor, mask: Tensor) -> None:
+    """Raise if a mask (n,) is decided by scores (n,) that are not finite or by ties of zeros."""
+    gates = concatenate(layer.c for layer in pruner.layers.values()).cpu()
     bad = ~(scores.isfinite() & gates.isfinite())
-    first_bad, any_bad, positive = torch.stack(  # the one place in which a step waits for a device
-        [bad.int().argmax(), bad.any().long(), (scores > 0).sum()]).tolist()
-
-    if any_bad:
-        name = list(pruner.layers)[first_bad // pruner.config.r_prime]
+    if bad.any():
+        name = list(pruner.layers)[int(bad.int().argmax()) // pruner.config.r_prime]
         raise NotFiniteError(f"step {pruner.t}: a score of {name} is not finite; lower the "
                              f"learning rate")
-    if k == len(scores) or positive >= (k if pruner.t == pruner.last else 1):
-        return
-    if not positive:
+
+    zero = scores <= 0
+    if zero.all() and len(scores):
         raise DoRAError(f"step {pruner.t}: every score is 0, so no component has moved; make the "
                         f"optimizer after inject(), and check the learning rate")
-    raise DoRAError(f"step {pruner.t}: {positive} components have a score above 0 and the budget "
-                    f"keeps {k}: position would decide between the others; lengthen the run, lower "
-                    f"rank, or leave out targets that get no gradient")
+    if pruner.t == pruner.last and (zero & mask).any() and (zero & ~mask).any():
+        raise DoRAError(f"step {pruner.t}: {int((~zero).sum())} components have a score above 0 "
+                        f"and the budget keeps {int(mask.sum())}: position would decide between "
+                        f"the others; lengthen the run, lower rank, or leave out targets that get "
+                        f"no gradient")
 
 
 def check_state(pruner: Pruner, state: dict[str, Any]) -> None:
@@ -928,7 +923,8 @@ def check_state(pruner: Pruner, state: dict[str, Any]) -> None:
 
 def check_budget(layers: dict[str, DoRALinear]) -> None:
     """Raise DoRAError unless the last pruning is done and its mask is held."""
-    progress, live = progress_of(layers), sum(layer.rank for layer in layers.values())
+    progress = progress_of(layers)
+    spent = sum(layer.rank * cost(layer, layer.config) for layer in layers.values())
     for name, layer in layers.items():
         if layer.config.schedule is None:
             continue
@@ -939,10 +935,10 @@ def check_budget(layers: dict[str, DoRALinear]) -> None:
             raise DoRAError(f"the Pruner is at step {progress.t} of {progress.total}, before its "
                             f"last pruning at step {progress.last}; finish the run, calling "
                             f"pruner.step() in every step, or restore the Pruner's state")
-        b_T = final_budget(layer.config, progress.n_layers)
-        if live > b_T:
-            raise DoRAError(f"{live} components are live, the budget is {b_T}; leave the masks to "
-                            f"the Pruner")
+        b_T = final_budget(layer.config, progress.per_rank)
+        if spent > b_T:
+            raise DoRAError(f"{spent} {layer.config.budget_unit} are live, the budget is {b_T}; "
+                            f"leave the masks to the Pruner")
         if layer.c[~layer.mask].any():
             raise DoRAError(f"{name}: a pruned gate is not 0; call pruner.step() after every "
                             f"optimizer.step()")
@@ -1265,7 +1261,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
                                 dropout=dropout) for name, (A, _) in pairs.items()}
 
     # 3. change the model
-    progress = Progress(len(pairs), buffers=checksums(model))
+    progress = Progress(buffers=checksums(model))
     model.requires_grad_(False)
     layers: dict[str, DoRALinear] = {}
     for name, (A, B) in pairs.items():

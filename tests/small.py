@@ -34,9 +34,11 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def settings(**changes):
-    """A DoRAConfig for Net: the default method with dropout off, but for the changes."""
-    return DoRAConfig(**{"targets": TARGETS, "dropout": 0.0, "interval": 3, **changes})
+def net_config(**changes):
+    """A DoRAConfig for Net: the default method without dropout, its budget in components (numbers
+    that can be worked out by hand), but for the changes."""
+    return DoRAConfig(**{"targets": TARGETS, "dropout": 0.0, "interval": 3,
+                         "budget_unit": "components", **changes})
 
 
 def plain(seed=0, dtype=torch.float64, **sizes):
@@ -92,7 +94,7 @@ def trained(config, steps=40, dtype=torch.float64, seed=0, **options):
     return model, layers, pruner
 
 
-def feed(pruner, scores):
+def feed(pruner, scores, open_gates=True):
     """One step in which `sensitivity` of component i is scores[i]: c = 1 and dL/dc = the score.
 
     With beta1 = 0 and beta2 = None the pruner's score is this number itself.
@@ -100,7 +102,8 @@ def feed(pruner, scores):
     parts = torch.as_tensor(scores, dtype=torch.float64).split(
         [len(layer.c) for layer in pruner.layers.values()])
     for layer, part in zip(pruner.layers.values(), parts, strict=True):
-        layer.c.data.fill_(1.0)
+        if open_gates:
+            layer.c.data.fill_(1.0)
         layer.c.grad = part.to(layer.c.dtype).clone()
     pruner.observe()
     pruner.step()

@@ -4,17 +4,22 @@ from fractions import Fraction
 
 import pytest
 import torch
-from small import settings
+from small import adapted, net_config, trainer
 
-from dora import DoRAError, Pruner, budget, keep_mask
+from dora import METHODS, DoRAError, Pruner, budget, compact_, cost, keep_mask
 
-SLOW, FAST = "dora", "adalora"
+SLOW, FAST = "slow_first", "fast_first"
 
 
 def curve(schedule, rank, start_rank, n_layers, total, **changes):
     """b(0), ..., b(T)."""
-    config = settings(schedule=schedule, rank=rank, start_rank=start_rank, **changes)
+    config = net_config(schedule=schedule, rank=rank, start_rank=start_rank, **changes)
     return [budget(t, total, config, n_layers) for t in range(total + 1)]
+
+
+def top(scores, k):
+    """keep_mask with equal costs and room for k components."""
+    return keep_mask(scores, torch.ones(len(scores), dtype=torch.long), k)
 
 
 # ---- Eq. 9 --------------------------------------------------------------------------------------
@@ -81,11 +86,10 @@ def test_a_rank_that_is_not_pruned():
 @pytest.mark.parametrize("total, changes, says", [
     (0, {}, "step"), (-5, {}, "step"),
     (100, dict(initial_phase=0.5, final_phase=0.5), "initial_phase.*final_phase.*no step to prune"),
-    (100, dict(initial_phase=0.8, final_phase=0.5), "initial_phase.*final_phase"),
-    (100, dict(rank=0.01, start_rank=1), "rank = 0.01.*no component")])
+    (100, dict(initial_phase=0.8, final_phase=0.5), "initial_phase.*final_phase")])
 def test_a_budget_that_cannot_work(total, changes, says):
     """Each is an error that says what to change."""
-    config = settings(**{"rank": 2, **changes})
+    config = net_config(**{"rank": 2, **changes})
     with pytest.raises(DoRAError, match=says):
         budget(1, total, config, 6)
 
@@ -101,9 +105,9 @@ def test_a_short_run_still_prunes():
 def test_pruner_checks_the_phases_at_once():
     """Pruner() itself refuses a run without a pruning window, before any training."""
     with pytest.raises(DoRAError, match="no step to prune"):
-        Pruner({}, settings(initial_phase=0.6), 100)
+        Pruner({}, net_config(initial_phase=0.6), 100)
     with pytest.raises(DoRAError, match="step"):
-        Pruner({}, settings(), 0)
+        Pruner({}, net_config(), 0)
 
 
 # ---- which components ---------------------------------------------------------------------------
@@ -111,11 +115,11 @@ def test_pruner_checks_the_phases_at_once():
 def test_keep_mask_by_hand():
     """The k highest stay; of equals the first position; with all equal the first k."""
     scores = torch.tensor([0.1, 0.5, 0.3, 0.5, 0.0])
-    assert keep_mask(scores, 1).tolist() == [False, True, False, False, False]
-    assert keep_mask(scores, 2).tolist() == [False, True, False, True, False]
-    assert keep_mask(scores, 4).tolist() == [True, True, True, True, False]
-    assert keep_mask(torch.zeros(5), 3).tolist() == [True, True, True, False, False]
-    assert keep_mask(scores, 0).sum() == 0 and keep_mask(scores, 5).all()
+    assert top(scores, 1).tolist() == [False, True, False, False, False]
+    assert top(scores, 2).tolist() == [False, True, False, True, False]
+    assert top(scores, 4).tolist() == [True, True, True, True, False]
+    assert top(torch.zeros(5), 3).tolist() == [True, True, True, False, False]
+    assert top(scores, 0).sum() == 0 and top(scores, 5).all()
 
 
 def test_keep_mask_keeps_exactly_k():
@@ -127,7 +131,7 @@ def test_keep_mask_keeps_exactly_k():
         scores = [rng.randint(0, rng.choice([0, 1, 3, 50])) / 4 for _ in range(n)]
         k = rng.randint(0, n)
         best = sorted(range(n), key=lambda i: (-scores[i], i))[:k]
-        mask = keep_mask(torch.tensor(scores, dtype=torch.float64), k)
+        mask = top(torch.tensor(scores, dtype=torch.float64), k)
         assert mask.dtype == torch.bool
         assert mask.tolist() == [i in set(best) for i in range(n)]
 
@@ -136,7 +140,89 @@ def test_the_threshold_rule_would_miss_the_budget():
     """Why keep_mask is not `score > kthvalue`: that drops all five equal scores, and one component
     where none is due."""
     scores = torch.ones(5)
-    assert (scores > scores.kthvalue(2).values).sum() == 0 and keep_mask(scores, 3).sum() == 3
+    assert (scores > scores.kthvalue(2).values).sum() == 0 and top(scores, 3).sum() == 3
     scores = torch.arange(5.0)
     assert (scores > scores.kthvalue(max(0, 1)).values).sum() == 4
-    assert keep_mask(scores, 5).sum() == 5
+    assert top(scores, 5).sum() == 5
+
+
+# ---- a budget in parameters ---------------------------------------------------------------------
+
+def test_a_component_costs_what_the_adapter_file_stores_for_it():
+    """One component of a (d_out, d_in) matrix costs d_in + d_out, or 1 in components; b(T) is r
+    times the cost of one in every matrix, which is the size of LoRA of rank r."""
+    parameters, components = net_config(budget_unit="parameters"), net_config()
+    linear = torch.nn.Linear(5, 8)
+    assert (cost(linear, parameters), cost(linear, components)) == (13, 1)
+    _, layers = adapted(parameters)  # per block: 5 x 5, 8 x 5, 5 x 8
+    pruner = Pruner(layers, parameters, 100)
+    assert pruner.per_rank == 2 * (10 + 13 + 13) and pruner.costs.tolist() == [
+        *[10] * 3, *[13] * 6, *[10] * 3, *[13] * 6]
+    lora = adapted(net_config(**METHODS["lora"], rank=2))[1]
+    assert budget(100, 100, parameters, pruner.per_rank) == sum(
+        m.A.numel() + m.B.numel() for m in lora.values())
+
+
+def test_keep_mask_with_costs_by_hand():
+    """Falling scores 9, 8, 7, 6 that cost 5, 4, 3, 1: within 8 the first stays, the second does not
+    fit into the 3 that are left, the third does, and nothing is left for the fourth."""
+    scores, costs = torch.tensor([7.0, 9.0, 6.0, 8.0]), torch.tensor([3, 5, 1, 4])
+    assert keep_mask(scores, costs, 8).tolist() == [True, True, False, False]
+    assert keep_mask(scores, costs, 9).tolist() == [False, True, False, True]
+    assert keep_mask(scores, costs, 0).tolist() == [False] * 4
+    assert keep_mask(scores, costs, 13).all()
+
+
+def test_keep_mask_fills_the_budget():
+    """500 random scores and costs: the sum of what is kept is at most the budget and falls short by
+    less than one component; whatever was dropped no longer fitted beside the better ones."""
+    rng = random.Random(0)
+    for _ in range(500):
+        n = rng.randint(1, 40)
+        scores = torch.tensor([float(rng.randint(0, 9)) for _ in range(n)])
+        costs = torch.tensor([rng.choice([3, 5, 12]) for _ in range(n)])
+        room = rng.randint(0, int(costs.sum()) + 3)
+        mask = keep_mask(scores, costs, room)
+        spent = int(costs[mask].sum())
+        assert spent <= room
+        if not mask.all():
+            assert room - spent < int(costs[~mask].min())
+        for i in (~mask).nonzero()[:, 0].tolist():
+            better = [j for j in range(n) if mask[j] and (-scores[j], j) < (-scores[i], i)]
+            assert room - sum(int(costs[j]) for j in better) < int(costs[i])
+
+
+@pytest.mark.parametrize("rank, start_rank", [(1, 2), (0.5, 1), (1.5, 3), (2, 3)])
+@pytest.mark.parametrize("schedule", [SLOW, FAST])
+def test_a_run_in_parameters_ends_at_the_size_of_lora(rank, start_rank, schedule):
+    """A whole run: after every pruning the live components cost at most b(t) and fall short of it
+    by less than one component; at the end that is LoRA's size, and the adapter file holds as many
+    numbers as were counted."""
+    config = net_config(rank=rank, start_rank=start_rank, schedule=schedule, interval=4,
+                        budget_unit="parameters")
+    model, layers = adapted(config)
+    pruner, total = Pruner(layers, config, 40), 40
+    _, step = trainer(model, pruner)
+    for t in range(1, total + 1):
+        step()
+        if pruner.first < t <= pruner.last and ((t - pruner.first) % 4 == 0 or t == pruner.last):
+            spent = int(pruner.costs[pruner.mask].sum())
+            b_t = budget(t, total, config, pruner.per_rank)
+            assert b_t - 13 < spent <= b_t
+    assert spent <= rank * pruner.per_rank
+    compact_(model)
+    assert spent == sum(m.A.numel() + m.B.numel() for m in layers.values())
+
+
+@pytest.mark.parametrize("unit", ["parameters", "components"])
+def test_a_rank_too_small_for_one_component(unit):
+    """rank 0.01 over six matrices: refused by inject, in either unit."""
+    with pytest.raises(DoRAError, match="rank = 0.01 over 6 matrices leaves no component"):
+        adapted(net_config(rank=0.01, start_rank=1, budget_unit=unit))
+
+
+@pytest.mark.parametrize("rank, scale", [(0.25, 8), (0.5, 8), (1, 8), (2, 4), (4, 2)])
+def test_the_scale_of_a_fraction_of_a_rank(rank, scale):
+    """alpha / max(1, r): below rank 1 a matrix that keeps a component has LoRA's scale at rank 1."""
+    _, layers = adapted(net_config(rank=rank, alpha=8.0))
+    assert {layer.scale for layer in layers.values()} == {scale}

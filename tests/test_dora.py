@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from small import Net, adapted, inputs, plain, randomize, settings
+from small import Net, adapted, inputs, plain, randomize, net_config
 from torch import nn
 
 import dora
@@ -20,7 +20,7 @@ RECORDED = Path(__file__).parent / "fixtures/peft.json"
 def layer_of(d_out, d_in, **changes):
     """One DoRALinear in float64 with random A, B and c."""
     torch.manual_seed(0)
-    layer = DoRALinear(nn.Linear(d_in, d_out).double(), settings(**changes))
+    layer = DoRALinear(nn.Linear(d_in, d_out).double(), net_config(**changes))
     randomize({"": layer})
     return layer
 
@@ -78,7 +78,7 @@ def test_eq6_gradients():
 
 def test_base_without_bias():
     """A base without bias: forward equals x (W0 + Delta W)^T."""
-    layer = DoRALinear(nn.Linear(6, 4, bias=False).double(), settings())
+    layer = DoRALinear(nn.Linear(6, 4, bias=False).double(), net_config())
     randomize({"": layer})
     x = inputs(3, 6)
     torch.testing.assert_close(layer(x), x @ (layer.base.weight + layer.delta_weight()).T)
@@ -106,7 +106,7 @@ def test_dropout_acts_where_the_setting_says(dropout_on):
 @pytest.mark.parametrize("init", ["zero_b", "kaiming", "gaussian"])
 def test_step_0_changes_nothing(init, dropout_on, dtype):
     """The adapted model's output equals the base model's bit for bit, with dropout and without."""
-    config = settings(init=init, dropout_on=dropout_on, dropout=0.3)
+    config = net_config(init=init, dropout_on=dropout_on, dropout=0.3)
     x = inputs(dtype=dtype)
     expected = plain(dtype=dtype)(x)
     model, layers = adapted(config, dtype=dtype)
@@ -118,7 +118,7 @@ def test_step_0_changes_nothing(init, dropout_on, dtype):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_leave_its_start(method):
     """One SGD step from each method's start changes the output of every matrix."""
-    model, layers = adapted(settings(**METHODS[method]))
+    model, layers = adapted(net_config(**METHODS[method]))
     before = plain()(inputs())
     for _ in range(2):       # B = 0 or c = 0: the first step moves only what is 0
         model.zero_grad()
@@ -139,7 +139,7 @@ def test_starts_have_the_stated_distributions():
 
     def start(init):
         torch.manual_seed(0)
-        return DoRALinear(nn.Linear(d_in, d_out), settings(init=init, rank=r, start_rank=r))
+        return DoRALinear(nn.Linear(d_in, d_out), net_config(init=init, rank=r, start_rank=r))
 
     zero_b, kaiming, gaussian = start("zero_b"), start("kaiming"), start("gaussian")
     assert zero_b.A.abs().max().item() == pytest.approx(1 / math.sqrt(d_in), rel=1e-3)    # a = √5
@@ -157,10 +157,10 @@ def test_starts_have_the_stated_distributions():
 def test_half_precision_base():
     """Over a bfloat16 base, A, B and c are float32 (small updates would be rounded away) and the
     output is bfloat16; a float64 base gets float64 components."""
-    layer = DoRALinear(nn.Linear(6, 4, dtype=torch.bfloat16), settings())
+    layer = DoRALinear(nn.Linear(6, 4, dtype=torch.bfloat16), net_config())
     assert {p.dtype for p in (layer.A, layer.B, layer.c)} == {torch.float32}
     assert layer(inputs(3, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    assert DoRALinear(nn.Linear(6, 4).double(), settings()).A.dtype == torch.float64
+    assert DoRALinear(nn.Linear(6, 4).double(), net_config()).A.dtype == torch.float64
 
 
 # ---- inject -------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_a_refused_inject_leaves_the_model():
     """A rank that rounds to no component over the matrices found: an error, nothing changed."""
     model = Net()
     with pytest.raises(DoRAError, match="rank = 0.05"):
-        inject(model, settings(rank=0.05))
+        inject(model, net_config(rank=0.05))
     assert not any(isinstance(m, DoRALinear) for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
 
@@ -244,17 +244,17 @@ def test_a_target_that_is_no_linear_says_why():
             self.weight = nn.Parameter(torch.zeros(4, 12))
 
     model = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"c_attn": Conv1D()})])})
-    with pytest.raises(DoRAError, match=r"h\.0\.c_attn is a Conv1D, not an nn\.Linear"):
+    with pytest.raises(DoRAError, match=r"h\.0\.c_attn is a Conv1D, and only an nn\.Linear"):
         inject(model, DoRAConfig(targets=("c_attn",)))
 
 
 def test_inject_freezes_the_rest():
     """After inject exactly A, B and c train; lora's gate is held at 1 and does not."""
     model = Net()
-    inject(model, settings())
+    inject(model, net_config())
     names = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {n.rsplit(".", 1)[1] for n in names} == {"A", "B", "c"} and len(names) == 6 * 3
-    layers = inject(model := Net(), settings(**METHODS["lora"]))
+    layers = inject(model := Net(), net_config(**METHODS["lora"]))
     names = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {n.rsplit(".", 1)[1] for n in names} == {"A", "B"}
     assert all(layer.c.eq(1).all() for layer in layers.values())
@@ -263,7 +263,7 @@ def test_inject_freezes_the_rest():
 def test_shapes_and_names():
     """A (r', d_in), B (d_out, r'), c (r',), mask (r',) bool and all live, as the design names
     them."""
-    _, layers = adapted(settings(rank=2, start_rank=3))
+    _, layers = adapted(net_config(rank=2, start_rank=3))
     up = layers["layer.1.up"]
     assert (up.A.shape, up.B.shape, up.c.shape, up.mask.shape) == ((3, 5), (8, 3), (3,), (3,))
     assert up.mask.dtype == torch.bool and up.mask.all() and up.rank == 3
@@ -289,7 +289,7 @@ def test_shapes_and_names():
     (dict(interval=0), "interval"), (dict(eta=-1), "eta"),
     (dict(init="xavier"), "init.*kaiming"),
     (dict(importance="magnitude"), "importance.*sensitivity"),
-    (dict(schedule="linear"), "schedule.*adalora"), (dict(scale="r"), "scale.*start_rank"),
+    (dict(schedule="linear"), "schedule.*fast_first"), (dict(scale="r"), "scale.*start_rank"),
     (dict(penalty="l2"), "penalty.*dem"), (dict(dropout_on="output"), "dropout_on.*components"),
 ])
 def test_a_configuration_that_cannot_work(changes, says):
@@ -304,7 +304,7 @@ def test_start_rank_is_half_as_much_again(rank, expected):
     """r' = ceil(1.5 r), the paper's rule, by hand; and rank itself where nothing is pruned."""
     assert len(layer_of(3, 3, rank=rank).c) == expected
     if rank >= 1:
-        lora = DoRALinear(nn.Linear(3, 3), settings(**METHODS["lora"], rank=rank))
+        lora = DoRALinear(nn.Linear(3, 3), net_config(**METHODS["lora"], rank=rank))
         assert len(lora.c) == rank
 
 
@@ -318,10 +318,10 @@ METHOD_TABLE = {        # of ../shared/design.md; "dora" is chosen by evidence
     "lora": dict(init="zero_b", gate=False, scale="rank", penalty=None, importance=None,
                  schedule=None, dropout_on="input"),
     "adalora": dict(init="gaussian", gate=True, scale="start_rank", penalty="orthogonal",
-                    importance="triplet", beta1=0.85, beta2=0.85, schedule="adalora",
+                    importance="triplet", beta1=0.85, beta2=0.85, schedule="fast_first",
                     dropout_on="input"),
     "paper": dict(init="kaiming", gate=True, scale="start_rank", penalty="dem", importance="norm",
-                  beta1=0.9, beta2=None, schedule="dora", dropout_on="input", alpha=8, dropout=0.1,
+                  beta1=0.9, beta2=None, schedule="slow_first", dropout_on="input", alpha=8, dropout=0.1,
                   initial_phase=0.15, final_phase=0.5),
 }
 
@@ -370,18 +370,19 @@ def test_rank_map_by_hand():
 
 
 def test_rank_map_of_uneven_layers():
-    """A matrix that a layer lacks is a dot, and a name without a layer number has its own row."""
+    """A matrix that a layer lacks is a dot; a name without a layer's number is a row of its own."""
     rows = [line.split() for line in rank_map({"a.0.up": 2, "a.1.down": 1, "head": 4}).splitlines()]
-    assert rows == [["layer", "up", "down", "head", "total"], ["0", "2", ".", ".", "2"],
-                    ["1", ".", "1", ".", "1"], ["-", ".", ".", "4", "4"],
+    assert rows == [["layer", "up", "down", "live", "total"], ["a.0", "2", ".", ".", "2"],
+                    ["a.1", ".", "1", ".", "1"], ["head", ".", ".", "4", "4"],
                     ["total", "2", "1", "4", "7"]]
     assert len({len(line) for line in rank_map({"a.0.up": 2, "a.1.k": 10}).splitlines()}) == 1
 
 
 def test_rank_map_of_two_stacks():
-    """Matrices of one name in layers of one number, of encoder and decoder, share a cell: a sum."""
+    """Matrices of one name in layers of one number, of encoder and decoder, have their own cells."""
     rows = rank_map({"encoder.0.q": 2, "decoder.0.q": 3, "encoder.0.k": 0}).splitlines()
-    assert [row.split() for row in rows[1:]] == [["0", "5", "0", "5"], ["total", "5", "0", "5"]]
+    assert [row.split() for row in rows[1:]] == [
+        ["encoder.0", "2", "0", "2"], ["decoder.0", "3", ".", "3"], ["total", "5", "0", "5"]]
 
 
 # ---- against recorded numbers -------------------------------------------------------------------
@@ -392,7 +393,7 @@ def test_lora_equals_the_recorded_peft():
     recorded = json.loads(RECORDED.read_text())["lora"]
     weights = {name: torch.tensor(rows) for name, rows in recorded["weights"].items()}
     base = nn.Linear(*weights["W"].shape[::-1])
-    config = settings(**METHODS["lora"], rank=recorded["r"], alpha=recorded["alpha"])
+    config = net_config(**METHODS["lora"], rank=recorded["r"], alpha=recorded["alpha"])
     layer = DoRALinear(base, config)
     with torch.no_grad():
         for p, name in ((base.weight, "W"), (base.bias, "bias"), (layer.A, "A"), (layer.B, "B")):

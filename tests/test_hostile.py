@@ -215,9 +215,10 @@ def test_bad_files(place, capsys, split, content):
 
 @pytest.mark.parametrize("edit", [
     lambda raw: raw.replace(b"\n", b"\r\n"), lambda raw: raw.removesuffix(b"\n"),
-    lambda raw: b"\xef\xbb\xbf" + raw], ids=["CRLF", "no final newline", "byte order mark"])
+    lambda raw: b"\xef\xbb\xbf" + raw, lambda raw: raw + b"\n"],
+    ids=["CRLF", "no final newline", "byte order mark", "a blank line at the end"])
 def test_harmless_forms(place, tmp_path, edit):
-    """CRLF, no final newline and a byte order mark give the same run."""
+    """CRLF, no final newline, a byte order mark and a blank line at the end give the same run."""
     path = place[0] / "toy" / "train.tsv"
     path.write_bytes(edit(path.read_bytes()))
     changes = dict(max_steps=5, interval=1)
