@@ -315,7 +315,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             saving = epoch_ends or stopping or run.step % config.save_every == 0
 
             if logging or saving:  # only these steps wait for the device
-                b_t = budget(run.step, total, config, len(layers)) if layers else 0
+                b_t = budget(run.step, total, config, pruner.per_rank)
                 line = {"step": run.step, "lr": lr, "loss": float(reduced(loss)),
                         "penalty": float(penalty.detach()), "grad_norm": float(norm),
                         "live": pruner.live, "budget": b_t}
@@ -736,7 +736,8 @@ def unused_settings(config: TrainConfig) -> dict[str, str]:
     if config.penalty is None:
         unused["eta"] = "penalty = none"
     if config.schedule is None:
-        names = ("initial_phase", "final_phase", "interval", "beta1", "beta2", "penalty", "eta")
+        names = ("initial_phase", "final_phase", "interval", "beta1", "beta2", "budget_unit",
+                 "penalty", "eta")
         unused.update(dict.fromkeys(names, "schedule = none"))
     return unused
 

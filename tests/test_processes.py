@@ -17,8 +17,8 @@ FLOAT64 = dict(dropout=False, dtype="float64")
 RECORDING = """
 import json, os, pathlib, sys, train_glue
 class Recorder(train_glue.Pruner):
-    def _prune(self, k):
-        super()._prune(k)
+    def _prune(self):
+        super()._prune()
         with open(os.environ["MASKS"] + "." + os.environ.get("RANK", "0"), "a") as f:
             f.write(json.dumps([self.t, self.mask.tolist()]) + "\\n")
 train_glue.Pruner = Recorder

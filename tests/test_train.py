@@ -28,8 +28,8 @@ def masks(monkeypatch):
     found = []
 
     class Recorder(Pruner):
-        def _prune(self, k):
-            super()._prune(k)
+        def _prune(self):
+            super()._prune()
             found.append((self.t, self.mask.tolist()))
 
     monkeypatch.setattr(train_glue, "Pruner", Recorder)
