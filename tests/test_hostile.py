@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import files, flags, run, settings
+from tiny import files, flags, run, run_settings
 
 from dora import read_safetensors, write_safetensors
 from train_glue import main
@@ -45,7 +45,7 @@ def refused(capsys, place, path, *words):
     before = path.read_bytes() if path.exists() else None
     out = data_dir.parent / "out"
     capsys.readouterr()
-    code = main([*flags(**settings(out, data_dir=data_dir, model_dir=model_dir)), *words])
+    code = main([*flags(**run_settings(out, data_dir=data_dir, model_dir=model_dir)), *words])
     error = capsys.readouterr().err.strip()
     assert code == 2 and "\n" not in error and len(error) < 1200
     assert error.startswith("train_glue.py: error: ")
@@ -163,6 +163,15 @@ def test_absurd_configurations(place, capsys, changes):
     path = place[1] / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     refused(capsys, place, path)
+
+
+@pytest.mark.parametrize("missing", ["vocab.json", "merges.txt", "model.safetensors", "none"])
+def test_a_folder_of_another_architecture(place, capsys, missing):
+    """T8: a BERT folder is refused as BERT, whatever file is missing beside config.json."""
+    path = place[1] / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "bert"}))
+    (place[1] / missing).unlink(missing_ok=True)
+    assert "model_type is 'bert'" in refused(capsys, place, path)
 
 
 def test_a_tokenizer_of_another_model(place, capsys):
