@@ -1,15 +1,20 @@
-"""GLUE as tensors: text -> token ids -> batches -> scores. Knows nothing of models.
+"""Turn GLUE's text files into batches of token ids, and predictions into scores.
 
-    TASKS, load_task         a row per task; the rows of a TSV file -> list of Example(ids, label)
-    BPE, train_bpe           RoBERTa's byte-level byte-pair encoding, and how its merges are learned
-    batches, Batch           examples of similar length together, shuffled by (seed, epoch), padded
-    score, write_submission  the task's metrics; the file that gluebenchmark.com takes
-    download_task / _model   the public sources, for those with internet
+    TASKS, load_task          a row per task; the rows of its TSV file -> Example(ids, label)
+    BPE                       RoBERTa's byte-level byte-pair encoding: text -> token ids
+    batches, endless_batches  examples of similar length together, shuffled by (seed, epoch)
+    METRICS, score            the task's metrics
+    write_submission          the file that gluebenchmark.com takes
+
+The second half has the generated toy task, the checks of files, and the downloads. This file knows
+nothing of models.
 """
 import functools
-import hashlib
+import heapq
 import http.client
+import itertools
 import json
+import math
 import os
 import re
 import ssl
@@ -17,8 +22,9 @@ import sys
 import time
 import unicodedata
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -31,43 +37,64 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 AnyPath = str | os.PathLike[str]
 
-class DataError(ValueError):
-    """Input that cannot be used: one line that names file, line, what was found, and the remedy."""
 
-# ---- Tasks -------------------------------------------------------------------------------------
+class DataError(ValueError):
+    """Report input that cannot be used, in one line: the file, what was found, and the remedy."""
+
+
+# ---- tasks and TSV files -------------------------------------------------------------------------
+
 
 class Task(NamedTuple):
-    """A row of TASKS. Files are tab-separated; columns go by the names in their header line."""
+    """A row of TASKS. Its files are tab-separated; columns are found by the names in the header."""
+
     name: str
-    folder: str                            # below the data folder; also the submission's name
-    texts: tuple[str, ...]                 # one or two text columns
-    label: str                             # label column, absent from test files
-    metrics: tuple[str, ...]               # names of functions below; the first is the headline
-    labels: tuple[str, ...] = ("0", "1")   # label words in the order of their ids; () = regression
-    top: float = 5.0                       # regression: labels run from 0 to top, trained as y/top
-    columns: tuple[str, ...] = ()          # names for train and dev files that have no header line
-    bad_rows: int = 0                      # malformed train and dev rows that may be left out
-    source: str = ""                       # what download_task fetches, below glue/data/
+    folder: str  # below the data folder; also the name of the submission file
+    texts: tuple[str, ...]  # one or two text columns
+    label: str  # the label column, which test files do not have
+    metrics: tuple[str, ...]  # names in METRICS; the first is the headline
+    labels: tuple[str, ...] = ("0", "1")  # label words in the order of their ids; () = regression
+    top: float = 5.0  # regression: labels y run from 0 to top, and y/top is what is trained
+    columns: tuple[str, ...] = ()  # names for train and dev files that have no header line
+    bad_rows: int = 0  # malformed train and dev rows that may be left out
+    source: str = ""  # what download_task fetches, below glue/data/
     files: Mapping[str, str] = {"train": "train.tsv", "dev": "dev.tsv", "test": "test.tsv"}
-    submissions: Mapping[str, str] = {}    # names of submission files, where not the folder's
+    submissions: Mapping[str, str] = {}  # names of submission files, where not the folder's
 
     @property
     def num_labels(self) -> int:
-        """Width of the model's output: the number of classes, or 1 for regression."""
+        """Return the width of the model's output: the number of classes, or 1 for regression."""
         return len(self.labels) or 1
 
-    def number(self, cell: str) -> int | float | None:
-        """A label as it is trained on: class id, or y/top (float); None if it is no label."""
-        try:
-            value = self.labels.index(cell) if self.labels else float(cell) / self.top
-        except ValueError:
-            return None
-        return value if self.labels or 0 <= value <= 1 else None      # NaN is not in 0..1
+    def parse_label(self, cell: str) -> int | float:
+        """Return the label as it is trained on: a class id, or y/top. ValueError if it is none."""
+        if cell in self.labels:
+            return self.labels.index(cell)
 
-PAIR, NLI2 = ("sentence1", "sentence2"), ("entailment", "not_entailment")
+        if not self.labels:
+            try:
+                share = float(cell) / self.top
+            except ValueError:
+                share = math.nan
+            if 0 <= share <= 1:  # False for NaN
+                return share
+
+        choices = " or ".join(map(spelled, self.labels)) or f"a number from 0 to {self.top:g}"
+        raise ValueError(f"{self.label} is {spelled(cell)}, expected {choices}; fix it")
+
+
+PAIR = ("sentence1", "sentence2")
+NLI2 = ("entailment", "not_entailment")
 NLI3 = ("entailment", "neutral", "contradiction")
-COLA = ("source", "label", "mark", "sentence")           # its files have no header; nor has the toy
-TOY_FILES = {"train": "train.tsv", "dev": "dev.tsv"}     # made by write_toy
+COLA = ("source", "label", "mark", "sentence")  # CoLA's files have no header, nor have the toy's
+TOY_FILES = {"train": "train.tsv", "dev": "dev.tsv"}  # made by write_toy
+MNLI_FILES = {
+    "train": "train.tsv",
+    "dev": "dev_matched.tsv",
+    "dev_mm": "dev_mismatched.tsv",
+    "test": "test_matched.tsv",
+    "test_mm": "test_mismatched.tsv",
+}
 
 # A task of your own is one more row, in a script that imports this file:
 #   TASKS["mine"] = Task("mine", "my_folder", ("review",), "stars", ("accuracy",), ("bad", "good"))
@@ -79,412 +106,807 @@ TASKS = {task.name: task for task in (
          bad_rows=100, source="QQP-clean.zip"),
     Task("stsb", "STS-B", PAIR, "score", ("pearson", "spearman"), (), source="STS-B.zip"),
     Task("mnli", "MNLI", PAIR, "gold_label", ("accuracy",), NLI3, source="MNLI.zip",
-         files={"train": "train.tsv", "dev": "dev_matched.tsv", "dev_mm": "dev_mismatched.tsv",
-                "test": "test_matched.tsv", "test_mm": "test_mismatched.tsv"},
-         submissions={"test": "MNLI-m", "test_mm": "MNLI-mm"}),
+         files=MNLI_FILES, submissions={"test": "MNLI-m", "test_mm": "MNLI-mm"}),
     Task("qnli", "QNLI", ("question", "sentence"), "label", ("accuracy",), NLI2,
          source="QNLIv2.zip"),
     Task("rte", "RTE", PAIR, "label", ("accuracy",), NLI2, source="RTE.zip"),
     Task("wnli", "WNLI", PAIR, "label", ("accuracy",), source="WNLI.zip"),
+    # GLUE's diagnostic set, for a model trained on MNLI
     Task("ax", "AX", PAIR, "label", ("matthews",), NLI3, source="AX.tsv",
-         files={"test": "test.tsv"}),       # GLUE's diagnostic set, for a model trained on MNLI
+         files={"test": "test.tsv"}),
     Task("toy", "toy", ("sentence",), "label", ("matthews",), columns=COLA, files=TOY_FILES),
     Task("toy-pretrain", "toy-pretrain", ("sentence",), "label", ("accuracy",),
          ("0", "1", "2", "3"), columns=COLA, files=TOY_FILES),
 )}
 
+
 class Example(NamedTuple):
     """A row of a task's file, as the model gets it."""
-    ids: list[int]                # <s> a </s>  or  <s> a </s></s> b </s>
-    label: int | float | None     # class id; y / top, in 0..1; None in a test file
+
+    ids: list[int]  # <s> a </s>  or  <s> a </s></s> b </s>
+    label: int | float | None  # class id; y/top, in 0..1; None in a test file
+
 
 def find_task(name: str, split: str = "") -> Task:
-    """The row of TASKS; DataError if there is none, or none of its files is this split."""
+    """Return a row of TASKS. DataError if it is missing, cannot work, or has no such split."""
     if name not in TASKS:
         raise DataError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
+    check_task(name, TASKS[name])
     if split and split not in TASKS[name].files:
         raise DataError(f"{name} has no split {split!r}; it has {', '.join(TASKS[name].files)}")
     return TASKS[name]
 
+
 def load_task(name: str, data_dir: AnyPath, split: str, bpe: "BPE", max_len: int) -> list[Example]:
-    """The examples of one file, in its order. Raises DataError for a malformed row; up to
-    task.bad_rows of a train or dev file are left out instead, and stderr says so."""
+    """Load the examples of one file, in its order. DataError if a row is malformed.
+
+    Up to task.bad_rows malformed rows of a train or dev file are left out, and stderr reports them.
+    """
     task = find_task(name, split)
-    path = Path(data_dir) / task.folder / task.files[split]
     labelled = not split.startswith("test")
-    rows = enumerate(read_tsv(path), 1)
-    columns = task.columns if labelled and task.columns else next(rows)[1]
+    path = Path(data_dir) / task.folder / task.files[split]
+    rows = read_tsv(path, f"check --data-dir, the folder that holds {task.folder}/")
+
+    has_header = not (labelled and task.columns)
+    columns = rows.pop(0) if has_header else [*task.columns]
     wanted = (*task.texts, task.label) if labelled else task.texts
-    if missing := set(wanted) - set(columns):
-        raise DataError(f"{path} line 1: no column {min(missing)!r} in {columns!r:.120}; expected "
-                        f"a header with {', '.join(wanted)}; mend it")
-    examples, bad, label = [], [], None
-    for number, row in rows:
-        cells = dict(zip(columns, row))
-        if len(row) != len(columns):
-            bad.append(f"{path} line {number}: {len(row)} columns, expected {len(columns)}: "
-                       f"{', '.join(columns)}; mend the row (quotes protect no tab)")
-        elif labelled and (label := task.number(cells[task.label])) is None:
-            bad.append(f"{path} line {number}: {task.label} is {cells[task.label]!r:.60}, expected "
-                       f"{', '.join(task.labels) or f'a number from 0 to {task.top:g}'}; mend it")
+    check_header(path, columns, wanted)
+    while rows and rows[-1] == [""] and len(columns) > 1:  # blank lines at the end
+        rows.pop()
+
+    examples: list[Example] = []
+    malformed: list[str] = []
+    allowed = task.bad_rows if labelled else 0  # in a test file each row must keep its place
+    for number, cells in enumerate(rows, 2 if has_header else 1):
+        try:
+            texts, label = parse_row(task, columns, cells, labelled)
+        except ValueError as problem:
+            malformed.append(f"{path} line {number}: {problem}")
+            if len(malformed) > allowed:
+                raise DataError(malformed[0]) from None
         else:
-            ids = [bpe.encode(cells[text]) for text in task.texts]
-            examples.append(Example(join_ids(ids, max_len), label))
-        if len(bad) > (task.bad_rows if labelled else 0):
-            raise DataError(bad[0])
+            examples.append(Example(encode_row(bpe, texts, max_len), label))
+
     if not examples:
-        raise DataError(f"{path}: no rows, expected {', '.join(columns)}; get the file anew")
-    if bad:
-        print(f"left out {len(bad)} malformed rows, the first: {bad[0]}", file=sys.stderr)
+        raise DataError(f"{path}: no rows, expected {', '.join(columns)}; download it again")
+    if malformed:
+        count = len(malformed)
+        print(f"left out {count} malformed rows, the first: {malformed[0]}", file=sys.stderr)
     return examples
 
-def read_tsv(path: Path) -> list[list[str]]:
-    """Rows of cells. A tab ends a cell and "\\n" a row, nothing else does: quotes, U+0085 and
-    U+2028 are text. "\\r\\n" and a missing final newline are fine."""
-    lines = read_text(path).removesuffix("\n").split("\n")
+
+def parse_row(task: Task, columns: Sequence[str], cells: Sequence[str],
+              labelled: bool) -> tuple[list[str], int | float | None]:
+    """Return the texts and the label (None in a test file) of a row. ValueError if malformed."""
+    if len(cells) != len(columns):
+        found = f"{len(cells)} columns" if cells != [""] else "a blank line"
+        raise ValueError(f"{found}, expected {len(columns)} columns: {', '.join(columns)}; fix "
+                         f"the row (a tab separates columns even inside quotes)")
+
+    row = dict(zip(columns, cells))
+    texts = [row[text] for text in task.texts]
+    return texts, task.parse_label(row[task.label]) if labelled else None
+
+
+def read_tsv(path: Path, remedy: str) -> list[list[str]]:
+    r"""Read a file as rows of cells. DataError, with this remedy, if there is no such file.
+
+    A tab ends a cell and "\n" a row, and nothing else does: quotes, U+0085 and U+2028 are text.
+    "\r\n" and a missing final newline are fine.
+    """
+    lines = read_text(path, remedy).removesuffix("\n").split("\n")
     return [line.removesuffix("\r").split("\t") for line in lines]
 
-def read_text(path: Path) -> str:
-    """A whole UTF-8 file, without its byte order mark if it has one; else DataError."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")    # bad byte -> U+DCxx
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror}; point --data-dir (tasks) or --model-dir (RoBERTa) "
-                        "at a folder that has it, or leave them out to download") from None
-    if bad := re.search("[\0\udc80-\udcff]", text):
-        line = text.count("\n", 0, bad.start()) + 1
-        raise DataError(f"{path} line {line}: byte {ord(bad[0]) & 255:#04x}, expected text in "
-                        "UTF-8; save the file as UTF-8 or get it anew")
-    return text
 
-# ---- RoBERTa's byte-level BPE ------------------------------------------------------------------
+# ---- RoBERTa's byte-level BPE --------------------------------------------------------------------
 
 BOS, PAD, EOS = 0, 1, 2
 SPECIAL = {"<s>": BOS, "<pad>": PAD, "</s>": EOS, "<unk>": 3}
-UNMERGED = re.compile(r"<[!-~]+>|madeupword\d+")   # tokens of RoBERTa's that no merge makes
 
 # GPT-2 writes a visible byte as its own character, the others in order as U+0100, U+0101, ...
 VISIBLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 HIDDEN = sorted({*range(256)} - {*VISIBLE})
 BYTE_CHARS = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(HIDDEN)}
-CHAR_BYTES = {char: byte for byte, char in BYTE_CHARS.items()}    # "Ġ": 32
+CHAR_BYTES = {char: byte for byte, char in BYTE_CHARS.items()}  # "Ġ": 32
 
-# GPT-2's pattern for the pieces of a text, which merges never cross. re.ASCII: \s is then what the
-# reference means by it (Python's own \s takes U+001C to U+001F, too).
+# GPT-2's pattern for the pieces of a text, which no merge crosses, for text in ASCII. Other text is
+# cut where its ASCII likeness is cut: "é²x" -> "z0x" -> "z", "0", "x" -> "é", "²", "x".
+# re.ASCII: \s is then what the reference means by it (Python's own \s includes U+001C to U+001F).
 PIECES = re.compile(
     r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
 
+
 @functools.cache
 def ascii_like(char: str) -> str:
-    """An ASCII character that PIECES treats as the reference's \\p{L}, \\p{N} and \\s treat `char`.
+    r"""Return an ASCII character that PIECES treats as the reference's pattern treats `char`.
 
-    `re` lacks these classes ([^\\W\\d_] and \\d are wrong on '²' and 1,130 others), and finding
-    them for all of Unicode takes 0.3 s: so each character beyond ASCII is asked when it is met.
+    The reference has the classes \p{L}, \p{N} and \s, which `re` lacks: [^\W\d_] and \d are wrong
+    on "²" and 1,130 other characters. Classifying all of Unicode takes 0.3 s, so each character
+    beyond ASCII is classified on first use. Characters that are newer than Python's Unicode tables
+    (unicodedata.unidata_version; 9,392 of them in Python 3.11) count as punctuation, even if they
+    are letters: next to one, a text may get other ids than those of the tokenizers library.
     """
-    # z is in no contraction; "\n", unlike " ", leads no word
     kind = "Z" if char == "\x85" else unicodedata.category(char)[0]
+    # z is in no contraction; "\n", unlike " ", does not join the word that follows
     return {"L": "z", "N": "0", "Z": "\n"}.get(kind, "!")
 
-def merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
-    """Join each occurrence of the pair, from the left: a b a b c, (a, b) -> ab ab c."""
-    out = symbols[:1]
-    for symbol in symbols[1:]:
-        if (out[-1], symbol) == pair:
-            out[-1] += symbol      # longer than pair[0]: never the left half of the next
-        else:
-            out.append(symbol)
-    return out
+
+def byte_chars(piece: str) -> list[str]:
+    """Return the UTF-8 bytes of a piece in GPT-2's characters: " é" -> Ġ Ã ©."""
+    try:
+        return [BYTE_CHARS[byte] for byte in piece.encode()]
+    except UnicodeEncodeError as e:
+        raise DataError(f"the text {piece!a:.60} has {piece[e.start]!a}, a lone surrogate, which "
+                        f"is only half of a character; remove or replace it") from None
+
 
 class BPE:
-    """RoBERTa's tokenizer (Radford et al. 2019, section 2.2) from its vocab.json and merges.txt.
+    """RoBERTa's tokenizer (Radford et al. 2019, section 2.2).
 
     A literal "</s>" in a text is four characters like any others, never the special token.
-    Raises DataError for files that are damaged or belong to another model.
     """
-    def __init__(self, vocab_path: AnyPath, merges_path: AnyPath) -> None:
-        self.vocab = read_vocab(Path(vocab_path))                     # token -> id
-        self.ranks = read_merges(Path(merges_path), self.vocab)       # pair -> place in the file
-        self.tokens = sorted(self.vocab, key=self.vocab.__getitem__)  # id -> token
-        self.cache: dict[str, list[int]] = {}      # most pieces of a corpus were met before
+
+    def __init__(self, path: AnyPath, merges_path: AnyPath | None = None) -> None:
+        """Read a model's folder, or the two files vocab.json and merges.txt. Raises DataError."""
+        if merges_path is None:
+            vocab, merges = read_tokenizer(Path(path))
+        else:
+            vocab, merges = read_vocab_and_merges(Path(path), Path(merges_path))
+
+        self.vocab = vocab  # token -> id
+        self.tokens = sorted(vocab, key=vocab.__getitem__)  # id -> token
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}  # pair -> order of learning
+        self.cache: dict[str, list[int]] = {}  # piece -> ids; most pieces of a corpus repeat
+
+    @classmethod
+    def from_folder(cls, folder: AnyPath) -> "BPE":
+        """Read vocab.json and merges.txt, or else tokenizer.json. DataError says what is wrong."""
+        return cls(folder)
 
     @staticmethod
     def pieces(text: str) -> list[str]:
-        """The text cut where no merge may cross: "I'm 10²" -> ["I", "'m", " 10²"]."""
+        """Cut a text where no merge may cross: "I'm 10²" -> ["I", "'m", " 10²"]."""
         if text.isascii():
             return PIECES.findall(text)
-        shape = re.sub(r"[^\0-\x7f]", lambda match: ascii_like(match[0]), text)
-        return [text[match.start():match.end()] for match in PIECES.finditer(shape)]
+        likeness = re.sub(r"[^\0-\x7f]", lambda match: ascii_like(match[0]), text)
+        return [text[match.start():match.end()] for match in PIECES.finditer(likeness)]
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of the text, without <s> and </s>."""
+    def encode(self, text: str, limit: int = sys.maxsize) -> list[int]:
+        """Return the token ids of a text, without <s> and </s>, and only the first `limit`."""
         ids: list[int] = []
         for piece in self.pieces(text):
             if piece not in self.cache:
                 self.cache[piece] = [self.vocab[token] for token in self.merged(piece)]
             ids += self.cache[piece]
+            if len(ids) >= limit:
+                return ids[:limit]
         return ids
 
     def merged(self, piece: str) -> list[str]:
-        """Tokens of a piece: its bytes, the pair that was learned first merged first."""
-        symbols, last = [BYTE_CHARS[byte] for byte in piece.encode()], len(self.ranks)
-        while len(symbols) > 1:
-            pair = min(pairwise(symbols), key=lambda pair: self.ranks.get(pair, last))
-            if pair not in self.ranks:
-                break
-            symbols = merge(symbols, pair)
-        return symbols
+        """Return the tokens of a piece: its bytes, merged in the order in which pairs were learned.
+
+        With the merges (e, s), (es, t): n e w e s t -> n e w es t -> n e w est. A heap offers the
+        best pair, the leftmost of equal ones, so that the time is about linear in the length.
+        """
+        # differs: the paper's algorithm scans all pairs before each merge, in quadratic time
+        symbols = ["", *byte_chars(piece), ""]  # no pair with "", which marks the ends, is learned
+        before = [*range(-1, len(symbols) - 1)]  # places of the neighbours
+        after = [*range(1, len(symbols) + 1)]
+        ranks = self.ranks
+        heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(symbols)) if pair in ranks]
+        heapq.heapify(heap)
+
+        while heap:
+            rank, left = heapq.heappop(heap)
+            right = after[left]
+            if ranks.get((symbols[left], symbols[right])) != rank:
+                continue  # another merge took one of the two
+
+            symbols[left] += symbols[right]
+            symbols[right] = ""
+            after[left] = after[right]
+            before[after[right]] = left
+            for i in (before[left], left):  # the two pairs that the new symbol is in
+                pair = symbols[i], symbols[after[i]]
+                if pair in ranks:
+                    heapq.heappush(heap, (ranks[pair], i))
+        return [symbol for symbol in symbols if symbol]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, special tokens by their names; half a character becomes U+FFFD."""
-        chars = "".join(self.tokens[i] for i in ids)
-        return bytes(CHAR_BYTES[char] for char in chars).decode(errors="replace")
+        """Return the text of the ids. Special tokens appear by name, half a character as U+FFFD."""
+        raw = bytearray()
+        for i in map(int, ids):
+            if not 0 <= i < len(self.tokens):
+                raise DataError(f"token id {i}: expected 0 to {len(self.tokens) - 1}")
+            for char in self.tokens[i]:
+                raw += bytes([CHAR_BYTES[char]]) if char in CHAR_BYTES else char.encode(
+                    errors="replace")  # in an added token, which need not be made of bytes
+        return raw.decode(errors="replace")
 
-OTHER_FILES = "take vocab.json and merges.txt from one RoBERTa folder, or download them anew"
 
-def read_vocab(path: Path) -> dict[str, int]:
-    """token -> id. DataError unless ids are 0..n-1 and special tokens and all bytes have theirs."""
-    text = read_text(path)
+def encode_row(bpe: BPE, texts: Sequence[str], max_len: int) -> list[int]:
+    """Return what join_ids gives for the texts of a row, without encoding more than it can need."""
+    room = max_len - 2 * len(texts)
+    ids = [bpe.encode(text, max(1, room + 1)) for text in texts]
+    if len(ids) == 2 and room % 2 and min(map(len, ids)) > room:
+        ids = [bpe.encode(text) for text in texts]  # the odd place goes to the longer of the two
+    return join_ids(ids, max_len)
+
+
+def join_ids(texts: Sequence[list[int]], max_len: int) -> list[int]:
+    """Return <s> a </s> or <s> a </s></s> b </s>, cut to max_len ids, from the longer text first.
+
+    As in the tokenizers library's "longest_first", the shorter text is not cut while it fits into
+    half of the room. Else each gets half, and an odd place goes to the longer one (b, if equal).
+    DataError if there is no room for text.
+    """
+    room = max_len - 2 * len(texts)
+    if room < 1:
+        raise DataError(f"max_len {max_len}: no room for text beside the special tokens; raise it")
+    if len(texts) == 1:
+        return [BOS, *texts[0][:room], EOS]
+
+    a, b = texts
+    shorter = min(len(a), len(b), room // 2)  # what the shorter text keeps
+    longer = room - shorter  # what the longer text may keep
+    if len(a) > len(b):
+        a, b = a[:longer], b[:shorter]
+    else:
+        a, b = a[:shorter], b[:longer]
+    return [BOS, *a, EOS, EOS, *b, EOS]
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """B examples, padded to the longest, T ids."""
+
+    ids: torch.Tensor  # (B, T) int64, padded with <pad>
+    mask: torch.Tensor  # (B, T) bool, True = token
+    labels: torch.Tensor  # (B,) int64 class ids, float32 for regression; -1 in a test file
+    rows: torch.Tensor  # (B,) int64, positions in the list of examples
+
+    def split(self, n: int) -> list["Batch"]:
+        """Cut into n parts: part i has the rows i, i + n, ..., and is as wide as its longest row.
+
+        Beyond B parts there is nothing left to cut: the others are empty, with ids of shape (0, 1).
+        """
+        parts = []
+        for i in range(n):
+            width = max([1, *self.mask[i::n].sum(1).tolist()])
+            parts.append(Batch(self.ids[i::n, :width], self.mask[i::n, :width],
+                               self.labels[i::n], self.rows[i::n]))
+        return parts
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the same batch on another device."""
+        # only CUDA keeps the source until it is copied: elsewhere it may be freed too early
+        non_blocking = torch.device(device).type == "cuda"
+        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+
+
+POOL = 64  # batches whose examples are sorted together; larger: less padding; smaller: more mixed
+
+
+def batches(examples: Sequence[Example], batch_size: int, seed: int | None, epoch: int,
+            skip: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    """Yield each example once, in batches of similar length; one batch may be smaller.
+
+    The order is a function of (seed, epoch) alone. seed None, for evaluation, puts the longest
+    first (running out of memory shows at once), and Batch.rows says where each belongs. The first
+    `skip` batches are left out. Process `rank` of `world` gets batch.split(world)[rank] of each.
+    """
+    lengths = np.array([len(example.ids) for example in examples])
+    if seed is None:
+        order = np.argsort(-lengths, kind="stable")
+    else:
+        rng = np.random.default_rng((seed, epoch))
+        order = rng.permutation(len(examples))
+        pool = np.arange(len(order)) // (POOL * batch_size)
+        order = order[np.lexsort((lengths[order], pool))]  # by pool, then by length
+
+    groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    if seed is not None:
+        groups = [groups[i] for i in rng.permutation(len(groups))]
+    for group in groups[skip:]:
+        yield collate(examples, group[rank::world])
+
+
+def endless_batches(examples: Sequence[Example], batch_size: int, seed: int,
+                    step: int = 0) -> Iterator[Batch]:
+    """Yield epoch after epoch, without end, from optimizer step `step` (0, 1, ...) on."""
+    epoch, skip = divmod(step, math.ceil(len(examples) / batch_size))
+    yield from batches(examples, batch_size, seed, epoch, skip)
+    for later in itertools.count(epoch + 1):
+        yield from batches(examples, batch_size, seed, later)
+
+
+def collate(examples: Sequence[Example], rows: np.ndarray) -> Batch:
+    """Return the examples at these rows (B,) as one padded batch; without rows, ids are (0, 1)."""
+    chosen = [examples[row] for row in rows]
+    lengths = np.array([len(example.ids) for example in chosen], dtype=np.int64)
+    mask = np.arange(max([1, *lengths])) < lengths[:, None]  # (B, T)
+    ids = np.full(mask.shape, PAD)
+    ids[mask] = [i for example in chosen for i in example.ids]  # row after row
+
+    labels = [-1 if example.label is None else example.label for example in chosen]
+    dtype = torch.float32 if isinstance(examples[0].label, float) else torch.int64
+    return Batch(torch.from_numpy(ids), torch.from_numpy(mask),
+                 torch.tensor(labels, dtype=dtype), torch.tensor(rows))
+
+
+# ---- metrics -------------------------------------------------------------------------------------
+
+METRICS: dict[str, Callable[[Any, Any], float]] = {}  # filled by @metric
+
+
+def metric(function: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[Any, Any], float]:
+    """Add a function of predictions and labels, both (N,), to METRICS, with checks before it.
+
+    A NaN among them makes the result NaN. ValueError for other shapes, which would broadcast, for
+    no entries, and for entries that are not numbers.
+    """
+    @functools.wraps(function)
+    def checked(predictions: Any, labels: Any) -> float:
+        x, y = np.asarray(predictions), np.asarray(labels)
+        if x.ndim != 1 or x.shape != y.shape or not len(x):
+            raise ValueError(f"expected two vectors of equal length, not empty; got {x.shape} and "
+                             f"{y.shape}")
+        if x.dtype.kind not in "biuf" or y.dtype.kind not in "biuf":
+            raise ValueError(f"expected two vectors of numbers, got {x.dtype} and {y.dtype}")
+        if np.isnan(x).any() or np.isnan(y).any():
+            return math.nan
+        return function(x, y)
+
+    METRICS[function.__name__] = checked
+    return checked
+
+
+@metric
+def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Return the share of equal entries of two vectors, (N,)."""
+    return float((predictions == labels).mean())
+
+
+@metric
+def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Return 2 TP / (2 TP + FP + FN) of class 1, and 0 for 0/0, of two vectors of ids, (N,)."""
+    predicted, true = predictions == 1, labels == 1
+    return float(2 * (predicted & true).sum() / max(1, predicted.sum() + true.sum()))
+
+
+@metric
+def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Return Matthews' correlation of two vectors of ids 0 and 1, (N,). ValueError for other ids.
+
+    For two classes it is Pearson's (the phi coefficient), and so 0 if all predictions are equal,
+    when the model collapsed to one class.
+    """
+    if not np.isin((predictions, labels), (0, 1)).all():
+        raise ValueError("matthews is for two classes, with ids 0 and 1")
+    return pearson(predictions, labels)
+
+
+@metric
+def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Return the linear correlation of two vectors, (N,): 0 if one is constant, NaN if infinite."""
+    x, y = predictions.astype(np.float64), labels.astype(np.float64)
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return math.nan
+    if (x == x[0]).all() or (y == y[0]).all():
+        return 0.0  # tested exactly, since rounding would leave a spurious x - mean
+
+    x, y = x - x.mean(), y - y.mean()
+    x, y = x / np.abs(x).max(), y / np.abs(y).max()  # so that squares neither overflow nor vanish
+    return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1, 1))
+
+
+@metric
+def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Return Pearson's correlation of the ranks of two vectors, (N,)."""
+    return pearson(mean_ranks(predictions), mean_ranks(labels))
+
+
+def mean_ranks(values: np.ndarray) -> np.ndarray:
+    """Return the ranks 1 to N of a vector (N,). Equal values share the mean of their ranks."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)  # the last rank of each distinct value
+    return (last - (counts - 1) / 2)[which]
+
+
+def score(task: Task, predictions: Any, labels: Any) -> dict[str, float]:
+    """Return the task's metrics by name, the headline first, for one file's predictions, (N,)."""
+    return {name: METRICS[name](predictions, labels) for name in task.metrics}
+
+
+# ---- submission files ----------------------------------------------------------------------------
+
+
+def write_submission(task: Task, split: str, predictions: Any, folder: AnyPath) -> Path:
+    """Write GLUE's submission file, "index<TAB>prediction", atomically, and return its path.
+
+    The predictions (N,) are in the order of the test file and in the units of Example.label: class
+    ids are written as their label words, y/top as y clipped to 0..top. DataError for others.
+    """
+    values = np.asarray(predictions)
+    if task.labels:
+        expected = f"class ids below {task.num_labels}"
+        valid = np.isin(values, range(task.num_labels))
+    else:
+        expected = "finite numbers"
+        valid = np.isfinite(values)
+    if values.ndim != 1 or not valid.all():
+        raise DataError(f"{task.name}: predictions of shape {values.shape}, expected a vector of "
+                        f"{expected}")
+
+    if task.labels:
+        cells = [task.labels[int(value)] for value in values]
+    else:
+        cells = [f"{value:.5f}" for value in np.clip(values * task.top, 0, task.top)]
+
+    # the folder's name for "test"; another test file without a name of its own gets its split's
+    default = task.folder if split == "test" else f"{task.folder}-{split.removeprefix('test_')}"
+    path = Path(folder) / f"{task.submissions.get(split, default)}.tsv"
+    with atomic_file(path) as file:
+        file.write(b"index\tprediction\n")
+        file.writelines(f"{i}\t{cell}\n".encode() for i, cell in enumerate(cells))
+    return path
+
+
+# ==================================================================================================
+# You can stop reading here: what follows is plumbing (files, checks, downloads, the command line).
+# ==================================================================================================
+
+# ---- checks of tasks and text files --------------------------------------------------------------
+
+
+def check_task(name: str, task: Task) -> None:
+    """Raise DataError if the row TASKS[name] cannot work."""
+
+    def require(condition: object, problem: str) -> None:
+        if not condition:
+            raise DataError(f"TASKS[{name!r}]: {problem}; fix the row")
+
+    require(isinstance(task, Task), f"expected a Task, found {type(task).__name__}")
+    for field in ("texts", "metrics", "labels", "columns"):
+        value = getattr(task, field)
+        require(isinstance(value, (tuple, list)) and all(isinstance(cell, str) for cell in value),
+                f"{field} = {value!r}, expected a tuple of strings (a tuple of one: ('a',))")
+        require(len(set(value)) == len(value), f"{field} = {value!r} has a duplicate")
+    for field in ("name", "folder", "label"):
+        value = getattr(task, field)
+        require(value and isinstance(value, str), f"{field} = {value!r}, expected a string")
+
+    require(len(task.texts) in (1, 2), f"texts = {task.texts!r}, expected one or two columns")
+    require(task.label not in task.texts, f"the label column {task.label!r} is also a text")
+    missing = {*task.texts, task.label} - {*task.columns} if task.columns else set()
+    require(not missing, f"columns = {task.columns!r} lacks {', '.join(sorted(missing))}")
+    require(len(task.labels) != 1, f"labels = {task.labels!r}, expected at least two, or () for "
+            f"a regression")
+    require(task.labels or (isinstance(task.top, (int, float)) and 0 < task.top < math.inf),
+            f"top = {task.top!r}, expected a positive number")
+    require(type(task.bad_rows) is int and task.bad_rows >= 0,
+            f"bad_rows = {task.bad_rows!r}, expected a whole number, 0 or more")
+
+    splits = [*task.files] if isinstance(task.files, Mapping) else []
+    require(splits, f"files = {task.files!r}, expected a dict such as {TOY_FILES}")
+    require(all(re.fullmatch(r"train|(dev|test)\w*", str(split)) for split in splits),
+            f"files has the splits {splits}; names start with train, dev or test")
+    labelled = any(not split.startswith("test") for split in splits)
+    require("dev" in splits or not labelled, f"files has the splits {splits}, but no 'dev', the "
+            f"file that a run is scored on")
+
+    require(task.metrics, f"metrics is empty, expected names from {', '.join(METRICS)}")
+    for metric_name in task.metrics:
+        require(metric_name in METRICS,
+                f"unknown metric {metric_name!r}, expected one of {', '.join(METRICS)}")
+        # a test-only task such as AX is not scored here
+        require(not labelled or metric_name not in ("matthews", "f1") or len(task.labels) == 2,
+                f"{metric_name} is for two labels, labels has {len(task.labels)}")
+        require(not labelled or metric_name != "accuracy" or task.labels,
+                "accuracy is for classes, but labels = () means a regression")
+
+
+def check_header(path: Path, columns: Sequence[str], wanted: Iterable[str]) -> None:
+    """Raise DataError unless each wanted column is in the header exactly once."""
+    for name in wanted:
+        count = columns.count(name)
+        if count != 1:
+            problem = f"{count} columns" if count else "no column"
+            found = ", ".join(map(spelled, columns))
+            raise DataError(f"{path} line 1: {problem} {spelled(name)} in {found:.200}; expected a "
+                            f"header with {', '.join(wanted)}; fix it")
+
+
+def spelled(text: str) -> str:
+    r"""Return a text in quotes, with escapes if it needs them to tell look-alikes apart.
+
+    Example: 'é' ('e\u0301').
+    """
+    short = f"{text[:60]}..." if len(text) > 60 else text
+    return repr(short) if short.isascii() else f"{short!r} ({short!a})"
+
+
+def read_text(path: Path, remedy: str) -> str:
+    """Read a UTF-8 file, without its byte order mark if it has one. DataError for other files."""
     try:
-        vocab = json.loads(text)
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")  # bad byte -> U+DCxx
+    except OSError as e:
+        raise DataError(f"{path}: {e.strerror}; {remedy}") from None
+
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty; {remedy}")
+    if text.startswith("version https://git-lfs"):
+        raise DataError(f"{path}: a git-lfs pointer, not the file itself; run git lfs pull")
+    if bad := re.search("[\0\udc80-\udcff]", text):
+        line = text.count("\n", 0, bad.start()) + 1
+        raise DataError(f"{path} line {line}: byte {ord(bad[0]) & 255:#04x}, expected text in "
+                        f"UTF-8; save the file as UTF-8 or download it again")
+    return text
+
+
+# ---- tokenizer files -----------------------------------------------------------------------------
+
+Tokenizer = tuple[dict[str, int], list[tuple[str, str]]]  # token -> id; pairs in order of learning
+UNMERGED = re.compile(r"<[!-~]+>|madeupword\d+")  # RoBERTa's tokens that no merge makes
+CHECK_MODEL_DIR = "check --model-dir, a folder with a RoBERTa model"
+OTHER_FILES = "take all tokenizer files from one RoBERTa folder, or download them again"
+ROBERTA_TOKENIZER = {  # what tokenizer.json may say; anything else would give other ids
+    "model.type": ("BPE",),
+    "model.dropout": (None,),
+    "model.continuing_subword_prefix": ("", None),
+    "model.end_of_word_suffix": ("", None),
+    "model.byte_fallback": (False, None),
+    "model.ignore_merges": (False, None),
+    "normalizer": (None,),
+    "pre_tokenizer.type": ("ByteLevel",),
+    "pre_tokenizer.add_prefix_space": (False,),
+    "pre_tokenizer.use_regex": (True, None),
+}
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Read vocab.json and merges.txt of a model's folder, or else tokenizer.json.
+
+    Raises DataError if files are missing, damaged, or those of another kind of model.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; {CHECK_MODEL_DIR}")
+    check_model_type(folder / "config.json")
+
+    vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
+    missing = [path.name for path in (vocab_path, merges_path) if not path.exists()]
+    if not missing:
+        return read_vocab_and_merges(vocab_path, merges_path)
+    if (folder / "tokenizer.json").exists():
+        return read_tokenizer_json(folder / "tokenizer.json")
+    raise DataError(f"{folder}: has no {' and no '.join(missing)}, nor a tokenizer.json instead; "
+                    f"{CHECK_MODEL_DIR}")
+
+
+def check_model_type(path: Path) -> None:
+    """Raise DataError if this config.json exists and names another architecture than RoBERTa."""
+    try:
+        model_type = json.loads(path.read_bytes())["model_type"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return  # whoever loads the weights needs all of this file and reports what is wrong with it
+    if model_type != "roberta":
+        raise DataError(f"{path}: model_type is {model_type!r:.60}, expected 'roberta'; take a "
+                        f"RoBERTa model")
+
+
+def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
+    """Read the two files of RoBERTa's first release. DataError if damaged or of another model."""
+    vocab = check_vocab(vocab_path, read_json(vocab_path))
+    added_path = vocab_path.with_name("added_tokens.json")
+    if added_path.exists():
+        check_added_tokens(added_path, read_json(added_path))
+
+    text = read_text(merges_path, CHECK_MODEL_DIR).replace("\r\n", "\n")
+    lines = text.rstrip("\n").split("\n")
+    first = 2 if lines[0].startswith("#version:") else 1
+    return vocab, check_merges(f"{merges_path} line", first, lines[first - 1:], vocab)
+
+
+def read_tokenizer_json(path: Path) -> Tokenizer:
+    """Read the one file that transformers 5 saves. DataError if damaged or of another model."""
+    content = read_json(path)
+    for name, allowed in ROBERTA_TOKENIZER.items():
+        value = content
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value not in allowed:
+            raise DataError(f"{path}: {name} is {value!r:.60}, expected {allowed[0]!r}, since this "
+                            f"is not RoBERTa's tokenizer; take a RoBERTa model")
+
+    model = content["model"]
+    vocab = check_vocab(path, model.get("vocab"))
+    tokens, pairs = content.get("added_tokens") or [], model.get("merges")
+    if not isinstance(pairs, list) or not isinstance(tokens, list):
+        raise DataError(f"{path}: merges and added_tokens are not lists; {OTHER_FILES}")
+    check_added_tokens(path, [token["content"] for token in tokens if "content" in token])
+    return vocab, check_merges(f"{path} merge", 1, pairs, vocab)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a model's folder. DataError if it is not JSON."""
+    text = read_text(path, CHECK_MODEL_DIR)
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise DataError(f"{path}: not whole JSON ({e}); {OTHER_FILES}") from None
+        raise DataError(f"{path}: not valid JSON ({e}); {OTHER_FILES}") from None
+
+
+def check_vocab(path: Path, vocab: Any) -> dict[str, int]:
+    """Return the vocabulary: token -> id.
+
+    Raises DataError unless the ids are 0 to n - 1, and special tokens and all bytes have theirs.
+    """
     if not isinstance(vocab, dict) or {type(i) for i in vocab.values()} != {int} \
             or sorted(vocab.values()) != [*range(len(vocab))]:
-        raise DataError(f"{path}: expected token: id, with ids 0 to n - 1 each once; {OTHER_FILES}")
+        raise DataError(f"{path}: expected token: id, each id from 0 to n - 1 once; {OTHER_FILES}")
+
     wrong = [token for token, i in SPECIAL.items() if vocab.get(token) != i]
-    if wrong := wrong + [char for char in CHAR_BYTES if char not in vocab]:
+    wrong += [char for char in CHAR_BYTES if char not in vocab]
+    if wrong:
         raise DataError(f"{path}: {wrong[0]!r} is {vocab.get(wrong[0])}, expected {SPECIAL} and an "
                         f"id for each byte; {OTHER_FILES}")
     return vocab
 
-def read_merges(path: Path, vocab: dict[str, int]) -> dict[tuple[str, str], int]:
-    """pair -> rank. DataError unless pairs and products are tokens, and merges make every token."""
-    ranks: dict[tuple[str, str], int] = {}
-    made = {*CHAR_BYTES}
-    lines = read_text(path).removesuffix("\n").split("\n")
-    for number, line in enumerate(lines, 1):
-        left, _, right = line.removesuffix("\r").partition(" ")
-        if left in made and right in made and vocab.get(left + right, 0) >= len(SPECIAL):
-            made.add(left + right)
-            ranks[left, right] = len(ranks)
-        elif number > 1 or left != "#version:":
-            raise DataError(f"{path} line {number}: {line!r:.60}, expected two "
-                            f"tokens whose product is in vocab.json; {OTHER_FILES}")
-    if lost := [token for token in vocab if token not in made and not UNMERGED.fullmatch(token)]:
-        raise DataError(f"{path}: cut short, no merge makes {lost[0]!r:.60}; {OTHER_FILES}")
-    return ranks
 
-def join_ids(texts: list[list[int]], max_len: int) -> list[int]:
-    """<s> a </s> or <s> a </s></s> b </s>, at most max_len ids; the longer text is cut first.
+def check_added_tokens(path: Path, tokens: Iterable[Any]) -> None:
+    """Raise DataError if a text could contain a token that was added to RoBERTa's."""
+    for token in tokens:
+        if token not in (*SPECIAL, "<mask>"):
+            raise DataError(f"{path}: has the added token {token!r:.60}, and a text that contains "
+                            f"it would get other ids here; take a tokenizer without it, or delete "
+                            f"it from this file if no text contains it")
 
-    Like the tokenizers library's "longest_first": the shorter text stays whole while it fits in
-    half of the room; else both get half, and an odd place goes to the longer (b, if equal).
-    DataError if there is no room for text.
+
+def check_merges(place: str, first: int, pairs: Iterable[Any],
+                 vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Return the pairs, written "a b" or ["a", "b"], as tuples; places are numbered from `first`.
+
+    Raises DataError unless each pair and its product are tokens, and every token has its merge.
+    Tokens after <mask> are exempt: they were added by hand, and no text ever becomes one.
     """
-    a, b = (*texts, [])[:2]
-    room = max_len - 2 * len(texts)
-    if room < 1:
-        raise DataError(f"max_len {max_len}: no room for text beside the special tokens; raise it")
-    short = min(len(a), len(b), room // 2)         # what the shorter text keeps
-    a, b = (a[:room - short], b[:short]) if len(a) > len(b) else (a[:short], b[:room - short])
-    return [BOS, *a, EOS, EOS, *b, EOS] if len(texts) > 1 else [BOS, *a, EOS]
+    merges = []
+    made = {*CHAR_BYTES}
+    for number, pair in enumerate(pairs, first):
+        match pair.split(" ") if isinstance(pair, str) else pair:
+            case [str(left), str(right)] if left in made and right in made and vocab.get(
+                    left + right, 0) >= len(SPECIAL):
+                merges.append((left, right))
+                made.add(left + right)
+            case _:
+                raise DataError(f"{place} {number}: {pair!r:.60}, expected two tokens whose "
+                                f"product is in the vocabulary; {OTHER_FILES}")
 
-def train_bpe(texts: Iterable[str], n_merges: int, vocab_path: AnyPath,
-              merges_path: AnyPath) -> None:
-    """Learn merges (Sennrich et al. 2016, algorithm 1) and write both files in RoBERTa's layout:
-    special tokens, bytes, merges, <mask>. Ties go by alphabet. For small corpora: each merge
-    counts all pairs anew."""
-    counts = Counter(piece for text in texts for piece in BPE.pieces(text))
-    words = [([BYTE_CHARS[byte] for byte in piece.encode()], n) for piece, n in counts.items()]
-    vocab = {token: i for i, token in enumerate((*SPECIAL, *CHAR_BYTES))}
-    merges: list[tuple[str, str]] = []
-    for _ in range(n_merges):
-        pairs: Counter[tuple[str, str]] = Counter()
-        for symbols, n in words:
-            for pair in pairwise(symbols):
-                pairs[pair] += n
-        new = [p for p in pairs if "".join(p) not in vocab and "".join(p) != "<mask>"]
-        if not new:
-            break
-        best = min(new, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
-        vocab["".join(best)] = len(vocab)
-        words = [(merge(symbols, best), n) for symbols, n in words]
-    vocab["<mask>"] = len(vocab)
-    with written_whole(vocab_path) as file:
-        file.write(json.dumps(vocab, ensure_ascii=False).encode())
-    with written_whole(merges_path) as file:
-        file.write("\n".join(("#version: 0.2", *map(" ".join, merges), "")).encode())
+    end = vocab.get("<mask>", len(vocab))
+    for token, i in vocab.items():
+        if token not in made and i < end and not UNMERGED.fullmatch(token):
+            raise DataError(f"{place} {first + len(merges)}: the merges end, but no merge makes "
+                            f"{token!r:.60}; {OTHER_FILES}")
+    return merges
 
-# ---- The toy: generated sentences --------------------------------------------------------------
+
+# ---- the toy: generated sentences and a tokenizer learned from them ------------------------------
 
 NOUNS = ("dog", "cat", "bird", "teacher", "doctor", "student", "singer", "farmer", "pilot",
          "lawyer", "writer", "painter", "king", "queen", "robot")
 VERBS = ("see", "hear", "like", "follow", "help", "know", "visit", "call", "admire", "thank")
 ADJECTIVES = ("old", "young", "happy", "quiet", "tall", "clever")
 PREPOSITIONS = ("near", "behind", "with", "beside", "above")
+DETERMINERS = (("the", "this", "a"), ("the", "these", "some"))  # singular, plural
+
+TOY_SIZES = (
+    ("toy-pretrain", "train", 4000),
+    ("toy-pretrain", "dev", 400),
+    ("toy", "train", 1000),
+    ("toy", "dev", 400),
+)
+
 
 def toy_sentence(rng: np.random.Generator, phrases: int) -> tuple[str, int, int]:
-    """(text, subject is plural, verb is plural), with `phrases` between the two:
-    "these dogs near the king see a bird". In half of the sentences the verb does not agree."""
+    """Return (text, subject is plural, verb is plural), with `phrases` between the two.
+
+    An example with one: "these dogs near the king see a bird". In half of the sentences the verb
+    does not agree with the subject.
+    """
     def noun_phrase(plural: int) -> list[str]:
-        determiner = rng.choice((("the", "this", "a"), ("the", "these", "some"))[plural])
-        adjective = [rng.choice(ADJECTIVES)] if rng.random() < 0.3 else []
-        return [determiner, *adjective, rng.choice(NOUNS) + "s" * plural]
+        words = [rng.choice(DETERMINERS[plural])]
+        if rng.random() < 0.3:
+            words.append(rng.choice(ADJECTIVES))
+        return [*words, rng.choice(NOUNS) + "s" * plural]
 
     subject, verb = rng.integers(2, size=2).tolist()
     words = noun_phrase(subject)
     for _ in range(phrases):
-        words += [rng.choice(PREPOSITIONS), *noun_phrase(int(rng.integers(2)))]
-    words += [rng.choice(VERBS) + "s" * (1 - verb), *noun_phrase(int(rng.integers(2)))]
+        words.append(rng.choice(PREPOSITIONS))
+        words += noun_phrase(int(rng.integers(2)))
+
+    words.append(rng.choice(VERBS) + "s" * (1 - verb))
+    words += noun_phrase(int(rng.integers(2)))
     return " ".join(words), subject, verb
+
 
 def write_toy(data_dir: AnyPath, model_dir: AnyPath) -> BPE:
     """Write the toy's files in CoLA's layout, and a tokenizer learned from them.
 
     toy-pretrain asks for the numbers of subject and verb in short sentences (four classes). toy
-    asks if a sentence is right, with one or two phrases in which the nearest noun misleads.
+    asks if a sentence is correct, with one or two phrases whose nouns distract from the subject.
     """
-    rng, texts = np.random.default_rng(0), []
-    for name, split, size in (("toy-pretrain", "train", 4000), ("toy-pretrain", "dev", 400),
-                              ("toy", "train", 1000), ("toy", "dev", 400)):
-        with written_whole(Path(data_dir) / name / f"{split}.tsv") as file:
+    rng = np.random.default_rng(0)
+    texts = []
+    for name, split, size in TOY_SIZES:
+        with atomic_file(Path(data_dir) / name / f"{split}.tsv") as file:
             for _ in range(size):
                 phrases = 0 if name == "toy-pretrain" else int(rng.integers(1, 3))
                 text, subject, verb = toy_sentence(rng, phrases)
                 label = int(subject == verb) if phrases else 2 * subject + verb
                 file.write(f"toy\t{label}\t\t{text}\n".encode())
                 texts.append(text)
-    paths = Path(model_dir) / "vocab.json", Path(model_dir) / "merges.txt"
-    train_bpe(texts, 200, *paths)
-    return BPE(*paths)
 
-# ---- Batches -----------------------------------------------------------------------------------
+    vocab_path, merges_path = Path(model_dir) / "vocab.json", Path(model_dir) / "merges.txt"
+    train_bpe(texts, 200, vocab_path, merges_path)
+    return BPE(vocab_path, merges_path)
 
-class Batch(NamedTuple):
-    """B examples, padded to the longest, T ids."""
-    ids: torch.Tensor       # (B, T) int64, padded with <pad>
-    mask: torch.Tensor      # (B, T) bool, True = token
-    labels: torch.Tensor    # (B,)   int64 class ids, float32 for regression; -1 in a test file
-    rows: torch.Tensor      # (B,)   int64, positions in the list of examples
 
-    def split(self, n: int) -> list["Batch"]:
-        """n parts, part i the rows i, i + n, ..., as wide as its longest row; (0, 1) if empty."""
-        widths = [max([1, *self.mask[i::n].sum(1).tolist()]) for i in range(n)]
-        return [Batch(self.ids[i::n, :width], self.mask[i::n, :width],
-                      self.labels[i::n], self.rows[i::n]) for i, width in enumerate(widths)]
+def train_bpe(texts: Iterable[str], n_merges: int, vocab_path: AnyPath,
+              merges_path: AnyPath) -> None:
+    """Learn merges (Sennrich et al. 2016, algorithm 1) and write both files in RoBERTa's layout.
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
-
-POOL = 64     # batches whose examples are sorted together: more pad less, fewer mix better
-
-def batches(examples: Sequence[Example], batch_size: int, seed: int | None, epoch: int,
-            skip: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-    """Each example once, in batches of similar length; one batch may be smaller.
-
-    The order is a function of (seed, epoch) alone. seed None, for evaluation: the longest first
-    (running out of memory shows at once); Batch.rows says where each belongs. `skip` leaves out
-    batches at the start. Process `rank` of `world` gets batch.split(world)[rank] of each batch.
+    The vocabulary is: special tokens, bytes, merges, <mask>. Ties go by alphabet. This is for small
+    corpora, since each merge counts all pairs again.
     """
-    lengths = np.array([len(example.ids) for example in examples])
-    order = np.argsort(-lengths, kind="stable")
-    if seed is not None:
-        rng = np.random.default_rng((seed, epoch))
-        order = rng.permutation(len(examples))
-        pool = np.arange(len(order)) // (POOL * batch_size)
-        order = order[np.lexsort((lengths[order], pool))]      # by pool, in it by length
-    groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    if seed is not None:
-        groups = [groups[i] for i in rng.permutation(len(groups))]
-    for group in groups[skip:]:
-        yield collate(examples, group).split(world)[rank]
+    counts = Counter(piece for text in texts for piece in BPE.pieces(text))
+    words = [(byte_chars(piece), n) for piece, n in counts.items()]
+    vocab = {token: i for i, token in enumerate((*SPECIAL, *CHAR_BYTES))}
+    merges: list[tuple[str, str]] = []
 
-def collate(examples: Sequence[Example], rows: np.ndarray) -> Batch:
-    """The examples at these rows (B,) as one padded batch."""
-    chosen = [examples[row] for row in rows]
-    width = max(len(example.ids) for example in chosen)
-    ids = torch.tensor([[*e.ids, *[PAD] * (width - len(e.ids))] for e in chosen])
-    labels = torch.tensor([-1 if e.label is None else e.label for e in chosen],
-                          dtype=torch.float32 if isinstance(chosen[0].label, float) else None)
-    return Batch(ids, ids != PAD, labels, torch.tensor(rows))
+    for _ in range(n_merges):
+        pairs: Counter[tuple[str, str]] = Counter()
+        for symbols, n in words:
+            for pair in pairwise(symbols):
+                pairs[pair] += n
+        new = [pair for pair in pairs if "".join(pair) not in vocab and "".join(pair) != "<mask>"]
+        if not new:
+            break
 
-# ---- Metrics of (predictions, labels): class ids or real numbers, both (N,) --------------------
+        best = min(new, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        vocab["".join(best)] = len(vocab)
+        words = [(merge(symbols, best), n) for symbols, n in words]
 
-def vectors(predictions: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both as arrays, (N,); ValueError for other shapes, which would broadcast."""
-    x, y = np.asarray(predictions), np.asarray(labels)
-    if x.ndim != 1 or x.shape != y.shape or not len(x):
-        raise ValueError(f"expected two vectors of one length, not empty: {x.shape} and {y.shape}")
-    return x, y
+    vocab["<mask>"] = len(vocab)
+    with atomic_file(vocab_path) as file:
+        file.write(json.dumps(vocab, ensure_ascii=False).encode())
+    with atomic_file(merges_path) as file:
+        file.write("\n".join(("#version: 0.2", *map(" ".join, merges), "")).encode())
 
-def accuracy(predictions: Any, labels: Any) -> float:
-    """Share of equal entries."""
-    x, y = vectors(predictions, labels)
-    return float((x == y).mean())
 
-def f1(predictions: Any, labels: Any) -> float:
-    """2 TP / (2 TP + FP + FN) of class 1; 0 if that is 0/0."""
-    x, y = (v == 1 for v in vectors(predictions, labels))
-    return float(2 * (x & y).sum() / max(1, x.sum() + y.sum()))
+def merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    """Join each occurrence of the pair, from the left: a b a b c, (a, b) -> ab ab c."""
+    out = symbols[:1]
+    for symbol in symbols[1:]:
+        if (out[-1], symbol) == pair:
+            out[-1] += symbol  # longer than pair[0], so never the left half of the next pair
+        else:
+            out.append(symbol)
+    return out
 
-def matthews(predictions: Any, labels: Any) -> float:
-    """Matthews' correlation: for ids 0 and 1, Pearson's (the phi coefficient), and so 0 if all
-    predictions are equal, a model collapsed to one class. ValueError for other ids."""
-    x, y = vectors(predictions, labels)
-    if not np.isin((x, y), (0, 1)).all():
-        raise ValueError("matthews is for two classes, with ids 0 and 1")
-    return pearson(x, y)
 
-def pearson(predictions: Any, labels: Any) -> float:
-    """Linear correlation; 0, not NaN, if either side is constant."""
-    x, y = (v.astype(np.float64) for v in vectors(predictions, labels))
-    if (x == x[0]).all() or (y == y[0]).all():
-        return 0.0                 # asked exactly: what rounding leaves of x - mean is no signal
-    x, y = x - x.mean(), y - y.mean()
-    x, y = x / np.abs(x).max(), y / np.abs(y).max()        # squares neither overflow nor vanish
-    return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1, 1))
+# ---- files and downloads -------------------------------------------------------------------------
 
-def spearman(predictions: Any, labels: Any) -> float:
-    """Pearson's correlation of the ranks; equal values share their mean rank."""
-    ranks = []
-    for values in vectors(predictions, labels):
-        _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[which])
-    return pearson(*ranks)
-
-METRICS = {metric.__name__: metric for metric in (accuracy, f1, matthews, pearson, spearman)}
-
-def score(task: Task, predictions: Any, labels: Any) -> dict[str, float]:
-    """The task's metrics by name, its headline first."""
-    return {name: METRICS[name](predictions, labels) for name in task.metrics}
-
-def write_submission(task: Task, split: str, predictions: Any, folder: AnyPath) -> Path:
-    """GLUE's submission file, "index<TAB>prediction", whole or not at all; returns its path.
-
-    predictions: (N,) in the order of the test file and in the units of Example.label: class ids,
-    written as their label words, or y/top, written as y cut to 0..top. DataError for others.
-    """
-    values = np.asarray(predictions)
-    valid = np.isin(values, range(len(task.labels))) if task.labels else np.isfinite(values)
-    if values.ndim != 1 or not valid.all():
-        raise DataError(f"{task.name}: predictions of shape {values.shape}, expected a vector of "
-                        f"{f'class ids below {task.num_labels}' if task.labels else 'numbers'}")
-    cells = [task.labels[int(value)] for value in values] if task.labels else \
-        [f"{value:.5f}" for value in np.clip(values * task.top, 0, task.top)]
-    path = Path(folder) / f"{task.submissions.get(split, task.folder)}.tsv"
-    with written_whole(path) as file:
-        file.write(b"index\tprediction\n")
-        file.writelines(f"{i}\t{cell}\n".encode() for i, cell in enumerate(cells))
-    return path
-
-# ---- Files and downloads -----------------------------------------------------------------------
 
 @contextmanager
-def written_whole(path: AnyPath) -> Iterator[BinaryIO]:
-    """A binary file that takes its name only once it is complete and on disk, else never. The
-    temporary name is unique: two processes may write the same file at once."""
+def atomic_file(path: AnyPath) -> Iterator[BinaryIO]:
+    """Open a binary file for writing that replaces `path` only when it is complete.
+
+    The content goes to a temporary file in the same folder, is flushed to disk and then renamed,
+    so that a crash leaves the old content or the new, and two processes never mix theirs.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.urandom(6).hex()}.part")
@@ -497,124 +919,142 @@ def written_whole(path: AnyPath) -> Iterator[BinaryIO]:
     finally:
         part.unlink(missing_ok=True)
 
-WAITS = (0.5, 1.0, 2.0)       # seconds before each new attempt
-TIMEOUT = 30.0                # seconds without a byte
-WAYS_OUT = "or use your own files: --data-dir FOLDER (GLUE) and --model-dir FOLDER (RoBERTa)"
 
-def fetch(url: str, path: AnyPath, sha256: str | None = None, size: int | None = None) -> None:
-    """Download url to path, whole or not at all; size (bytes) and hash, ours or else the server's,
-    must match. Time-outs, server errors and damage are tried again. Raises DataError."""
+def checksum(path: AnyPath) -> str:
+    """Return the CRC-32 of a file's bytes as 8 hex digits. DataError if it cannot be read."""
+    crc = 0
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                crc = zlib.crc32(block, crc)
+    except OSError as e:
+        raise DataError(f"{path}: {e.strerror}; check the path") from None
+    return f"{crc:08x}"
+
+
+WAITS = (0.5, 1.0, 2.0)  # seconds before each new attempt
+TIMEOUT = 30.0  # seconds without a byte
+HUB = "HF_ENDPOINT", "https://huggingface.co", "--model-dir"
+GLUE = "GLUE_ENDPOINT", "https://dl.fbaipublicfiles.com", "--data-dir"
+
+
+def fetch(source: tuple[str, str, str], file: str, path: AnyPath) -> None:
+    """Download a file of a source (HUB or GLUE) atomically. Raises DataError.
+
+    Time-outs, server errors and answers of the wrong size are tried again.
+    """
+    variable, address, flag = source
+    url = f"{(os.environ.get(variable) or address).rstrip('/')}/{file}"
     for wait in (*WAITS, None):
         try:
-            return fetch_once(url, path, sha256, size)
+            return fetch_once(url, path)
         except (error.URLError, http.client.HTTPException, TimeoutError, ConnectionError,
                 ssl.SSLError) as e:
             code = getattr(e, "code", 500)
-            if wait is None or (code < 500 and code != 429):     # 429: too many requests
-                remedy = {403: "access denied", 404: "check the name"}.get(code, "try again later")
-                raise DataError(f"{url}: {e}; {remedy}, {WAYS_OUT}") from None
+            if wait is None or (code < 500 and code != 429):  # 429: too many requests
+                advice = {403: "access denied", 404: "check the name"}.get(code, "try again later")
+                raise DataError(f"{url}: {e}; {advice}, or use your files with {flag}") from None
             time.sleep(wait)
-        except ValueError as e:            # the address itself, or a header that is no number
-            raise DataError(f"{url}: {e}; mend HF_ENDPOINT or GLUE_ENDPOINT") from None
+        except ValueError as e:  # the address itself, or a header that is not a number
+            raise DataError(f"{url}: {e}; fix {variable}") from None
         except OSError as e:
-            raise DataError(f"{path}: {e.strerror}; make room or set DORA_CACHE") from None
+            raise DataError(f"{path}: {e.strerror}; free some space or set DORA_CACHE") from None
 
-class FirstAnswer(request.HTTPRedirectHandler):
-    """Follows redirects and keeps the first answer's headers: there the hub gives the hash."""
-    headers: Any = None
 
-    def redirect_request(self, *args: Any, **kwargs: Any) -> Any:
-        """urllib's hook, called at each redirect."""
-        self.headers = self.headers or args[4]
-        return super().redirect_request(*args, **kwargs)
-
-def fetch_once(url: str, path: AnyPath, sha256: str | None, size: int | None) -> None:
-    """One attempt; raises what urllib raises, and HTTPException for a wrong size or hash."""
+def fetch_once(url: str, path: AnyPath) -> None:
+    """Download once. Raises what urllib raises, and HTTPException for a wrong size."""
     if not url.startswith(("http://", "https://")):
-        raise ValueError("no http(s):// address")
-    handler, digest = FirstAnswer(), hashlib.sha256()
-    with request.build_opener(handler).open(url, timeout=TIMEOUT) as answer:
-        first = handler.headers or answer.headers
-        tag = (first["X-Linked-ETag"] or first["ETag"] or "").strip('"')
-        sha256 = sha256 or (tag if re.fullmatch("[0-9a-f]{64}", tag) else None)
-        size = size or int(first["X-Linked-Size"] or answer.headers["Content-Length"] or 0)
-        with written_whole(path) as file, tqdm(     # disable=None: no bar where stderr is a file
+        raise ValueError("not an http(s):// address")
+
+    with request.urlopen(url, timeout=TIMEOUT) as answer:
+        size = int(answer.headers["Content-Length"] or 0)
+        with atomic_file(path) as file, tqdm(  # disable=None: no bar where stderr is a file
                 total=size or None, desc=Path(url).name, unit="B", unit_scale=True,
                 disable=None) as bar:
             while block := answer.read(1 << 20):
-                digest.update(block)
                 bar.update(file.write(block))
             if size and file.tell() != size:
                 raise http.client.HTTPException(f"{file.tell()} bytes, expected {size}")
-            if sha256 and digest.hexdigest() != sha256:
-                raise http.client.HTTPException(f"sha256 {digest.hexdigest()}, expected {sha256}")
+
 
 def cache_folder() -> Path:
-    """Where downloads go: $DORA_CACHE, or ~/.cache/dora-glue."""
+    """Return where downloads go: $DORA_CACHE, or ~/.cache/dora-glue."""
     return Path(os.environ.get("DORA_CACHE") or Path.home() / ".cache" / "dora-glue")
 
+
 def download_model(repo: str = "FacebookAI/roberta-base", cache: AnyPath | None = None) -> Path:
-    """The model's folder in the cache; files it lacks come from $HF_ENDPOINT (huggingface.co).
-    DataError if they cannot be had."""
+    """Return the model's folder in the cache, after fetching missing files from $HF_ENDPOINT.
+
+    Raises DataError if they are not available.
+    """
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repo, re.ASCII):
         raise DataError(f"model {repo!r}: expected OWNER/NAME as on huggingface.co")
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
     folder = Path(cache or cache_folder()) / "models" / repo.replace("/", "--")
     for name in ("config.json", "vocab.json", "merges.txt", "model.safetensors"):
         if not (folder / name).exists():
-            fetch(f"{endpoint}/{repo}/resolve/main/{name}", folder / name)
+            fetch(HUB, f"{repo}/resolve/main/{name}", folder / name)
     return folder
 
+
 def download_task(name: str, cache: AnyPath | None = None) -> Path:
-    """A data_dir that holds the task; if it lacks files, they come from their public source.
-    DataError if they cannot be had."""
+    """Return a data_dir that holds the task, after fetching missing files from $GLUE_ENDPOINT.
+
+    Raises DataError if they are not available.
+    """
     task = find_task(name)
     folder = Path(cache or cache_folder()) / "glue" / task.folder
-    base = (os.environ.get("GLUE_ENDPOINT") or "https://dl.fbaipublicfiles.com").rstrip("/")
     if not task.source:
-        raise DataError(f"{name}: has no public source; give --data-dir with {task.folder}/ in it")
+        raise DataError(f"{name}: nowhere to download it from; use --data-dir with {task.folder}/ "
+                        f"in it")
     if all((folder / file).exists() for file in task.files.values()):
         return folder.parent
+
     if name == "mrpc":
-        download_mrpc(base, folder)
+        download_mrpc(folder)
     elif task.source.endswith(".zip"):
-        download_zip(f"{base}/glue/data/{task.source}", folder, task.files.values())
+        download_zip(task.source, folder, task.files.values())
     else:
-        fetch(f"{base}/glue/data/{task.source}", folder / task.files["test"])
+        fetch(GLUE, f"glue/data/{task.source}", folder / task.files["test"])
     return folder.parent
 
-def download_zip(url: str, folder: Path, files: Iterable[str]) -> None:
-    """Take folder.name/file out of a zip for each file. DataError for a zip that is damaged or has
-    any member that would land outside of the folder it is unpacked in."""
-    archive = folder / f"{os.urandom(6).hex()}.zip"       # two runs at once: two archives
-    fetch(url, archive)
+
+def download_zip(source: str, folder: Path, files: Iterable[str]) -> None:
+    """Take folder.name/file out of a zip for each file. DataError for a damaged zip."""
+    archive = folder / f"{os.urandom(6).hex()}.zip"  # two runs at once have two archives
+    fetch(GLUE, f"glue/data/{source}", archive)
     try:
         with zipfile.ZipFile(archive) as members:
-            for name in members.namelist():
-                if ".." in re.split(r"[/\\]", name) or re.match(r"[/\\]|\w:", name):
-                    raise zipfile.BadZipFile(f"member {name!r:.80} leads out of its folder")
             for name in files:
-                with written_whole(folder / name) as file:
+                with atomic_file(folder / name) as file:
                     file.write(members.read(f"{folder.name}/{name}"))
-    except Exception as e:     # zipfile has no one error for damage
-        raise DataError(f"{url}: {e!s:.200}; not the expected zip, try later, {WAYS_OUT}") from None
+    except Exception as e:  # zipfile has no common error for damage
+        raise DataError(f"{source}: {e!s:.200}; not the expected zip, try again later or use your "
+                        f"own files with --data-dir") from None
     finally:
         archive.unlink(missing_ok=True)
 
-def download_mrpc(base: str, folder: Path) -> None:
-    """GLUE's MRPC out of Microsoft's files: dev is those pairs of train whose ids are listed, test
-    has an index in the place of its labels."""
-    def rows_of(url: str) -> list[list[str]]:
-        path = folder / "raw" / Path(url).name
-        fetch(f"{base}/{url}", path)
-        return read_tsv(path)
+
+def download_mrpc(folder: Path) -> None:
+    """Make GLUE's MRPC from Microsoft's files.
+
+    The dev set is those pairs of Microsoft's train set whose ids are listed. In the test set an
+    index replaces the labels.
+    """
+    def rows_of(source: str) -> list[list[str]]:
+        path = folder / "raw" / Path(source).name
+        fetch(GLUE, source, path)
+        return read_tsv(path, "try again later")
 
     header, *pairs = rows_of("senteval/senteval_data/msr_paraphrase_train.txt")
     _, *tests = rows_of("senteval/senteval_data/msr_paraphrase_test.txt")
-    ids = [row[:2] for row in rows_of("glue/data/mrpc_dev_ids.tsv")]
-    files = {"train": [header, *(row for row in pairs if row[1:3] not in ids)],
-             "dev": [header, *(row for row in pairs if row[1:3] in ids)],
-             "test": [["index", *header[1:]], *([f"{i}", *r[1:]] for i, r in enumerate(tests))]}
-    for split, rows in files.items():
-        with written_whole(folder / f"{split}.tsv") as file:
+    dev_ids = [row[:2] for row in rows_of("glue/data/mrpc_dev_ids.tsv")]
+
+    splits = {
+        "train": [header, *(row for row in pairs if row[1:3] not in dev_ids)],
+        "dev": [header, *(row for row in pairs if row[1:3] in dev_ids)],
+        "test": [["index", *header[1:]], *([str(i), *row[1:]] for i, row in enumerate(tests))],
+    }
+    for split, rows in splits.items():
+        with atomic_file(folder / f"{split}.tsv") as file:
             file.write("".join("\t".join(row) + "\n" for row in rows).encode())

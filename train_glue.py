@@ -1,31 +1,36 @@
-"""Fine-tune RoBERTa on GLUE with DoRA: the model, its weights, the training loop, the command line.
+"""Fine-tune RoBERTa on GLUE with DoRA: the model, the training step, the loop, the command line.
 
-    python train_glue.py                  toy: no download, no file, under a minute
-    python train_glue.py --task cola      RoBERTa-base with the paper's settings for the task
-    python train_glue.py --help           every setting, with its unit and default
+    python train_glue.py                  toy: no download, under a minute
+    python train_glue.py --task cola      RoBERTa-base with the learning rate, ... of the paper
+    python train_glue.py --help           every setting, with its range and default
 
-Read RobertaForSequenceClassification, load_roberta, train, in this order.
+Read it from the top: RoBERTa, the training loop, evaluation. The rest is plumbing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
+import inspect
 import io
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -35,17 +40,22 @@ from tqdm import tqdm
 
 import data
 from data import TASKS, DataError, Example, Task
-from dora import (METHODS, DoRAConfig, DoRAError, DoRALinear, NotFiniteError, Pruner, budget,
-                  check_settings, compact_, fingerprint, inject, load_adapter, rank_map,
-                  read_safetensors, save_adapter, setting, write_safetensors, write_whole)
+from dora import (CHOICES, METHODS, DoRAConfig, DoRAError, DoRALinear, NotFiniteError, Pruner,
+                  adapter_metadata, atomic_file, budget, compact_, fingerprint, inject,
+                  load_adapter, rank_map, read_safetensors, save_adapter, write_safetensors)
 
-# ---- RoBERTa by hand ---------------------------------------------------------------------------
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: (message, signal). The state has been saved."""
+
+
+# ---- RoBERTa by hand -----------------------------------------------------------------------------
 # The module tree is the checkpoint's key tree: roberta.encoder.layer.0.attention.self.query.weight
 
 
 @dataclass(frozen=True)
 class RobertaConfig:
-    """The sizes of a model, named as in its config.json; the defaults are roberta-base's."""
+    """Sizes of a model, named as in its config.json. The defaults are roberta-base's."""
 
     vocab_size: int = 50265
     hidden_size: int = 768
@@ -58,6 +68,7 @@ class RobertaConfig:
     layer_norm_eps: float = 1e-5
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None  # in the head; None = hidden_dropout_prob
     initializer_range: float = 0.02
 
 
@@ -83,25 +94,29 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Each head: softmax(q k^T / sqrt(D/H)) v, over the tokens that mask has."""
+    """Each head: softmax(q k^T / sqrt(D/H)) v, over the tokens where mask is True."""
 
     def __init__(self, config: RobertaConfig):
         super().__init__()
         D = config.hidden_size
         self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
-        self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
 
-    def forward(self, q: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-        """q (B, Q, D) asks, x (B, T, D) answers where mask (B, T) is True -> (B, Q, D)."""
+    def forward(self, h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        """Attend from the rows h (B, Q, D) to all positions x (B, T, D) with mask (B, T) True."""
+        q = self.per_head(self.query(h))  # (B, H, Q, D/H)
+        k = self.per_head(self.key(x))  # (B, H, T, D/H)
+        v = self.per_head(self.value(x))  # (B, H, T, D/H)
 
-        def split(t: Tensor) -> Tensor:  # (B, T, D) -> (B, H, T, D/H)
-            return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
+        dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(
-            split(self.query(q)), split(self.key(x)), split(self.value(x)),
-            attn_mask=mask[:, None, None, :],
-            dropout_p=self.dropout if self.training else 0.0)  # (B, H, Q, D/H)
+            q, k, v, attn_mask=mask[:, None, None, :], dropout_p=dropout)  # (B, H, Q, D/H)
         return out.transpose(1, 2).flatten(2)  # (B, Q, D)
+
+    def per_head(self, t: Tensor) -> Tensor:
+        """(B, T, D) -> (B, H, T, D/H)."""
+        return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Output(nn.Module):
@@ -129,9 +144,9 @@ class Layer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, wide)})
         self.output = Output(wide, config)
 
-    def forward(self, q: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-        """New states (B, Q, D) of the rows q (B, Q, D), which look at all of x (B, T, D)."""
-        h = self.attention["output"](self.attention["self"](q, x, mask), q)  # (B, Q, D)
+    def forward(self, h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        """Return the new states (B, Q, D) of the rows h (B, Q, D), which see all of x (B, T, D)."""
+        h = self.attention["output"](self.attention["self"](h, x, mask), h)  # (B, Q, D)
         wide = F.gelu(self.intermediate["dense"](h))  # (B, Q, 4D); gelu in its erf form
         return self.output(wide, h)
 
@@ -147,7 +162,8 @@ class Encoder(nn.Module):
         """(B, T, D) -> (B, rows, D): the last layer computes only the first rows; None = all."""
         for layer in self.layer[:-1]:
             x = layer(x, x, mask)
-        return self.layer[-1](x[:, :rows].contiguous(), x, mask)  # one copy, not one a product
+        h = x[:, :rows].contiguous()  # copy once here, not in every matrix product
+        return self.layer[-1](h, x, mask)
 
 
 class RobertaModel(nn.Module):
@@ -168,13 +184,14 @@ class Classifier(nn.Module):
 
     def __init__(self, config: RobertaConfig, num_labels: int):
         super().__init__()
+        p = config.classifier_dropout
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if p is None else p)
         self.out_proj = nn.Linear(config.hidden_size, num_labels)
 
     def forward(self, state: Tensor) -> Tensor:
         """(B, D) -> (B, classes)."""
-        h = self.dropout(state.to(self.dense.weight.dtype))  # float32 also over a bf16 encoder
+        h = self.dropout(state.to(self.dense.weight.dtype))  # float32 even over a bf16 encoder
         return self.out_proj(self.dropout(torch.tanh(self.dense(h))))
 
 
@@ -186,11 +203,11 @@ class RobertaForSequenceClassification(nn.Module):
         self.config = config
         self.roberta = RobertaModel(config)
         self.classifier = Classifier(config, num_labels)
-        self.trained_head = False  # True once load_roberta has found one
+        self.trained_head = False  # True if load_roberta found a head for this task
         self.reset(self)
 
     def reset(self, part: nn.Module) -> None:
-        """Random start: normal weights, zero biases (BERT's)."""
+        """Start at random: normal weights, zero biases (as BERT)."""
         for module in part.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -199,89 +216,283 @@ class RobertaForSequenceClassification(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, T), (B, T) -> (B, classes)."""
-        states = self.roberta(ids, mask, rows=1)  # (B, 1, D): the head reads <s> alone
+        states = self.roberta(ids, mask, rows=1)  # (B, 1, D): the head reads only <s>
         return self.classifier(states[:, 0])
 
 
-# ---- its weights -------------------------------------------------------------------------------
+# ---- the training loop ---------------------------------------------------------------------------
 
 
-def load_roberta(folder: str | Path, num_labels: int) -> RobertaForSequenceClassification:
-    """The model in a folder of the Hugging Face layout, in float32.
+def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean loss of a batch, a scalar: the cross entropy of logits (B, classes) with
+    labels (B,), or for a regression, which has one output, the squared error."""
+    if logits.shape[1] == 1:
+        return F.mse_loss(logits[:, 0], labels.to(logits.dtype))
+    return F.cross_entropy(logits, labels)
 
-    It holds config.json and model.safetensors or pytorch_model.bin. The head is new and random
-    unless the file has one of this size. DoRAError names a missing, unknown or misshapen weight.
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """Return the rate of step 0..T-1: a linear warm-up, then linear to 0."""
+    warm = round(config.warmup * total)
+    return config.lr * ((step + 1) / warm if step < warm else (total - step) / (total - warm))
+
+
+def backward(net: nn.Module, batch: data.Batch, penalty: Tensor, parts: int,
+             device: torch.device) -> Tensor:
+    """Add up the gradients of the batch's mean loss + the penalty; return that loss, a scalar.
+
+    The batch is cut into `parts`, one after another, and each part is shared by the processes. A
+    piece weighs as much as its share of the examples, so the weights add up to the batch's mean.
+    """
+    rank, world = process()
+    losses = []
+    for i, part in enumerate(batch.split(min(parts, len(batch.labels)))):
+        piece = part.split(world)[rank].to(device)
+        share = len(piece.labels) / len(batch.labels)
+        if not share:  # too few examples for all processes: run one with weight 0, since every
+            piece = batch.split(len(batch.labels))[0].to(device)  # process has to call backward
+
+        loss = task_loss(net(piece.ids, piece.mask), piece.labels) * share
+        # DistributedDataParallel averages the processes' gradients
+        (loss * world + (0 if i else penalty)).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train with one seed. Return what result.json holds, the ranks, and the run's folder.
+
+    Raises DoRAError or DataError for bad input, NotFiniteError if the training diverges, and
+    Interrupted after Ctrl-C or SIGTERM, once the state is saved.
+    """
+    started, world = time.monotonic(), process()[1]
+    seed_torch(config)
+    task, model, model_dir, load = prepare(config)
+    train_set, dev_sets = load("train"), load_dev(task, load)
+    identity = identify(config, model, train_set)
+    layers = adapt(model, config)
+    sizes = parameter_counts(model, layers)
+    device = next(model.parameters()).device
+
+    batch_size = config.batch_size * config.accumulate  # examples per optimizer step
+    per_epoch = math.ceil(len(train_set) / batch_size)
+    total = config.max_steps or config.epochs * per_epoch
+    pruner = Pruner(layers, config, total)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr,
+                                  weight_decay=config.weight_decay, fused=True)
+
+    with Run(config, identity, model, optimizer, pruner) as run:
+        run.start(total)
+        say(f"{config.task}, {config.method}, seed {config.seed}: {len(train_set):,} examples, "
+            f"{total:,} steps on {device}, {sizes['trainable_parameters']:,} trainable parameters, "
+            f"files in {run.folder}")
+        stream = data.endless_batches(train_set, batch_size, config.seed, run.step)
+        net = wrap(model, config)
+        while run.step < total:
+            # ---- one optimizer step; DoRA is the three lines that call pruner
+            model.train()
+            penalty = pruner.penalty()
+            loss = backward(net, next(stream), penalty, config.accumulate, device)
+            pruner.observe()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            lr = learning_rate(run.step, total, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+            pruner.step()
+            run.step += 1
+
+            # ---- the rest is bookkeeping
+            if run.step == pruner.last and layers:  # the mask is final: remove pruned components
+                compact_(model, optimizer)
+                net = wrap(model, config)
+            run.bar.update()
+            epoch_ends = run.step % per_epoch == 0 or run.step == total
+            logging = run.step % config.log_every == 0 or run.step == total
+            # several processes have to talk about a signal, so they do it only in these steps
+            stopping = run.signals.arrived(device) if logging or world == 1 else 0
+            saving = epoch_ends or stopping or run.step % config.save_every == 0
+
+            if logging or saving:  # only these steps wait for the device
+                b_t = budget(run.step, total, config, len(layers)) if layers else 0
+                line = {"step": run.step, "lr": lr, "loss": float(reduced(loss)),
+                        "penalty": float(penalty.detach()), "grad_norm": float(norm),
+                        "live": pruner.live, "budget": b_t}
+                run.check(line["loss"], line["grad_norm"])
+            if logging:
+                run.log(line)
+            if epoch_ends:
+                run.record(run.step / per_epoch, evaluate_dev(model, dev_sets, task), model_dir)
+            if saving:
+                run.save()
+                run.stop_after_a_signal(total)
+
+        return run.finish({
+            "task": config.task, "method": config.method, "seed": config.seed, "best": run.best,
+            "last": run.records[-1], "epochs": run.records, "steps": total, **sizes,
+            "adapter_parameters_after_pruning": adapter_size(layers, pruner.ranks()),
+            "seconds": round(time.monotonic() - started, 1)})
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predict(model: nn.Module, examples: list[Example]) -> np.ndarray:
+    """Return class ids, or scores in 0..1, (N,) in the order of the examples."""
+    rank, world = process()
+    device = next(model.parameters()).device
+    rows, logits = [], []
+    model.eval()
+    for batch in data.batches(examples, 64, None, 0, rank=rank, world=world):
+        if len(batch.rows):
+            rows.append(batch.rows)
+            logits.append(model(batch.ids.to(device), batch.mask.to(device)))  # (B, classes)
+
+    outputs = torch.zeros(len(examples), dtype=torch.float64)  # on the CPU: mps has no float64
+    if rows:
+        scores = torch.cat(logits).cpu().double()  # (N, classes), in the order of rows
+        scores = scores[:, 0].clamp(0, 1) if scores.shape[1] == 1 else scores.argmax(1).double()
+        outputs[torch.cat(rows)] = scores
+    if world > 1:  # each row was filled by one process
+        outputs = reduced(outputs.to(device)).cpu()
+    return outputs.numpy()
+
+
+def evaluate(model: nn.Module, examples: list[Example], task: Task) -> dict[str, float]:
+    """Return the task's metrics on labelled examples, the headline first."""
+    predictions = predict(model, examples)
+    if np.ptp(predictions) < 1e-3:
+        one = repr(task.labels[int(predictions[0])]) if task.labels else f"{predictions[0]:.3f}"
+        say(f"all {len(examples)} predictions are {one}: the model collapsed to one "
+            f"{'class' if task.labels else 'value'}")
+    return data.score(task, predictions, [example.label for example in examples])
+
+
+def evaluate_dev(model: nn.Module, sets: dict[str, list[Example]], task: Task) -> dict[str, float]:
+    """Return the metrics on dev. If there are several dev files, as for MNLI, each metric is the
+    mean over the files, followed by the metric of each: accuracy, accuracy_m, accuracy_mm."""
+    scores = {split: evaluate(model, examples, task) for split, examples in sets.items()}
+    means = {metric: statistics.mean(row[metric] for row in scores.values())
+             for metric in task.metrics}
+    if len(scores) == 1:
+        return means
+
+    names = {"dev": "m", "dev_mm": "mm"} if scores.keys() == {"dev", "dev_mm"} else {}
+    each = {f"{metric}_{names.get(split, split)}": value
+            for split, row in scores.items() for metric, value in row.items()}
+    return {**means, **each}
+
+
+# ==================================================================================================
+# You can stop reading here: what follows is plumbing (files, checks, downloads, the command line).
+# ==================================================================================================
+
+
+# ---- RoBERTa's weights ---------------------------------------------------------------------------
+
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
+           "pytorch_model.bin", "pytorch_model.bin.index.json")  # the first that exists is read
+BARE = ("embeddings.", "encoder.", "pooler.")  # names in a saved encoder, without "roberta."
+
+
+def load_roberta(folder: str | Path, num_labels: int,
+                 task: Task | None = None) -> RobertaForSequenceClassification:
+    """Load the model in a folder of the Hugging Face layout, in float32.
+
+    The head is the file's, its rows in the order of the task's labels. If the file has no head of
+    this size, or one for another task, the head is new and random. Raises DoRAError for a weight
+    that is missing, unknown or of another shape.
     """
     folder = Path(folder)
     config = read_config(folder / "config.json")
-    files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
-    path = next((path for path in files if path.exists()), None)
+    path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if path is None:
         raise DoRAError(f"{folder}: no model.safetensors or pytorch_model.bin; point --model-dir "
                         f"at a model's folder, or leave it out to download roberta-base")
-    weights = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    weights = read_weights(path)
     with torch.device("meta"):  # shapes only: no memory, no random numbers
         model = RobertaForSequenceClassification(config, num_labels)
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+
     state: dict[str, Tensor] = {}
     for key, tensor in weights.items():
-        name = key.replace("LayerNorm.gamma", "LayerNorm.weight")
-        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-        if not name.startswith(("roberta.", "classifier.", "lm_head.")):
-            name = f"roberta.{name}"
-        if name.startswith(("lm_head.", "roberta.pooler.")) or name.endswith("position_ids"):
-            continue
-        if expected.get(name) == tuple(tensor.shape):
+        name = model_name(key)
+        if shapes.get(name) == tuple(tensor.shape):
             state[name] = tensor.float()
-        elif not name.startswith("classifier."):  # the head of another task is left out
+        elif name.startswith("roberta."):  # heads of other tasks are left out
             raise DoRAError(f"{path}: {key!r:.120} is {tuple(tensor.shape)}, expected "
-                            f"{expected.get(name, 'no such weight')} from {folder}/config.json; "
+                            f"{shapes.get(name, 'no such weight')} from {folder}/config.json; "
                             f"take both files from one RoBERTa model")
-    missing = [key for key in expected if key not in state]
-    lost = [key for key in missing if not key.startswith("classifier.")]
+    missing = [key for key in shapes if key not in state]
+    lost = [key for key in missing if key.startswith("roberta.")]
     if lost:
-        raise DoRAError(f"{path}: {lost[0]} is missing, {len(lost)} of {len(expected)} weights; "
-                        f"take a whole RoBERTa model")
-    if missing:
+        known = (*BARE, "roberta.", "classifier.", "lm_head.")
+        other = next((key for key in weights if not key.startswith(known)), "")
+        raise DoRAError(f"{path}: {lost[0]} is missing, {len(lost)} of {len(shapes)} weights"
+                        + f" (the file has {other!r:.80})" * bool(other) + "; take a RoBERTa model")
+
+    order = head_order(folder / "config.json", task)
+    if missing or order is None:
         state = {key: tensor for key, tensor in state.items() if key.startswith("roberta.")}
         model.classifier.to_empty(device="cpu")
         model.reset(model.classifier)
-    model.trained_head = not missing
+    elif order != sorted(order):
+        for key in ("classifier.out_proj.weight", "classifier.out_proj.bias"):
+            state[key] = state[key][order]
+    model.trained_head = not missing and order is not None
     model.load_state_dict(state, strict=False, assign=True)  # the mapped file is the weights
     return model
 
 
-def read_config(path: Path) -> RobertaConfig:
-    """config.json of a RoBERTa model; DoRAError names a field that is missing or absurd."""
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DoRAError(f"{path} not found; point --model-dir at a folder with config.json, "
-                        f"vocab.json, merges.txt and the weights") from None
-    except (ValueError, RecursionError):
-        raise DoRAError(f"{path}: not JSON; get the file anew") from None
-    fixed = {"model_type": "roberta", "hidden_act": "gelu", "position_embedding_type": "absolute",
-             "pad_token_id": data.PAD}
-    for key, value in fixed.items():
-        if not isinstance(values, dict) or values.get(key, value) != value:
-            raise DoRAError(f"{path}: {key} is not {value!r}; take a RoBERTa model")
-    found = {}
-    for f in dataclasses.fields(RobertaConfig):
-        value = found[f.name] = values.get(f.name)
-        low, high = (1, 2**24) if isinstance(f.default, int) else (0.0, 0.99)
-        if type(value) not in (int, type(f.default)) or not low <= value <= high:
-            raise DoRAError(f"{path}: {f.name} is {value!r}, expected a number like roberta-base's "
-                            f"{f.default}; get the file anew")
-    config = RobertaConfig(**found)
-    if config.num_hidden_layers > 1000 or config.hidden_size % config.num_attention_heads:
-        raise DoRAError(f"{path}: {config.num_hidden_layers} layers of {config.hidden_size} with "
-                        f"{config.num_attention_heads} heads make no model; get the file anew")
-    return config
+def model_name(key: str) -> str:
+    """Return a weight's name in our model; "" for one that is not needed here.
+
+    A saved encoder has no "roberta." before its names: encoder.layer.0 ... -> roberta.encoder ...
+    """
+    if key.startswith(BARE):
+        key = f"roberta.{key}"
+    unused = key.startswith("roberta.pooler.") or key.endswith("position_ids")
+    return "" if unused or not key.startswith(("roberta.", "classifier.")) else key
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of any shape in a file, or in all files that an index names."""
+    if path.name.endswith(".index.json"):
+        return read_shards(path)
+    refuse_git_lfs(path)
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """Return the tensors of any shape that an index like model.safetensors.index.json lists.
+
+    Raises DoRAError for an index that is damaged or names a file or tensor that does not exist.
+    """
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(
+            isinstance(file, str) and re.fullmatch(r"[\w.-]+\.(safetensors|bin)", file)
+            for file in places.values()):
+        raise DoRAError(f"{index}: no weight_map that gives each tensor's file beside it; download "
+                        f"it again")
+
+    shards = {}
+    for file in sorted({*places.values()}):
+        if not (index.parent / file).exists():
+            raise DoRAError(f"{index.parent / file} not found, but {index.name} lists it; "
+                            f"download it")
+        shards[file] = read_weights(index.parent / file)
+    for key, file in places.items():
+        if key not in shards[file]:
+            raise DoRAError(f"{index}: {key!r:.120} is not in {file}; take all from one model")
+    return {key: shards[file][key] for key, file in places.items()}
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Tensors of any shape by name from a pytorch_model.bin. weights_only takes nothing else, so no
-    code in it is run. Raises DoRAError for another file."""
+    """Return the tensors of any shape in a pytorch_model.bin. torch's weights_only runs no code
+    from the file. Raises DoRAError for anything but a dictionary of tensors."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True,
                              mmap=zipfile.is_zipfile(path))
@@ -291,274 +502,605 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         reason = "not a dictionary of tensors"
     except Exception as error:  # a damaged pickle raises nearly anything
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:100]
-    raise DoRAError(f"{path}: no plain state dict ({reason}); use the model's model.safetensors")
+    raise DoRAError(f"{path}: not a plain state dict ({reason}); use the model's model.safetensors")
 
 
-def save_model(model: RobertaForSequenceClassification, folder: str | Path) -> None:
-    """Save a plain model (after merge_) in the layout that load_roberta and transformers read."""
+def refuse_git_lfs(path: Path) -> None:
+    """Raise DoRAError for a file that git stores elsewhere and has not fetched yet."""
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise DoRAError(f"{path}: only a git-lfs pointer to the file; run `git lfs pull`")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises DoRAError if it is missing or is something else."""
+    try:
+        refuse_git_lfs(path)
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        hint = path.parent / "model"  # of a run that trained the whole model
+        remedy = f"did you mean {hint}?" if (hint / path.name).exists() else (
+            "point --model-dir at a folder with config.json, the tokenizer and the weights")
+        raise DoRAError(f"{path} not found; {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DoRAError):
+            raise
+        raise DoRAError(f"{path}: not JSON; download it again") from None
+    if not isinstance(values, dict):
+        raise DoRAError(f"{path}: not a JSON object; download it again")
+    return values
+
+
+def read_config(path: Path) -> RobertaConfig:
+    """Return the sizes in a model's config.json. Raises DoRAError for a model that is not RoBERTa
+    and for a field that is missing or out of range."""
+    values = read_json(path)
+    fixed = {"model_type": "roberta", "is_decoder": False, "add_cross_attention": False,
+             "hidden_act": "gelu", "position_embedding_type": "absolute", "pad_token_id": data.PAD}
+    for key, value in fixed.items():
+        if values.get(key, value) != value:
+            raise DoRAError(f"{path}: {key} is {values[key]!r:.60}, expected {value!r}; take a "
+                            f"RoBERTa encoder")
+
+    sizes: dict[str, Any] = {f.name: values.get(f.name) for f in dataclasses.fields(RobertaConfig)}
+    for f in dataclasses.fields(RobertaConfig):
+        size = sizes[f.name]
+        if size is None and f.default is None:
+            continue
+        whole = type(f.default) is int
+        types, (low, high) = [int] if whole else [int, float], (1, 2**24) if whole else (0, 0.99)
+        if type(size) not in types or not low <= size <= high:
+            raise DoRAError(f"{path}: {f.name} is {size!r:.60}, expected a number from {low} to "
+                            f"{high} (roberta-base: {f.default})")
+    config = RobertaConfig(**sizes)
+    if config.num_hidden_layers > 1000:
+        raise DoRAError(f"{path}: num_hidden_layers is {config.num_hidden_layers}, expected 1000 "
+                        f"or less")
+    if config.hidden_size % config.num_attention_heads:
+        raise DoRAError(f"{path}: hidden_size {config.hidden_size} is not divisible by "
+                        f"{config.num_attention_heads} heads")
+    return config
+
+
+def head_order(path: Path, task: Task | None) -> list[int] | None:
+    """Return the row of the file's head for each label of the task; None if it is for other labels.
+
+    RTE's labels are (entailment, not_entailment). A config.json whose id2label is
+    {0: not_entailment, 1: entailment} gives [1, 0]. Labels without a name, LABEL_0, LABEL_1, are
+    taken to be in the task's order. Raises DoRAError for an id2label that is damaged.
+    """
+    values = read_json(path)
+    if task is None:
+        return []
+    if plain(values.get("finetuning_task") or task.name) != plain(task.name):
+        return None
+    if not task.labels:  # only save_model says in which unit a regression's output is
+        return [0] if values.get("label_top") == task.top else None
+    if values.get("problem_type") not in (None, "single_label_classification"):
+        return None
+
+    n = len(task.labels)
+    names = values.get("id2label") or {str(i): f"LABEL_{i}" for i in range(n)}
+    if not isinstance(names, dict) or sorted(names) != sorted(str(i) for i in range(len(names))):
+        raise DoRAError(f"{path}: id2label is {names!r:.80}, expected a label for each id from 0")
+    words = [plain(str(names[str(i)])) for i in range(len(names))]
+    if words == [f"label{i}" for i in range(n)]:
+        return [*range(n)]
+    labels = [plain(label) for label in task.labels]
+    return [words.index(label) for label in labels] if sorted(words) == sorted(labels) else None
+
+
+def plain(name: str) -> str:
+    """Return a name without what checkpoints write differently: STS-B -> stsb."""
+    return re.sub(r"(?<=[^\W_])[\s_-]+(?=[^\W_])", "", name.strip().lower())
+
+
+def save_model(model: RobertaForSequenceClassification, folder: str | Path,
+               task: Task | None = None) -> None:
+    """Save a model without adapter layers in the layout that load_roberta and transformers read.
+
+    With a task, config.json names it and its labels, so that load_roberta knows the head's.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    labels = {i: f"LABEL_{i}" for i in range(model.classifier.out_proj.out_features)}
+    labels = [f"LABEL_{i}" for i in range(model.classifier.out_proj.out_features)]
+    about: dict[str, Any] = {}
+    if task:
+        labels = list(task.labels) or labels
+        about = {"finetuning_task": task.name, **({} if task.labels else {"label_top": task.top})}
     config = {"architectures": ["RobertaForSequenceClassification"], "model_type": "roberta",
-              "hidden_act": "gelu", **dataclasses.asdict(model.config), "bos_token_id": 0,
-              "eos_token_id": 2, "id2label": labels, "label2id": {w: i for i, w in labels.items()}}
+              "hidden_act": "gelu", **dataclasses.asdict(model.config),
+              "bos_token_id": data.BOS, "eos_token_id": data.EOS, **about,
+              "id2label": dict(enumerate(labels)),
+              "label2id": {label: i for i, label in enumerate(labels)}}
     write_safetensors(folder / "model.safetensors", model.state_dict())
     write_json(folder / "config.json", config)
 
 
-# ---- settings ----------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """All that a run depends on. The command line's flags are made from these fields."""
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(DoRAConfig):
+    """All that a run depends on: the method's settings, and these. Each field is also a flag of
+    the command line, and the comment beside it is the flag's help text."""
 
-    task: str = setting("toy", "a row of TASKS that has a train file: cola, stsb, ...")
-    method: str = setting("dora", "what trains", (*METHODS, "bitfit", "full", "head"))
-    data_dir: str | None = setting(None, "folder with CoLA/, STS-B/ ...; none = download")
-    model_dir: str | None = setting(None, "model folder; none = download FacebookAI/roberta-base")
-    out: str | None = setting(None, "run folder; none = runs/TASK-METHOD-SEED")
-    seed: int = setting(1, "of head, adapter, order and dropout", least=0)
-    lr: float = setting(2e-3, "peak learning rate of AdamW", above=0)
-    batch_size: int = setting(16, "examples of a forward pass, over all processes", least=1)
-    accumulate: int = setting(1, "forward passes of an optimizer step", least=1)
-    epochs: int = setting(45, "passes over the train set", least=1)
-    max_steps: int | None = setting(None, "optimizer steps, instead of epochs", least=1)
-    weight_decay: float = setting(0.01, "decoupled weight decay of AdamW", least=0)
-    clip: float = setting(1.0, "largest norm of the gradient", above=0)
-    warmup: float = setting(0.06, "share of steps with rising learning rate", least=0, below=1)
-    max_len: int = setting(128, "tokens of an example; more are cut off", least=8)
-    log_every: int = setting(10, "optimizer steps between lines of metrics.jsonl", least=1)
-    save_every: int = setting(500, "optimizer steps between checkpoints", least=1)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = setting("float32", "of frozen weights; bf16 leaves A, B, c and the head float32",
-                         ("float32", "bf16", "float64"))
-    compile: bool = setting(False, "torch.compile the model")
-    deterministic: bool = setting(False, "only deterministic kernels, slower on a GPU")
-    resume: bool = setting(False, "go on from the run folder's newest checkpoint")
-    dora: DoRAConfig = DoRAConfig()
+    task: str = "toy"  # a row of TASKS that has a train file
+    method: str = "dora"  # trains an adapter (dora, ...), all biases, everything, or the head
+    data_dir: str | None = None  # folder with CoLA/, STS-B/, ...; none = download
+    model_dir: str | None = None  # model folder; none = download FacebookAI/roberta-base
+    out: str | None = None  # run folder; none = runs/TASK-METHOD-SEED
+    seed: int = 1  # of head, adapter, order and dropout
+    lr: float = 2e-3  # peak learning rate of AdamW
+    batch_size: int = 16  # examples per forward pass, over all processes
+    accumulate: int = 1  # forward passes per optimizer step
+    epochs: int = 45  # passes over the train set
+    max_steps: int | None = None  # optimizer steps, instead of epochs
+    weight_decay: float = 0.01  # decoupled weight decay of AdamW
+    clip: float = 1.0  # largest norm of the gradient
+    warmup: float = 0.06  # share of steps with a rising learning rate
+    max_len: int = 128  # tokens per example; longer texts are cut
+    log_every: int = 10  # optimizer steps between lines of metrics.jsonl
+    save_every: int = 500  # optimizer steps between checkpoints
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto = cuda if there is one
+    dtype: Literal["float32", "bf16", "float64"] = "float32"  # of the encoder; adapters: >= float32
+    compile: bool = False  # torch.compile the model
+    deterministic: bool = False  # only deterministic kernels, slower on a GPU
+    resume: bool = False  # continue from the run folder's newest checkpoint
+
+    RANGES: ClassVar[dict[str, str]] = {
+        "> 0": "lr clip",
+        ">= 0": "seed weight_decay",
+        ">= 0, < 1": "warmup",
+        ">= 1": "batch_size accumulate epochs max_steps log_every save_every",
+        ">= 8": "max_len"}
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        tasks = [name for name, task in TASKS.items() if "train" in task.files]
-        if self.task not in tasks:
-            raise DoRAError(f"task = {self.task}: choose one of {', '.join(tasks)}")
+        super().__post_init__()
+        for name, choices in (("task", trainable_tasks()), ("method", METHOD_ROWS)):
+            if getattr(self, name) not in choices:
+                raise DoRAError(f"{name} = {getattr(self, name)}: choose one of "
+                                f"{', '.join(choices)}")
+        if self.dtype == "float64" and self.device.startswith("mps"):
+            raise DoRAError("dtype = float64: mps has no float64; use float32 or --device cpu")
 
 
-# The paper's Table 8. WNLI, not in it, has RTE's row.
+# The paper's Table 8. WNLI, which is not in it, has RTE's row.
 COLUMNS_8 = ("lr", "batch_size", "epochs", "eta", "interval")
-TABLE_8 = {"rte": (2e-3, 16, 80, 0.5, 10), "mrpc": (2.5e-3, 16, 30, 0.3, 50),
-           "stsb": (3e-3, 16, 45, 0.3, 10), "cola": (2e-3, 16, 45, 0.3, 10),
-           "sst2": (8e-4, 64, 60, 0.5, 10), "qnli": (3.5e-3, 16, 12, 0.5, 50),
-           "qqp": (1e-3, 16, 10, 0.3, 50), "mnli": (3e-3, 32, 10, 0.3, 50),
-           "wnli": (2e-3, 16, 80, 0.5, 10), "toy": (3e-3, 32, 10, 0.3, 10)}
+TABLE_8 = {
+    "rte": (2e-3, 16, 80, 0.5, 10),
+    "mrpc": (2.5e-3, 16, 30, 0.3, 50),
+    "stsb": (3e-3, 16, 45, 0.3, 10),
+    "cola": (2e-3, 16, 45, 0.3, 10),
+    "sst2": (8e-4, 64, 60, 0.5, 10),
+    "qnli": (3.5e-3, 16, 12, 0.5, 50),
+    "qqp": (1e-3, 16, 10, 0.3, 50),
+    "mnli": (3e-3, 32, 10, 0.3, 50),
+    "wnli": (2e-3, 16, 80, 0.5, 10),
+    "toy": (3e-3, 32, 10, 0.3, 10),
+}
 METHOD_ROWS: dict[str, dict[str, Any]] = {
-    **METHODS, "head": METHODS["lora"],  # these three have no adapter, so nothing to prune
-    "full": {**METHODS["lora"], "lr": 2e-5}, "bitfit": {**METHODS["lora"], "lr": 1e-3}}
+    **METHODS,
+    # these three have no adapter, so there is nothing to prune
+    "bitfit": {**METHODS["lora"], "lr": 1e-3},
+    "full": {**METHODS["lora"], "lr": 2e-5},
+    "head": METHODS["lora"],
+}
+
+
+def trainable_tasks() -> list[str]:
+    """Return the names of the tasks that have a train file."""
+    return [name for name, task in TASKS.items() if "train" in task.files]
 
 
 def make_config(task: str = "toy", method: str = "dora", **flags: Any) -> TrainConfig:
-    """The task's row of Table 8, overruled by the method's row, overruled by what is asked for."""
+    """Return the task's defaults (Table 8), overridden by the method's row, then by flags.
+
+    Raises DoRAError for a flag that would have no effect.
+    """
     row = dict(zip(COLUMNS_8, TABLE_8.get(task, ())))
-    values = {**row, **METHOD_ROWS.get(method, {}), **flags}
-    names = {f.name for f in dataclasses.fields(DoRAConfig)}
-    dora = {key: values.pop(key) for key in names & values.keys()}
-    return TrainConfig(task, method, dora=DoRAConfig(**dora), **values)
+    try:
+        config = TrainConfig(task=task, method=method,
+                             **{**row, **METHOD_ROWS.get(method, {}), **flags})
+    except TypeError as error:  # an unknown name
+        raise DoRAError(f"{error}".replace("TrainConfig.__init__() got an ", "")) from None
+
+    for name, reason in unused_settings(config).items():
+        if flags.get(name) is not None:
+            raise DoRAError(f"{name} = {flags[name]} has no effect with {reason}; leave it out")
+    return config
 
 
-def adapt(model: RobertaForSequenceClassification, config: TrainConfig) -> dict[str, DoRALinear]:
-    """Choose what trains; return the adapted layers, none for full, bitfit and head."""
-    layers = inject(model, config.dora) if config.method in METHODS else {}
-    if not layers:
-        for name, parameter in model.named_parameters():
-            bias = config.method == "bitfit" and name.endswith("bias")
-            parameter.requires_grad_(config.method == "full" or bias)
-    model.classifier.requires_grad_(True)
-    return layers
+def unused_settings(config: TrainConfig) -> dict[str, str]:
+    """Return the settings that have no effect in a run, and the setting that is the reason."""
+    if config.method not in METHODS:
+        return dict.fromkeys(help_of(DoRAConfig), f"method = {config.method}")
+
+    unused = {}
+    if config.importance != "norm":
+        unused["eps"] = f"importance = {config.importance or 'none'}"
+    if config.penalty is None:
+        unused["eta"] = "penalty = none"
+    if config.schedule is None:
+        names = ("initial_phase", "final_phase", "interval", "beta1", "beta2", "penalty", "eta")
+        unused.update(dict.fromkeys(names, "schedule = none"))
+    return unused
 
 
-def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification, Path,
-                                          Callable[..., list[Example]]]:
-    """(task, pretrained model on its device, model folder, load): load(split) reads a file.
+def help_of(config: type) -> dict[str, str]:
+    """Return the comment beside each field that a class adds to its parent's fields."""
+    source = inspect.getsource(config)
+    return dict(re.findall(r"^    (\w+): [^#\n]*?  # (.*)$", source, re.MULTILINE))
+
+
+# ---- what a run starts from ----------------------------------------------------------------------
+
+
+def seed_torch(config: TrainConfig) -> None:
+    """Set torch's global state for a run: the seed, the kind of kernels, an empty compiler."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
+    torch.use_deterministic_algorithms(config.deterministic)
+    if config.compile:
+        torch.compiler.reset()  # it stops compiling after 8 models, and earlier runs had some
+    torch.manual_seed(config.seed)
+
+
+Loader = Callable[..., list[Example]]
+
+
+def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification, Path, Loader]:
+    """Return (task, pretrained model on its device, model folder, load): load(split) reads a file.
 
     Raises DoRAError or DataError for files that are missing, damaged or of different models.
     """
+    task = data.find_task(config.task)
+    device = find_device(config.device)
+    model_dir = Path(config.model_dir) if config.model_dir else data.download_model()
+    sizes = read_config(model_dir / "config.json")  # first: a BERT folder is refused as BERT
+    bpe = data.BPE.from_folder(model_dir)
+    positions = sizes.max_position_embeddings - sizes.pad_token_id - 1
+    if config.max_len > positions:
+        raise DoRAError(f"max_len = {config.max_len}: {model_dir} has {positions} positions; "
+                        f"lower --max-len")
+    if len(bpe.vocab) > sizes.vocab_size:
+        raise DoRAError(f"{model_dir}: the tokenizer has {len(bpe.vocab)} tokens, the model "
+                        f"{sizes.vocab_size}; take all files from one model")
 
     def load(split: str, name: str = config.task) -> list[Example]:
-        data_dir = config.data_dir or data.download_task(name)
-        return data.load_task(name, data_dir, split, bpe, config.max_len)
+        return data.load_task(name, find_data(config, name), split, bpe, config.max_len)
 
-    model_dir = Path(config.model_dir) if config.model_dir else data.download_model()
-    task = TASKS[config.task]
-    bpe = data.BPE(model_dir / "vocab.json", model_dir / "merges.txt")
-    model = load_roberta(model_dir, task.num_labels)
-    room = model.config.max_position_embeddings - model.config.pad_token_id - 1
-    if config.max_len > room or len(bpe.vocab) > model.config.vocab_size:
-        raise DoRAError(f"{model_dir}: has {room} positions and {model.config.vocab_size} tokens, "
-                        f"max_len is {config.max_len}, vocab.json has {len(bpe.vocab)}; lower "
-                        f"--max-len or take all files from one model")
-    device = find_device(config.device)
-    if config.dtype == "float64":
-        model.double()
-    elif config.dtype == "bf16" and config.method in ("full", "bitfit"):  # float32 weights train
-        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)  # type: ignore
-    elif config.dtype == "bf16":
-        model.roberta.to(torch.bfloat16)
+    model = load_roberta(model_dir, task.num_labels, task)
+    set_dtype(model, config, device)
     return task, model.to(device), model_dir, load
 
 
+def find_data(config: TrainConfig, name: str) -> Path:
+    """Return the folder that holds the task's folder. Raises DataError if it cannot be downloaded.
+    """
+    return Path(config.data_dir or data.download_task(name))
+
+
+def load_dev(task: Task, load: Loader) -> dict[str, list[Example]]:
+    """Return the examples of each dev file. Raises DoRAError if the task has none."""
+    splits = [split for split in task.files if split.startswith("dev")]
+    if not splits:
+        raise DoRAError(f"task {task.name} has no dev file; add one to its row of TASKS")
+    return {split: load(split) for split in splits}
+
+
 def find_device(name: str) -> torch.device:
-    """The device of this process; DoRAError if the machine has none such."""
+    """Return the device of this process. Raises DoRAError if it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if name == "cuda" and process()[1] > 1:
             name = f"cuda:{os.environ['LOCAL_RANK']}"
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type in ("cpu", "cuda", "mps"):
+            return device
     except (RuntimeError, AssertionError):
-        raise DoRAError(f"device = {name}: not to be had here; use --device cpu") from None
+        pass
+    raise DoRAError(f"device = {name} is not available here; use --device cpu")
 
 
-# ---- a run's folder ----------------------------------------------------------------------------
+def set_dtype(model: RobertaForSequenceClassification, config: TrainConfig,
+              device: torch.device) -> None:
+    """Give the model the dtype of --dtype. With bf16 the head stays float32, so logits are, too."""
+    if config.dtype == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+        say("warning: this CPU has no bfloat16 instructions, so --dtype bf16 is slower than "
+            "float32 here")
+    if config.dtype == "float64":
+        model.double()
+    elif config.dtype == "bf16" and config.method in ("full", "bitfit"):
+        # the encoder trains: its weights stay float32, only products are in bfloat16
+        autocast = torch.autocast(device.type, torch.bfloat16)
+        model.roberta.forward = autocast(model.roberta.forward)  # type: ignore[method-assign]
+    elif config.dtype == "bf16":
+        model.roberta.to(torch.bfloat16)
 
 
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: (message, signal). The state has been saved."""
+def cpu_has_bf16() -> bool:
+    """Return True if the CPU multiplies bfloat16 matrices itself (x86: AVX-512 BF16 or AMX)."""
+    return any(on for name, on in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
-class Run:
-    """How far a run is, and its folder: config.json, metrics.jsonl, checkpoints/step-N.pt (the
-    newest two), adapter/ or model/ (of the best epoch after the last pruning), result.json,
-    ranks.json. Only the first process writes; files but metrics.jsonl are whole or not there.
-    """
+def adapt(model: RobertaForSequenceClassification, config: TrainConfig) -> dict[str, DoRALinear]:
+    """Choose what to train. Return the adapted layers, none for full, bitfit and head."""
+    if config.method in METHODS:
+        check_targets(model, config)
+        layers = inject(model, config)
+    else:
+        layers = {}
+        for name, parameter in model.named_parameters():
+            is_bias = config.method == "bitfit" and name.endswith("bias")
+            parameter.requires_grad_(config.method == "full" or is_bias)
+    model.classifier.requires_grad_(True)
+    return layers
 
-    # a resumed run may differ in these settings from the one it goes on with
-    FREE = ("out", "resume", "device", "save_every", "data_dir", "model_dir", "compile")
 
-    def __init__(self, config: TrainConfig, identity: dict[str, Any], model: nn.Module,
-                 optimizer: torch.optim.Optimizer, pruner: Pruner):
-        self.model, self.optimizer, self.pruner = model, optimizer, pruner
-        self.step = 0  # optimizer steps done
-        self.records: list[dict[str, Any]] = []  # the metrics after each epoch
-        self.best: dict[str, Any] | None = None  # the best of them since the last pruning
-        self.config, self.folder = config, run_folder(config)
-        self.metrics = self.folder / "metrics.jsonl"
-        self.writes = process()[0] == 0
-        self.saved = sorted(self.folder.glob("checkpoints/step-*.pt"))  # by an earlier call
-        self.signal = 0  # the one that arrived; acted upon between two steps, where all is whole
-        settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in self.FREE}
-        self.identity = json.loads(json.dumps({**settings.pop("dora"), **settings, **identity}))
+def check_targets(model: RobertaForSequenceClassification, config: TrainConfig) -> None:
+    """Raise DoRAError for a target in the head, which trains as a whole, for one that matches
+    nothing, and for more components than the rank that a matrix can have."""
+    matrices = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    suffixes = {re.sub(r"^.*\.\d+\.", "", name) for name in matrices if "encoder" in name}
+    candidates = f"candidates: {', '.join(sorted(suffixes))}"
+    for target in config.targets:
+        matches = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{target}")]
+        in_head = [name for name in matches if name.startswith("classifier")]
+        if in_head:
+            raise DoRAError(f"target {target!r} matches {in_head[0]}, part of the head, which "
+                            f"trains as a whole; {candidates}")
+        if not matches:
+            raise DoRAError(f"target {target!r} matches no module; {candidates}")
+        for name in matches:
+            full_rank = min(matrices[name].weight.shape) if name in matrices else math.inf
+            if config.r_prime > full_rank:
+                raise DoRAError(f"start_rank = {config.r_prime}: {name} has at most rank "
+                                f"{full_rank}; lower rank or start_rank")
 
-    def __enter__(self) -> Run:
-        ended = (self.folder / "result.json").exists()
-        if self.saved and not self.config.resume or ended and not self.saved:
-            remedy = "use another --out" + ", or go on with it by --resume" * bool(self.saved)
-            raise DoRAError(f"{self.folder} holds a run already; {remedy}")
-        if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / ".lock", "w")
-            try:
-                import fcntl  # not on Windows; the system drops the lock with its process
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError:
-                pass
-            except OSError:
-                raise DoRAError(f"{self.folder}: another run is writing here; use another --out "
-                                f"or wait for its end") from None
-            for half in self.folder.glob("checkpoints/.*.part"):  # of a killed process
-                half.unlink()
-            if not self.saved:
-                write_json(self.folder / "config.json", dataclasses.asdict(self.config))
-                self.metrics.write_bytes(b"")
 
+def parameter_counts(model: RobertaForSequenceClassification,
+                     layers: dict[str, DoRALinear]) -> dict[str, int]:
+    """Return how many parameters train, and how many of them are in A and B and in the head."""
+    return {"adapter_parameters": sum(m.A.numel() + m.B.numel() for m in layers.values()),
+            "head_parameters": sum(p.numel() for p in model.classifier.parameters()),
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+
+
+def adapter_size(layers: dict[str, DoRALinear], ranks: dict[str, int]) -> int:
+    """Return the parameters of an adapter with these ranks: d_in + d_out per component."""
+    return sum(rank * sum(layers[name].base.weight.shape) for name, rank in ranks.items())
+
+
+def identify(config: TrainConfig, model: RobertaForSequenceClassification,
+             train_set: list[Example]) -> dict[str, Any]:
+    """Return what a resumed run must have in common with the one it continues, beside settings."""
+    task = TASKS[config.task]
+    folder = find_data(config, task.name) / task.folder
+    return {"model weights": fingerprint(model.roberta.parameters()),
+            "train examples": len(train_set),
+            **{file: data.checksum(folder / file) for split, file in task.files.items()
+               if split.startswith(("train", "dev"))}}
+
+
+# ---- the run's folder ----------------------------------------------------------------------------
+
+
+class Signals:
+    """Ctrl-C and SIGTERM: kept until a step is done, when the state can be saved."""
+
+    def __init__(self) -> None:
+        self.number = 0  # of the signal that arrived
+
+    def __enter__(self) -> Signals:
         def handle(number: int, frame: Any) -> None:
-            self.signal = number
+            self.number = number
 
         self.handlers = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, *error: Any) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        try:
-            if isinstance(error, NotFiniteError):
-                self.save("not-finite")  # to be looked into; --resume passes it over
-                good = [path.stem for path in sorted(self.folder.glob("checkpoints/step-*.pt"))]
-                raise NotFiniteError(
-                    f"{error}, it was {self.optimizer.param_groups[0]['lr']:.3g} (--lr); saved as "
-                    f"not-finite.pt in {self.folder}/checkpoints, the last good one there is "
-                    f"{good[-1] if good else 'none yet'}") from None
-        finally:
-            if self.writes:
-                self.lock.close()
 
-    def stop(self, device: torch.device) -> int:
-        """The signal that arrived at any of the processes, 0 if none did."""
+    def arrived(self, device: torch.device) -> int:
+        """Return the signal that arrived at any of the processes, 0 if none did."""
         if process()[1] == 1:
-            return self.signal
-        return int(reduced(torch.tensor(self.signal, device=device), "MAX"))
+            return self.number
+        return int(reduced(torch.tensor(self.number, device=device), "MAX"))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder. Raises DoRAError if another process holds it.
+
+    The system releases the lock when the process ends, however it ends.
+    """
+    with open(folder / ".lock", "w") as file:
+        try:
+            import fcntl  # not on Windows
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except OSError:
+            raise DoRAError(f"{folder}: another run is writing here; use another --out or wait "
+                            f"until it ends") from None
+        yield
+
+
+def newest_undamaged(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
+    """Return the newest checkpoint that is intact, and its content. Raises DoRAError if none is."""
+    for path in reversed(paths):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            with zipfile.ZipFile(path) as archive:  # torch.load ignores the checksums
+                if archive.testzip() is None and "identity" in state.keys():
+                    return path, state
+        except Exception:  # a damaged pickle raises nearly anything
+            pass
+        say(f"{path} is damaged, going back to the one before")
+    raise DoRAError(f"{paths[0].parent}: all checkpoints are damaged; start with another --out")
+
+
+class Run:
+    """A run's progress and its folder.
+
+    The folder holds config.json, metrics.jsonl, checkpoints/step-N.pt (the newest two), adapter/ or
+    model/ (of the best epoch after the last pruning), result.json and ranks.json. Only the first
+    process writes. All files except metrics.jsonl are written atomically.
+    """
+
+    # settings that may change when a run is resumed
+    FREE = ("out", "resume", "device", "save_every", "data_dir", "model_dir", "compile")
+
+    def __init__(self, config: TrainConfig, identity: dict[str, Any],
+                 model: RobertaForSequenceClassification, optimizer: torch.optim.Optimizer,
+                 pruner: Pruner):
+        self.config, self.folder = config, run_folder(config)
+        self.model, self.optimizer, self.pruner = model, optimizer, pruner
+        self.device = next(model.parameters()).device
+        self.step = 0  # optimizer steps done
+        self.records: list[dict[str, Any]] = []  # the metrics after each epoch
+        self.best: dict[str, Any] | None = None  # the best of them since the last pruning
+
+        settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in self.FREE}
+        self.identity = json.loads(json.dumps({**settings, **identity}))
+        self.metrics = self.folder / "metrics.jsonl"
+        self.checkpoints = sorted(self.folder.glob("checkpoints/step-*.pt"))  # of an earlier call
+        self.writes = process()[0] == 0
+        self.signals = Signals()
+
+    def __enter__(self) -> Run:
+        self.refuse_overwriting()
+        with ExitStack() as stack:
+            if self.writes:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.folder))
+                for part in self.folder.glob("checkpoints/.*.part"):  # left by a killed process
+                    part.unlink()
+                if not self.checkpoints:
+                    write_json(self.folder / "config.json", dataclasses.asdict(self.config))
+                    self.metrics.write_bytes(b"")
+            stack.enter_context(self.signals)
+            self.open = stack.pop_all()  # closed by __exit__
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        with self.open:
+            if isinstance(error, OSError) and error.filename is None:  # of a full disk
+                error.filename = str(self.folder)
+            if isinstance(error, NotFiniteError):
+                self.save("not-finite")  # for inspection; --resume ignores it
+                folder = self.folder / "checkpoints"
+                good = [path.stem for path in sorted(folder.glob("step-*.pt"))] or ["none yet"]
+                raise NotFiniteError(
+                    f"{error} (--lr), which was {self.optimizer.param_groups[0]['lr']:.3g}. The "
+                    f"state is in {folder}/not-finite.pt, the last good checkpoint there is "
+                    f"{good[-1]}") from None
+
+    def refuse_overwriting(self) -> None:
+        """Raise DoRAError if the folder has a run and this one does not resume it."""
+        finished = (self.folder / "result.json").exists()
+        if self.checkpoints and not self.config.resume:
+            raise DoRAError(f"{self.folder} already contains a run; use another --out, or continue "
+                            f"it with --resume")
+        if finished and not self.checkpoints:
+            raise DoRAError(f"{self.folder} already contains a run; use another --out")
+
+    def start(self, total: int) -> None:
+        """Resume from the newest checkpoint if there is one, and show the progress bar."""
+        rank = process()[0]
+        if self.checkpoints:
+            self.restore()
+        elif self.config.resume:
+            say(f"{self.folder}: no checkpoint yet, starting from the beginning")
+        if rank:
+            torch.manual_seed(self.config.seed + rank + self.step)  # each draws its own dropout
+        self.bar = self.open.enter_context(tqdm(
+            total=total, initial=self.step, unit="step", disable=True if rank else None))
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
+        self.bar.set_postfix({key: line[key] for key in ("loss", "live", "budget")})
         if self.writes:
             with open(self.metrics, "a") as f:
                 f.write(json.dumps(line) + "\n")
 
     def check(self, loss: float, norm: float) -> None:
-        """NotFiniteError where loss, gradient or a weight is not finite; DoRAError where the
-        processes' masks differ."""
+        """Raise NotFiniteError if the loss, the gradient or a weight is not finite, and DoRAError
+        if the processes' masks differ."""
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        good = torch.stack([p.isfinite().all() for p in trained.values()]).tolist()  # one wait
-        if not (all(good) and math.isfinite(loss + norm)):
-            bad = [name for name, whole in zip(trained, good) if not whole] or ["none"]
+        finite = torch.stack([p.isfinite().all() for p in trained.values()]).tolist()  # one wait
+        if not (all(finite) and math.isfinite(loss + norm)):
+            bad = [name for name, good in zip(trained, finite) if not good] or ["none"]
             raise NotFiniteError(f"step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}, "
                                  f"first bad weight {bad[0]}; lower the learning rate")
-        device = next(self.model.parameters()).device
-        mask = self.pruner.mask.to(device).float()
+
+        mask = self.pruner.mask.to(self.device).float()
         if not torch.equal(reduced(mask, "MIN"), reduced(mask, "MAX")):
             raise DoRAError(f"step {self.step}: the processes pruned different components; start "
                             f"them with the same settings and data")
 
+    def record(self, epoch: float, scores: dict[str, float], model_dir: Path) -> None:
+        """Keep an epoch's scores, and the weights if it is the best since the last pruning."""
+        headline = next(iter(scores))
+        self.records.append({"epoch": round(epoch, 3), "step": self.step, **scores})
+        if self.pruner.done and (self.best is None or scores[headline] > self.best[headline]):
+            self.best = self.records[-1]
+            self.save_best(model_dir)
+        say(f"epoch {round(epoch, 3):g}  "
+            + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+
+    def save_best(self, model_dir: Path) -> None:
+        """Save the adapter with its head, or the whole model if there is no adapter."""
+        task = TASKS[self.config.task]
+        if self.writes and self.pruner.layers:
+            about = {**adapter_labels(task), "max_len": str(self.config.max_len)}
+            save_adapter(self.model, self.folder / "adapter", metadata=about)
+        elif self.writes:
+            save_model(self.model, self.folder / "model", task)
+            for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+                if (model_dir / name).exists():
+                    with atomic_file(self.folder / "model" / name) as file:
+                        file.write((model_dir / name).read_bytes())
+
     def save(self, name: str = "") -> None:
-        """Write checkpoints/step-N.pt or NAME.pt: all that one process needs to go on bit for bit;
-        several draw new dropout."""
+        """Write checkpoints/step-N.pt or NAME.pt: everything needed to resume. One process then
+        continues exactly; several processes redraw dropout."""
         if not self.writes:
             return
         with open(self.metrics, "ab") as f:
             os.fsync(f.fileno())
             metrics_size = f.tell()
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        weights = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
-        state = {"identity": self.identity, "step": self.step, "records": self.records,
-                 "best": self.best, "weights": weights, "optimizer": self.optimizer.state_dict(),
-                 "pruner": self.pruner.state_dict(), "rng": [torch.get_rng_state(), *cuda],
+        state = {"identity": self.identity,
+                 "step": self.step,
+                 "records": self.records,
+                 "best": self.best,
+                 "weights": {k: p for k, p in self.model.named_parameters() if p.requires_grad},
+                 "optimizer": self.optimizer.state_dict(),
+                 "pruner": self.pruner.state_dict(),
+                 "rng": random_states(self.device),
                  "metrics_size": metrics_size}
-        buffer = io.BytesIO()
+        buffer = io.BytesIO()  # torch.save into a file would hide why a write failed
         torch.save(state, buffer)
+
         folder = self.folder / "checkpoints"
         folder.mkdir(exist_ok=True)
-        write_whole(folder / f"{name or f'step-{self.step:08d}'}.pt", [buffer.getbuffer()])
+        with atomic_file(folder / f"{name or f'step-{self.step:08d}'}.pt") as file:
+            file.write(buffer.getbuffer())
         for old in sorted(folder.glob("step-*.pt"))[:-2]:
             old.unlink()
 
-    def load(self) -> None:
-        """Take up the newest checkpoint that is whole; DoRAError if it is of other settings."""
-        for path in reversed(self.saved):
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                identity = state["identity"]
-                with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-                    if archive.testzip() is None:
-                        break
-            except Exception:  # a damaged pickle raises nearly anything
-                pass
-            say(f"{path} is damaged, going back to the one before")
-        else:
-            raise DoRAError(f"{self.folder}: no checkpoint is whole; start with another --out")
+    def restore(self) -> None:
+        """Load the newest undamaged checkpoint. Raises DoRAError if its settings differ."""
+        path, state = newest_undamaged(self.checkpoints)
         for key, value in self.identity.items():
-            if identity.get(key) != value:
-                raise DoRAError(f"{path} was made with {key} = {identity.get(key)}, not "
-                                f"{value}; resume with the same, or start anew with another --out")
+            before = state["identity"].get(key)
+            if before != value:
+                raise DoRAError(f"{path} was made with {key} = {before}, not {value}; resume with "
+                                f"the same {key}, or use another --out")
+
         self.pruner.load_state_dict(state["pruner"])
         if self.pruner.done:
             compact_(self.model, self.optimizer)
@@ -567,43 +1109,67 @@ class Run:
             for key, tensor in state["weights"].items():
                 parameters[key].copy_(tensor)
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"][0])
-        torch.cuda.set_rng_state_all(state["rng"][1:])  # none of a run without a GPU
+        set_random_states(state["rng"], self.device)
         if self.writes:
-            os.truncate(self.metrics, state["metrics_size"])  # steps that will be done again
+            os.truncate(self.metrics, state["metrics_size"])  # later steps will be repeated
         self.step, self.records, self.best = state["step"], state["records"], state["best"]
 
-    def save_best(self, model_dir: Path) -> None:
-        """The adapter with its head; the whole model where there is no adapter."""
-        if self.writes and self.pruner.layers:
-            save_adapter(self.model, self.folder / "adapter")
-        elif self.writes:
-            save_model(self.model, self.folder / "model")  # type: ignore[arg-type]
-            for name in ("vocab.json", "merges.txt"):
-                write_whole(self.folder / "model" / name, [(model_dir / name).read_bytes()])
+    def stop_after_a_signal(self, total: int) -> None:
+        """Raise Interrupted if Ctrl-C or SIGTERM arrived. Call this when the state is saved."""
+        if number := self.signals.arrived(self.device):
+            raise Interrupted(f"stopped at step {self.step} of {total}, saved in {self.folder}",
+                              number)
+
+    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Write ranks.json and result.json; return the result with the ranks and the folder."""
+        ranks = self.pruner.ranks()
+        if self.writes:
+            write_json(self.folder / "ranks.json", ranks)
+            write_json(self.folder / "result.json", result)
+        return {**result, "ranks": ranks, "folder": str(self.folder)}
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the states, (n,), of the random generators of the CPU and of a run's device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    """Restore states, (n,), of random generators, as far as this run uses them."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
 
 
 def run_folder(config: TrainConfig) -> Path:
-    """--out, or runs/TASK-METHOD-SEED."""
+    """Return --out, or runs/TASK-METHOD-SEED."""
     return Path(config.out or f"runs/{config.task}-{config.method}-{config.seed}")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    write_whole(path, [json.dumps(value, indent=2).encode() + b"\n"])
+    """Write a JSON file atomically."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=2).encode() + b"\n")
 
 
-# ---- several processes -------------------------------------------------------------------------
+# ---- several processes ---------------------------------------------------------------------------
 
 
 def say(text: str) -> None:
-    """To the terminal, from the first process, without tearing the bar."""
+    """Print from the first process, without breaking the progress bar."""
     if process()[0] == 0:
         tqdm.write(text)
 
 
 def connect() -> None:
-    """Join the processes that torchrun started, if it did."""
+    """Initialise the process group if started by torchrun."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and process()[1] == 1:
         # Imported later, its default arguments would hold the group, whose threads then outlive
         # destroy_process_group and can abort the process as it exits.
@@ -612,204 +1178,48 @@ def connect() -> None:
 
 
 def process() -> tuple[int, int]:
-    """(rank, number) of the processes that train together; (0, 1) without torchrun."""
+    """Return (rank, number) of the processes that train together; (0, 1) without torchrun."""
     group = torch.distributed
     on = group.is_available() and group.is_initialized()
     return (group.get_rank(), group.get_world_size()) if on else (0, 1)
 
 
 def reduced(value: Tensor, operation: str = "SUM") -> Tensor:
-    """The sum (MIN, MAX) of a tensor over all processes."""
+    """Return the sum (MIN, MAX) over all processes of a tensor of any shape."""
     if process()[1] > 1:
         value = value.clone()
         torch.distributed.all_reduce(value, getattr(torch.distributed.ReduceOp, operation))
     return value
 
 
+def connection_lost(error: RuntimeError) -> bool:
+    """Return True if an error is about the connection to another process, not about this one."""
+    signs = r"connection (was )?(closed|reset|refused|lost)|closed by peer|broken pipe|" \
+            r"socket closed|timed out|timeout|remote process|failed to recv"
+    return re.search(signs, str(error), re.IGNORECASE) is not None
+
+
 def wrap(model: nn.Module, config: TrainConfig) -> Any:
-    """What the loop calls: the model, shared between processes or compiled if asked for."""
+    """Return what the loop calls: the model, shared between processes, compiled if asked for."""
     net = nn.parallel.DistributedDataParallel(model) if process()[1] > 1 else model
-    return torch.compile(net) if config.compile else net
+    return torch.compile(net, dynamic=True) if config.compile else net  # batches differ in width
 
 
-# ---- evaluation --------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def predict(model: nn.Module, examples: list[Example]) -> np.ndarray:
-    """Class ids, or scores in 0..1, (N,) in the order of the examples."""
-    rank, world = process()
-    device = next(model.parameters()).device
-    found = torch.zeros(len(examples), dtype=torch.float64, device=device)
-    model.eval()
-    for batch in data.batches(examples, 64, None, 0, rank=rank, world=world):
-        if len(batch.rows):
-            logits = model(batch.ids.to(device), batch.mask.to(device)).double()  # (B, classes)
-            outputs = logits[:, 0].clamp(0, 1) if logits.shape[1] == 1 else logits.argmax(1)
-            found[batch.rows.to(device)] = outputs.double()  # each row is filled by one process
-    return reduced(found).cpu().numpy()
-
-
-def evaluate(model: nn.Module, examples: list[Example], task: Task) -> dict[str, float]:
-    """The task's metrics on labelled examples, the headline first."""
-    predictions = predict(model, examples)
-    if task.labels and (predictions == predictions[0]).all():
-        say(f"all {len(examples)} predictions are {task.labels[int(predictions[0])]!r}: the model "
-            f"collapsed to one class")
-    return data.score(task, predictions, [example.label for example in examples])
-
-
-def evaluate_dev(model: nn.Module, sets: dict[str, list[Example]], task: Task) -> dict[str, float]:
-    """Metrics on dev; for MNLI the mean of matched (m) and mismatched (mm), then both."""
-    scores = {split: evaluate(model, examples, task) for split, examples in sets.items()}
-    if len(scores) == 1:
-        return scores["dev"]
-    both = {f"{name}_{'m' if split == 'dev' else 'mm'}": value
-            for split, row in scores.items() for name, value in row.items()}
-    return {task.metrics[0]: statistics.mean(both.values()), **both}
-
-
-# ---- the training ------------------------------------------------------------------------------
-
-
-def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of logits (B, classes) with labels (B,), or the squared error of a regression's
-    one output; mean over the batch, a scalar."""
-    if logits.shape[1] == 1:
-        return F.mse_loss(logits[:, 0], labels.to(logits.dtype))
-    return F.cross_entropy(logits, labels)
-
-
-def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """Of step 0..T-1: linear warm-up, then linear to 0."""
-    warm = round(config.warmup * total)
-    return config.lr * ((step + 1) / warm if step < warm else (total - step) / (total - warm))
-
-
-def train(config: TrainConfig) -> dict[str, Any]:
-    """One run with one seed: what the command line calls. Returns result.json's content.
-
-    Raises DoRAError or DataError for bad input, NotFiniteError, Interrupted (the state is saved).
-    """
-    started, (rank, world) = time.monotonic(), process()
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
-    torch.use_deterministic_algorithms(config.deterministic)
-    torch.manual_seed(config.seed)
-    task, model, model_dir, load = prepare(config)
-    train_set = load("train")
-    dev_sets = {split: load(split) for split in task.files if split.startswith("dev")}
-    identity = {"model weights": fingerprint(model.roberta.parameters()),
-                "train examples": len(train_set)}
-    layers = adapt(model, config)
-    device = next(model.parameters()).device
-    counts = {"adapter_parameters": sum(m.A.numel() + m.B.numel() for m in layers.values()),
-              "head_parameters": sum(p.numel() for p in model.classifier.parameters()),
-              "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-
-    batch_size = config.batch_size * config.accumulate  # examples of an optimizer step
-    per_epoch = math.ceil(len(train_set) / batch_size)
-    total = config.max_steps or config.epochs * per_epoch
-    pruner = Pruner(layers, config.dora, total)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr,
-                                  weight_decay=config.weight_decay, fused=True)
-    with Run(config, identity, model, optimizer, pruner) as run:
-        if run.saved:
-            run.load()
-        elif config.resume:
-            say(f"{run.folder}: no checkpoint yet, starting from the beginning")
-        if rank:
-            torch.manual_seed(config.seed + rank + run.step)  # other dropout in every process
-        net = wrap(model, config)
-        bar = tqdm(total=total, initial=run.step, unit="step", disable=True if rank else None)
-        while run.step < total:
-            epoch, done = divmod(run.step, per_epoch)
-            for batch in data.batches(train_set, batch_size, config.seed, epoch, skip=done):
-                # ---- one optimizer step; DoRA is three lines of it
-                model.train()
-                lr, penalty = learning_rate(run.step, total, config), pruner.penalty()
-                loss = torch.zeros((), device=device)
-                for i, micro in enumerate(batch.split(config.accumulate)):
-                    part = micro.split(world)[rank].to(device)
-                    share = len(part.labels) / len(batch.labels)  # one mean, however it is cut up
-                    if not share:  # too short a last batch: some example, counted 0 times
-                        part = batch.split(len(batch.labels))[0].to(device)
-                    part_loss = task_loss(net(part.ids, part.mask), part.labels) * share
-                    loss = loss + part_loss.detach()  # += would round float64 to float32
-                    # DistributedDataParallel takes the mean of the processes' gradients
-                    (part_loss * world + (0 if i else penalty)).backward()
-                pruner.observe()
-                norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                optimizer.step()
-                optimizer.zero_grad()
-                pruner.step()
-                run.step += 1
-                # ---- the rest is bookkeeping
-                if run.step == pruner.last and layers:  # the mask is final: the dead leave for good
-                    compact_(model, optimizer)
-                    net = wrap(model, config)
-                bar.update()
-                ended = run.step % per_epoch == 0 or run.step == total
-                logging = run.step % config.log_every == 0 or run.step == total
-                stopped = run.stop(device) if logging or world == 1 else 0
-                saving = ended or stopped or run.step % config.save_every == 0
-                if logging or saving:  # only here does the device have to be waited for
-                    b_t = budget(run.step, total, config.dora, len(layers)) if layers else 0
-                    line = {"step": run.step, "lr": lr, "loss": float(reduced(loss)),
-                            "penalty": float(penalty.detach()), "grad_norm": float(norm),
-                            "live": pruner.live, "budget": b_t}
-                    run.check(line["loss"], line["grad_norm"])
-                    if logging:
-                        run.log(line)
-                        bar.set_postfix({k: line[k] for k in ("loss", "live", "budget")})
-                if ended:
-                    scores = evaluate_dev(model, dev_sets, task)
-                    epoch_done = round(run.step / per_epoch, 3)
-                    run.records.append({"epoch": epoch_done, "step": run.step, **scores})
-                    headline = task.metrics[0]
-                    if pruner.done and (run.best is None or scores[headline] > run.best[headline]):
-                        run.best = run.records[-1]
-                        run.save_best(model_dir)
-                    say(f"epoch {epoch_done:g}  " +
-                        "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-                if saving:
-                    run.save()
-                    if number := run.stop(device):
-                        bar.close()
-                        raise Interrupted(f"stopped at step {run.step} of {total}, saved in "
-                                          f"{run.folder}", number)
-                if run.step == total:  # max_steps may lie within an epoch
-                    break
-        bar.close()
-        ranks = pruner.ranks()
-        after = sum(k * sum(layers[name].base.weight.shape) for name, k in ranks.items())
-        result = {"task": config.task, "method": config.method, "seed": config.seed,
-                  "best": run.best, "last": run.records[-1], "epochs": run.records, "steps": total,
-                  **counts, "adapter_parameters_after_pruning": after,
-                  "seconds": round(time.monotonic() - started, 1)}
-        if run.writes:
-            write_json(run.folder / "ranks.json", ranks)
-            write_json(run.folder / "result.json", result)
-    return {**result, "ranks": ranks, "folder": str(run.folder)}
-
-
-# ---- the toy -----------------------------------------------------------------------------------
+# ---- the toy -------------------------------------------------------------------------------------
 
 
 def toy(config: TrainConfig) -> dict[str, Any]:
-    """The whole story in under a minute: pretrain a tiny RoBERTa, freeze it, adapt it with DoRA.
+    """Show the whole story in under a minute: pretrain a tiny RoBERTa, freeze it, adapt it.
 
     Pretraining is full fine-tuning on short sentences: are subject and verb of "these dogs see a
-    king" singular or plural? The adaptation task asks if a sentence is right, and puts phrases
+    king" singular or plural? The adaptation task asks whether a sentence is right, and puts phrases
     between the two in which the nearest noun misleads: "these dogs near the king sees a bird".
-    Files, tokenizer, loader and loop are those of GLUE. DoRAError in several processes and for a
-    model_dir.
+    Files, tokenizer, loader and loop are those of GLUE. Raises DoRAError in several processes and
+    for a model_dir.
     """
     if process()[1] > 1 or config.model_dir:
-        raise DoRAError("the toy is for one process and makes its own model; for torchrun or "
-                        "--model-dir name a --task and --data-dir")
+        raise DoRAError("the toy runs in one process and makes its own model; for torchrun or "
+                        "--model-dir, choose a --task and --data-dir")
     torch.set_num_threads(1)  # matrices this small are slower when threads share them
     root = Path(config.out or tempfile.mkdtemp(prefix="dora-toy-"))
     untrained, pretrained = root / "untrained", root / "pretrain" / "model"
@@ -820,17 +1230,19 @@ def toy(config: TrainConfig) -> dict[str, Any]:
                          hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
                          initializer_range=0.1)
     save_model(RobertaForSequenceClassification(tiny, 4), untrained)
-    none = DoRAConfig(**METHODS["lora"])  # no adapter
 
     def run(name: str, model_dir: Path, what: str, **changes: Any) -> tuple[str, dict[str, Any]]:
         say(f"--- {what}")
-        return what, train(dataclasses.replace(config, data_dir=str(root), model_dir=str(model_dir),
-                                               out=str(root / name), max_len=48, **changes))
+        settings = {"data_dir": str(root), "model_dir": str(model_dir), "out": str(root / name),
+                    "max_len": 48, **changes}
+        return what, train(dataclasses.replace(config, **settings))
 
-    run("pretrain", untrained, "pretraining on short sentences, all weights", task="toy-pretrain",
-        method="full", lr=1e-3, batch_size=32, epochs=3, max_steps=None, dora=none)
+    no_adapter = dataclasses.asdict(DoRAConfig(**METHODS["lora"]))
+    run("pretrain", untrained, "pretraining on short sentences, all weights",
+        **{**no_adapter, "task": "toy-pretrain", "method": "full", "lr": 1e-3, "batch_size": 32,
+           "epochs": 3, "max_steps": None})
     rows = [run("adapted", pretrained, f"{config.method} on the pretrained encoder"),
-            run("head", pretrained, "its head alone", method="head", dora=none),
+            run("head", pretrained, "only the head", **{**no_adapter, "method": "head"}),
             run("blind", untrained, f"{config.method} without pretraining")]
     print(f"\nMatthews correlation on the adaptation task (files in {root})")
     for what, result in rows:
@@ -838,68 +1250,90 @@ def toy(config: TrainConfig) -> dict[str, Any]:
     return rows[0][1]
 
 
-# ---- the command line --------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 2 for bad input, 128 + signal when interrupted."""
-    args = vars(make_parser().parse_args(argv))
-    seeds, eval_only, adapter, split = (
-        args.pop(name) for name in ("seeds", "eval_only", "adapter", "predict"))
+    """Run a command line. Return the exit code: 2 for bad input, 128 + signal if interrupted."""
+    flags = vars(make_parser().parse_args(argv))
     try:
-        if args.get("task", "toy") == "toy" and not (eval_only or {"data_dir", "out"} & {*args}):
-            args["out"] = tempfile.mkdtemp(prefix="dora-toy-")
         connect()
-        results = []
-        for seed in seeds:
-            config = make_config(**args, seed=seed)
-            if split:
-                data.find_task(config.task, split)  # DataError if it has no such file
-            if len(seeds) > 1 and config.out:
-                config = dataclasses.replace(config, out=f"{config.out}/seed-{seed}")
-            if eval_only:
-                evaluate_only(config, adapter, split)
-                continue
-            result = (toy if config.task == "toy" and not config.data_dir else train)(config)
-            results.append(result)
-            show(result)
-            if split:
-                folder = Path(result["folder"])
-                adapter = folder / "adapter" if result["ranks"] else None
-                model_dir = config.model_dir if adapter else str(folder / "model")
-                evaluate_only(dataclasses.replace(config, out=str(folder), model_dir=model_dir),
-                              adapter, split)
-        if len(results) > 1:
-            summarize(results)
+        run_command(flags)
+        return 0
     except Interrupted as error:
-        out = f", --out {args['out']}" if args.get("out") else ""
-        say(f"{error.args[0]}; go on with the same command{out} and --resume")
+        out = f", --out {flags['out']}" if flags.get("out") else ""
+        say(f"{error.args[0]}; continue with the same command{out} and --resume")
         return 128 + error.args[1]
     except KeyboardInterrupt:
-        say("stopped outside of training, there was nothing to save; start the command anew")
+        say("interrupted before training; nothing to save")
         return 128 + signal.SIGINT
     except (DoRAError, DataError) as error:
-        print(f"train_glue.py: error: {error}", file=sys.stderr)
-        return 2
+        return failed(f"{error}")
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return failed(f"{error.filename or 'a file'}: {error.strerror or error}"
+                      + "; finished files are intact" * full)
     except RuntimeError as error:
         if process()[1] == 1:
             raise
-        print(f"train_glue.py: error: a process is gone ({str(error).splitlines()[0]:.100}); go on "
-              f"from the last checkpoint in {run_folder(config)} with the same command and "
-              f"--resume", file=sys.stderr, flush=True)
+        if connection_lost(error):
+            failed(f"another process died ({str(error).splitlines()[0]:.100}); continue from the "
+                   f"newest checkpoint in {flags.get('out') or 'runs/'} with the same command and "
+                   f"--resume")
+        else:
+            traceback.print_exc()
+        sys.stderr.flush()
         os._exit(1)  # at a normal exit, threads of the broken process group may abort
-    except OSError as error:
-        print(f"train_glue.py: error: {error.filename or 'a file'}: {error.strerror or error}; "
-              f"what was complete is intact", file=sys.stderr)
-        return 2
     finally:
         if process()[1] > 1:
             torch.distributed.destroy_process_group()
-    return 0
+
+
+def failed(message: str) -> int:
+    """Print an error and return its exit code."""
+    print(f"train_glue.py: error: {message}", file=sys.stderr)
+    return 2
+
+
+def run_command(flags: dict[str, Any]) -> None:
+    """Do what the flags of a command line ask for. Raises DoRAError or DataError for bad ones."""
+    if flags.get("task", "toy") == "toy" and not (
+            flags["eval_only"] or {"data_dir", "out"} & flags.keys()):
+        flags["out"] = tempfile.mkdtemp(prefix="dora-toy-")
+    settings = dict(flags)
+    seeds, eval_only, adapter, split = (
+        settings.pop(name) for name in ("seeds", "eval_only", "adapter", "predict"))
+    if adapter and not eval_only:
+        raise DoRAError(f"--adapter {adapter} is only for --eval-only; training starts from "
+                        f"a new adapter")
+    if len({*seeds}) < len(seeds):
+        raise DoRAError(f"--seeds {' '.join(map(str, seeds))}: name each seed once")
+    configs = [make_config(**settings, seed=seed) for seed in seeds]
+    if split:
+        check_test_files(configs[0], split)
+
+    results = []
+    for config in configs:
+        if len(seeds) > 1 and config.out:
+            config = dataclasses.replace(config, out=f"{config.out}/seed-{config.seed}")
+        if eval_only:
+            evaluate_only(config, adapter, split)
+            continue
+        result = (toy if config.task == "toy" and not config.data_dir else train)(config)
+        results.append(result)
+        show(result)
+        if split:
+            folder = Path(result["folder"])
+            adapter_dir = folder / "adapter" if result["ranks"] else None
+            model_dir = config.model_dir if adapter_dir else str(folder / "model")
+            config = dataclasses.replace(config, out=str(folder), model_dir=model_dir)
+            evaluate_only(config, adapter_dir, split)
+    if len(results) > 1:
+        summarize(results)
 
 
 def show(result: dict[str, Any]) -> None:
-    """Score, parameters, and where the ranks went."""
+    """Print a run's score, its parameters, and the map of ranks."""
     best, metric = result["best"], TASKS[result["task"]].metrics[0]
     say(f"\n{result['task']}, {result['method']}, seed {result['seed']}: {metric} "
         f"{best[metric]:.4f} after epoch {best['epoch']:g}, {result['last'][metric]:.4f} after "
@@ -912,7 +1346,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def summarize(results: list[dict[str, Any]]) -> None:
-    """Median, mean and standard deviation over the seeds."""
+    """Print median, mean and standard deviation over the seeds."""
     metric = TASKS[results[0]["task"]].metrics[0]
     scores = [result["best"][metric] for result in results]
     say(f"\n{metric} over {len(scores)} seeds: median {statistics.median(scores):.4f}, mean "
@@ -920,57 +1354,132 @@ def summarize(results: list[dict[str, Any]]) -> None:
 
 
 def evaluate_only(config: TrainConfig, adapter: str | Path | None, split: str | None) -> None:
-    """Score on dev what was trained, an adapter or the whole model in model_dir, and write the
-    submission files of a split. DoRAError if neither was trained."""
-    task, model, model_dir, load = prepare(config)
+    """Score a trained adapter, or the whole model in model_dir, on dev; write the submission files
+    of a split. Raises DoRAError if neither was trained for the task."""
+    task = data.find_task(config.task)
+    if adapter:
+        adapter = find_adapter(adapter)
+        check_adapter(adapter, task, config)
+    _, model, model_dir, load = prepare(config)
     if adapter:
         load_adapter(model, adapter)
     elif not model.trained_head:
-        raise DoRAError(f"{model_dir}: its weights have no head for {config.task}, scores would be "
-                        f"chance; name a run's adapter with --adapter RUN/adapter")
-    scores = evaluate_dev(model, {s: load(s) for s in task.files if s.startswith("dev")}, task)
+        raise DoRAError(f"{model_dir}: its weights and config.json have no head for {task.name} "
+                        f"({label_text(task)}); name a trained adapter with --adapter RUN/adapter")
+    scores = evaluate_dev(model, load_dev(task, load), task)
     say("  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-    if not split:
-        return
+
     folder = Path(config.out or Path(adapter or model_dir).parent) / "submission"
-    files = [(config.task, s) for s in task.files if s.startswith(split)]
-    for name, part in files + ([("ax", "test")] if config.task == "mnli" else []):
+    for name, part in submission_files(task, split):
         predictions = predict(model, load(part, name))
         if process()[0] == 0:
             say(f"wrote {data.write_submission(TASKS[name], part, predictions, folder)}")
 
 
+def submission_files(task: Task, split: str | None) -> list[tuple[str, str]]:
+    """Return the (task, split) of each file that --predict writes. MNLI's model does AX, too."""
+    if not split:
+        return []
+    files = [(task.name, name) for name in task.files if name.startswith(split)]
+    return files + ([("ax", "test")] if task.name == "mnli" else [])
+
+
+def check_test_files(config: TrainConfig, split: str) -> None:
+    """Raise DataError if a file that --predict reads is missing, before anything is trained."""
+    task = data.find_task(config.task, split)
+    for name, part in submission_files(task, split) if config.data_dir else []:
+        path = find_data(config, name) / TASKS[name].folder / TASKS[name].files[part]
+        if not path.exists():
+            raise DataError(f"{path} not found, but --predict {split} needs it")
+
+
+def find_adapter(folder: str | Path) -> Path:
+    """Return an adapter's folder; for the folder of a run, the adapter in it."""
+    inside = Path(folder) / "adapter"
+    return inside if inside.is_dir() and not (inside.parent / "adapter_config.json").exists() \
+        else Path(folder)
+
+
+def label_text(task: Task) -> str:
+    """Return a task's labels in words."""
+    return ", ".join(task.labels) or f"a number from 0 to {task.top:g}"
+
+
+def adapter_labels(task: Task) -> dict[str, str]:
+    """Return what an adapter's file says about the task it was trained for."""
+    return {"task": task.name, "labels": label_text(task)}
+
+
+def check_adapter(folder: Path, task: Task, config: TrainConfig) -> None:
+    """Raise DoRAError for an adapter that was trained for another task, if its file names one."""
+    metadata = adapter_metadata(folder)
+    for key, value in adapter_labels(task).items():
+        if metadata.get(key, value) != value:
+            raise DoRAError(f"{folder} was trained with {key} = {metadata[key]}, not {value}; "
+                            f"choose the same --task")
+    if metadata.get("max_len", str(config.max_len)) != str(config.max_len):
+        say(f"note: {folder} was trained with --max-len {metadata['max_len']}, which may change "
+            f"the score")
+
+
 def make_parser() -> argparse.ArgumentParser:
-    """Flags made from the fields of TrainConfig and DoRAConfig."""
+    """Return the parser, whose flags are the fields of TrainConfig and DoRAConfig."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      usage="%(prog)s [--task TASK] [--SETTING VALUE ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = get_type_hints(TrainConfig)
     for config, title in ((TrainConfig, "the run"), (DoRAConfig, "the method")):
-        group, hints = parser.add_argument_group(title), get_type_hints(config)
-        for f in dataclasses.fields(config):
-            if f.name in ("seed", "dora"):
-                continue
-            hint = hints[f.name]  # as float, int | None, tuple[str, ...]
-            kind, *more = get_args(hint) or (hint,)
-            options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-            if kind is not bool:
-                choices = ",".join(choice or "none" for choice in f.metadata["choices"])
-                options = {"type": partial(parse_value, kind, type(None) in more),
-                           "metavar": f"{{{choices}}}" if choices else kind.__name__.upper(),
-                           "nargs": "+" if get_origin(hint) is tuple else None}
-            default = "the task's, paper's Table 8" if f.name in COLUMNS_8 else f.default
-            text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
-            group.add_argument("--" + f.name.replace("_", "-"), help=text,
-                               default=argparse.SUPPRESS, **options)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="a run each (default: 1)")
+        group = parser.add_argument_group(title)
+        for name, text in help_of(config).items():
+            if name != "seed":
+                group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
+                                   help=help_text(name, text), **flag_options(name, hints[name]))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1],
+                        help="one run per seed (default: 1)")
     parser.add_argument("--eval-only", action="store_true", help="score --adapter, do not train")
     parser.add_argument("--adapter", metavar="FOLDER", help="for --eval-only: RUN/adapter")
     parser.add_argument("--predict", choices=("test",), help="write the test set's submission file")
     return parser
 
 
+def flag_options(name: str, hint: Any) -> dict[str, Any]:
+    """Return argparse's options for a setting, from its type hint: float, int | None, ..."""
+    kind, *more = get_args(hint) or (hint,)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    tables = {"task": trainable_tasks(), "method": METHOD_ROWS, **CHOICES}
+    choices = get_args(hint) if get_origin(hint) is Literal else [
+        *tables.get(name, ()), *["none"] * (name in CHOICES)]
+    kind = str if choices else kind
+    return {"type": partial(parse_value, kind, type(None) in more),
+            "metavar": f"{{{','.join(choices)}}}" if choices else kind.__name__.upper(),
+            "nargs": "+" if get_origin(hint) is tuple else None}
+
+
+def help_text(name: str, text: str) -> str:
+    """Return a flag's help: the setting's comment, its range, its default, and the methods that
+    have another default."""
+    ranges = {field: rule for config in (DoRAConfig, TrainConfig)
+              for rule, fields in config.RANGES.items() for field in fields.split()}
+    default = getattr(TrainConfig, name)
+    rows = METHODS if name in help_of(DoRAConfig) else METHOD_ROWS
+    others = "".join(f"; {method}: {shown(row[name])}" for method, row in rows.items()
+                     if row.get(name, default) != default)
+    default = "the task's, paper's Table 8" if name in COLUMNS_8 else shown(default)
+    bounds = f"{ranges[name]}; " if name in ranges else ""
+    return f"{text} ({bounds}default: {default}{others})".replace("%", "%%")
+
+
+def shown(value: Any) -> str:
+    """Return a setting's value as it is written on the command line."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
 def parse_value(kind: type, optional: bool, text: str) -> Any:
-    """A flag's text as a setting's value; "none" where that is one. Raises argparse's error."""
+    """Return a flag's text as a setting's value, None for "none" if the setting can be None.
+    Raises argparse's error."""
     if optional and text.lower() == "none":
         return None
     try:
