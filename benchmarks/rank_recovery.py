@@ -23,6 +23,7 @@ benchmarks/results/rank_recovery.jsonl.
 from __future__ import annotations
 
 import argparse
+import collections
 import hashlib
 import json
 import math
@@ -400,7 +401,14 @@ def sweep(path: Path, seeds: int, titles: Sequence[str] = ()) -> dict[str, list[
                 result[title].append({**done[key], "row": row, "pattern": name,
                                       "misplaced": misplaced(kept, pattern),
                                       "size": size(kept, pattern) / size(pattern.truth, pattern)})
-    return result
+    return {title: complete(cells) for title, cells in result.items()}
+
+
+def complete(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out, pattern by pattern, the seeds that not every row of the table has."""
+    met = collections.Counter((c["pattern"], c["seed"]) for c in cells)
+    rows = len({c["row"] for c in cells})
+    return [c for c in cells if met[c["pattern"], c["seed"]] == rows]
 
 
 def averages(cells: list[dict[str, Any]],
@@ -432,7 +440,7 @@ The mean true rank of this table is below 1. All rows are the method `dora` and 
 def markdown(result: dict[str, list[dict[str, Any]]], seeds: int) -> str:
     """Return the tables: misplaced % / loss over the floor."""
     text = (f"Misplaced, % of the run's own adapter / loss over the floor; mean of {seeds} seeds "
-            f"if a title names no other number. \"Worst\" is the worst of all columns except "
+            f"where nothing else is said. \"Worst\" is the worst of all columns except "
             f"{', '.join(STRESS)}.\n"
             f"Written by `benchmarks/rank_recovery.py --seeds {seeds}`, "
             f"torch {torch.__version__.split('+')[0]}, lr {LR:g}.\n")
@@ -441,10 +449,12 @@ def markdown(result: dict[str, list[dict[str, Any]]], seeds: int) -> str:
             continue
         rows, names, wrong = averages(cells, "misplaced")
         loss, sizes = averages(cells, "loss")[2], averages(cells, "size")[2]
-        found = 1 + max(cell["seed"] for cell in cells)
         text += NOTES.get(title, "")
-        head = title if found == seeds else f"{title} ({found} seeds)"
-        text += f"\n| {head} | {' | '.join(names)} |\n|---|{'---|' * len(names)}\n"
+        seen = [sum((c["row"], c["pattern"]) == (rows[0], name) for c in cells) for name in names]
+        head = f"{title} ({seen[0]} seeds)" if {*seen[:-1]} == {seen[0]} != {seeds} else title
+        heads = [f"{name}, {n} seed{'s' * (n > 1)}" if n not in (0, seeds) and head == title
+                 else name for name, n in zip(names, seen, strict=True)]
+        text += f"\n| {head} | {' | '.join(heads)} |\n|---|{'---|' * len(names)}\n"
         for row, *lines in zip(rows, wrong, loss, sizes, strict=True):
             figures = [f"{100 * a:.1f} / {b:.3f}" + (f" / {100 * c:.0f}" if title == "Budget unit"
                                                      else "") for a, b, c in zip(*lines)]
