@@ -910,7 +910,7 @@ def check_pruner(pruner: Pruner) -> None:
             raise DoRAError(f"{name}: has {len(layer.c)} components, expected {config.r_prime}; a "
                             f"compacted model cannot be pruned again, inject() into a fresh one")
         check_frozen(name, layer)
-    check_one_model(pruner.layers)
+    check_one_model(pruner)
     check_rows(config)
 
     earliest = min(pruner.first + config.interval, pruner.last)
@@ -921,13 +921,13 @@ def check_pruner(pruner: Pruner) -> None:
                         f"the initial phase")
 
 
-def check_one_model(layers: dict[str, DoRALinear]) -> None:
+def check_one_model(pruner: Pruner) -> None:
     """Raise DoRAError unless these are all the layers of one inject()."""
-    progress = progress_of(layers)
-    others = [name for name, layer in layers.items() if layer.progress is not progress]
-    if progress.n_layers and (others or len(layers) != progress.n_layers):
-        raise DoRAError(f"{len(layers)} layers, and inject() made {progress.n_layers} in this "
-                        f"model: the budget is the whole model's; pass all that inject() returned")
+    progress = progress_of(pruner.layers)
+    others = [name for name, layer in pruner.layers.items() if layer.progress is not progress]
+    if progress.per_rank and (others or pruner.per_rank != progress.per_rank):
+        raise DoRAError(f"these {len(pruner.layers)} layers are not those that one inject() made: "
+                        f"the budget is the whole model's; pass all that inject() returned")
 
 
 def check_rows(config: DoRAConfig) -> None:
