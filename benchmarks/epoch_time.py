@@ -1,13 +1,13 @@
-"""A whole epoch of ours against transformers + PEFT LoRA on the same data.
+"""How long does a whole epoch take, ours and that of transformers with PEFT LoRA?
 
     python benchmarks/epoch_time.py            # CoLA and STS-B, MiniLM; 10 to 30 minutes
     python benchmarks/epoch_time.py --short    # made-up sentences, 20 s, an assertion: for CI
 
 Ours is a run of one epoch with the default method: batches of 16 sentences of similar length,
-pruning from 15 % to 50 % of the steps, compaction after it. Theirs is transformers' model with
-PEFT LoRA of the final rank, the same loss, clipping and fused AdamW, and batches of 16 in random
-order padded to their longest sentence. Both take one step in turn; a time is the sum over the
-epoch, batching included, loading not. With one thread it is the process's CPU time.
+pruning from 15 % to 50 % of the steps, then compaction. Theirs is transformers' model with PEFT
+LoRA of the final rank, the same loss, clipping and fused AdamW, and batches of 16 in random order,
+padded to their longest sentence. The two take turns, one step each. A time is the sum over the
+epoch. It includes batching but not loading. With one thread it is the process's CPU time.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ RESULTS = report.HERE / "results" / "epoch_time.json"
 
 
 def random_batches(examples: list[data.Example], size: int) -> Iterator[data.Batch]:
-    """Random order, padded to the longest of each batch: dynamic padding."""
+    """Yield batches in random order, each padded to its longest sentence (dynamic padding)."""
     order = np.random.default_rng(1).permutation(len(examples))
     for start in range(0, len(order), size):
         yield data.collate(examples, order[start:start + size])
 
 
 def sentences(number: int) -> list[data.Example]:
-    """Made-up ids of CoLA's lengths."""
+    """Return made-up ids with CoLA's lengths."""
     rng = np.random.default_rng(0)
     lengths = np.exp(rng.normal(2.3, 0.4, number)).astype(int) + 4
     return [data.Example(rng.integers(4, 50_000, n).tolist(), int(rng.integers(2)))
@@ -50,7 +50,7 @@ def sentences(number: int) -> list[data.Example]:
 
 
 def rows(steps: int, labels: int) -> tuple[Row, Row]:
-    """Ours and PEFT LoRA's."""
+    """Return our row and PEFT LoRA's."""
     model, config = load("minilm", False, "cpu"), DoRAConfig()
     if labels == 1:
         model.classifier.out_proj = torch.nn.Linear(384, 1)
@@ -66,6 +66,7 @@ def rows(steps: int, labels: int) -> tuple[Row, Row]:
 
 @torch.no_grad()
 def evaluate_peer(row: Row, examples: list[data.Example]) -> None:
+    """Do what train_glue.predict does, with transformers' model."""
     row.model.eval()
     for start in range(0, len(examples), 64):
         part = np.arange(start, min(start + 64, len(examples)))
@@ -73,7 +74,7 @@ def evaluate_peer(row: Row, examples: list[data.Example]) -> None:
 
 
 def measure(train: list[data.Example], dev: list[data.Example], labels: int) -> dict[str, float]:
-    """Seconds of an epoch and of an evaluation of dev, ours and theirs."""
+    """Return the seconds of an epoch and of an evaluation of dev, ours and theirs."""
     steps = math.ceil(len(train) / 16)
     ours, theirs = rows(steps, labels)
     spent = {"ours": 0.0, "theirs": 0.0}

@@ -1,15 +1,15 @@
-"""The last layer's dense matrices lose their rank in every pruned run: right, or an artefact?
+"""The last layer's dense matrices lose their rank in every pruned run: is that right?
 
 A first-order score multiplies a gate by its gradient, and gradients differ from layer to layer. So
-the scores are compared with what they stand for, and the allocation with what it is good for:
+the scores are compared with what they estimate, and the allocation with what it is good for:
 
-    removal   at the first and at the last pruning of a default run on STS-B: the loss on 512
-              training examples without the live components of one matrix, less the loss with them,
-              beside the matrix's summed scores, for all 36 matrices (float32)
+    removal   at the first and at the last pruning of a default run on STS-B, for each of the 36
+              matrices: the loss on 512 training examples without the live components of the
+              matrix, minus the loss with them, beside the sum of their scores (float32)
     left out  LoRA, rank 2, without the dense matrices of the last layer, or of the first, against
               all 36 matrices: Pearson on the held-out tenth of the train set
 
-    python benchmarks/last_layer.py            # goes on where it was stopped; about 30 minutes
+    python benchmarks/last_layer.py            # continues where it was stopped; about 30 minutes
     python benchmarks/last_layer.py --short    # two removals of a tiny run: what CI runs
 
 Writes results/last_layer.md. No dev set is looked at.
@@ -31,18 +31,18 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import data  # noqa: E402
-import glue  # noqa: E402
 import train_glue  # noqa: E402
+from dora import ROBERTA as MATRICES  # noqa: E402
 from dora import DoRALinear, Pruner  # noqa: E402
-from glue import MATRICES  # noqa: E402
 
-RESULTS = glue.HERE / "results" / "last_layer.json"
+FOLDER = ROOT / "benchmarks" / "results"
+RESULTS, LOG = FOLDER / "last_layer.json", FOLDER / "glue.jsonl"
 DENSE = MATRICES[3:]
 SAMPLE = 512  # training examples that a removal is measured on
 
 
 def without(layer: int, layers: int = 6) -> tuple[str, ...]:
-    """Targets: all matrices but the dense ones of one layer."""
+    """Return the targets: all matrices except the dense ones of one layer."""
     return MATRICES[:3] + tuple(f"{i}.{name}" for i in range(layers) if i != layer
                                 for name in DENSE)
 
@@ -53,13 +53,13 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 class Measured(Exception):
-    """The last pruning has been measured: the rest of the run is of no use here."""
+    """The last pruning has been measured. The rest of the run is not needed here."""
 
 
 @torch.no_grad()
 def losses(model: nn.Module, examples: list[data.Example]) -> tuple[float, float]:
-    """The squared error, dropout off, and what is left of it after the best line through the
-    outputs: a removal shifts all outputs a little, which the head mends in a few steps."""
+    """Return the squared error without dropout, and what is left of it after the best line through
+    the outputs: a removal shifts all outputs a little, which the head corrects in a few steps."""
     model.eval()
     x, y = torch.zeros(len(examples)), torch.tensor([float(e.label or 0) for e in examples])
     for batch in data.batches(examples, 64, None, 0):
@@ -71,7 +71,7 @@ def losses(model: nn.Module, examples: list[data.Example]) -> tuple[float, float
 @torch.no_grad()
 def removals(model: nn.Module, layers: dict[str, DoRALinear], scores: torch.Tensor,
              averages: torch.Tensor, examples: list[data.Example]) -> list[dict[str, Any]]:
-    """For each matrix: what it costs to close its gates, beside its summed scores."""
+    """Return for each matrix what it costs to close its gates, beside the sum of its scores."""
     whole, found = losses(model, examples), []
     r = len(scores) // len(layers)
     for (name, layer), s, average in zip(layers.items(), scores.split(r), averages.split(r),
@@ -87,7 +87,7 @@ def removals(model: nn.Module, layers: dict[str, DoRALinear], scores: torch.Tens
 
 
 def watched(config: train_glue.TrainConfig, sample: int) -> dict[str, list[dict[str, Any]]]:
-    """Train, and measure removals just before the first and at the last pruning."""
+    """Train, and measure removals just before the first pruning and at the last."""
     assert config.data_dir and config.model_dir
     bpe = data.BPE(f"{config.model_dir}/vocab.json", f"{config.model_dir}/merges.txt")
     examples = data.load_task(config.task, config.data_dir, "train", bpe, config.max_len)[:sample]
@@ -96,10 +96,10 @@ def watched(config: train_glue.TrainConfig, sample: int) -> dict[str, list[dict[
     adapt = train_glue.adapt
 
     class Watching(Pruner):
-        def _prune(self, k: int) -> None:
-            if self.t - self.config.interval <= self.first:  # all components are live yet
+        def _prune(self) -> None:
+            if self.t - self.config.interval <= self.first:  # all components are still live
                 self.measure("first pruning")
-            super()._prune(k)
+            super()._prune()
             if self.t == self.last:
                 self.measure("last pruning")
                 raise Measured
@@ -124,8 +124,16 @@ def watched(config: train_glue.TrainConfig, sample: int) -> dict[str, list[dict[
     return found
 
 
+def left_out() -> list[dict[str, Any]]:
+    """Return the recorded runs of ROWS; glue.py writes them."""
+    lines = map(json.loads, LOG.read_text(encoding="utf-8").splitlines()) if LOG.exists() else []
+    return [line for line in lines
+            if (line["name"] in ROWS, line["split"], line["task"], line["lr"]) ==
+            (True, "held out", "stsb", 2e-3) and line["dtype"] == "bf16"]
+
+
 def report(found: dict[str, Any]) -> str:
-    """The tables of last_layer.md."""
+    """Return the tables of last_layer.md."""
     out = ["# The last layer's dense matrices", "", "Written by `python benchmarks/last_layer.py`; "
            "MiniLM on STS-B, batch 32, 4 epochs, lr 2e-3, one thread.", ""]
     for when, rows in found["removals"].items():
@@ -146,9 +154,7 @@ def report(found: dict[str, Any]) -> str:
             cells = [f"{1e4 * cost[i]:.2f} ({place[i]})" for i in range(6 * layer, 6 * layer + 6)]
             out.append(f"| {layer} | " + " | ".join(cells) + " |")
         out.append("")
-    lines = [c for c in glue.finished().values()
-             if (c["name"] in ROWS, c["split"], c["task"], c["lr"]) ==
-             (True, "held out", "stsb", 2e-3)]
+    lines = left_out()
     if lines:
         out += ["**Left out**: Pearson after the last epoch on the held-out tenth, bf16.", "",
                 "| | components | seeds | median | each |", "|---|---|---|---|---|"]
@@ -163,7 +169,7 @@ def report(found: dict[str, Any]) -> str:
 
 
 def short() -> None:
-    """Two removals in a tiny run on toy data: each costs something or nothing, none is NaN."""
+    """Measure removals in a tiny run on toy data, and check that none is NaN."""
     root = Path(tempfile.mkdtemp())
     bpe = data.write_toy(root, root / "model")
     tiny = train_glue.RobertaConfig(vocab_size=len(bpe.vocab), hidden_size=16, num_hidden_layers=2,
@@ -192,16 +198,20 @@ def main() -> None:
         return short()
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if "removals" not in found:
-        with tempfile.TemporaryDirectory() as out:  # a measurement that was cut off starts anew
+        import glue
+        with tempfile.TemporaryDirectory() as out:  # a measurement that was cut off starts again
             found["removals"] = watched(train_glue.make_config(
                 "stsb", lr=2e-3, data_dir=str(glue.held_out(args.data_dir)), batch_size=32,
                 epochs=4, model_dir=str(args.model_dir), device="cpu", out=out), SAMPLE)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     for seed in range(1, args.seeds + 1):
         for name, more in ROWS.items():
-            glue.run(glue.cell(name, "held out", "stsb", "lora", seed, 2e-3, **more), args)
-            (glue.HERE / "results" / "last_layer.md").write_text(report(found))
-    print(report(found))
+            if not any((line["name"], line["seed"]) == (name, seed) for line in left_out()):
+                import glue
+                glue.run(glue.cell(name, "held out", "stsb", "lora", seed, 2e-3, **more), args)
+    text = report(found)
+    (FOLDER / "last_layer.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

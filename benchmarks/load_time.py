@@ -1,10 +1,10 @@
-"""The rest of a run's time: tokenising, opening the weights, padding, importing.
+"""What else takes time in a run? Tokenising, opening the weights, padding, importing.
 
     python benchmarks/load_time.py            # about 30 s
     python benchmarks/load_time.py --short    # a small checkpoint and no large file, assertions
 
-Each figure comes from a fresh process with one thread, as the CPU time of the process; the median
-of five. Files that are not there (GLUE in --data-dir, a tokenizer in --model-dir) are left out.
+Each figure is the CPU time of a fresh process with one thread, the median of five. Files that do
+not exist (GLUE in --data-dir, a tokenizer in --model-dir) are left out.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ print(json.dumps(dict(seconds=end - start, opened=opened, read=resident("VmHWM")
 
 
 def run(program: str, times: int = 5, **values: Any) -> dict[str, float]:
-    """Medians over so many processes."""
+    """Return the median of each figure over so many processes."""
     source = (PROGRAM + program).format(root=str(ROOT), **values)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     found = [json.loads(subprocess.run([sys.executable, "-c", source], capture_output=True,
@@ -68,7 +68,7 @@ def run(program: str, times: int = 5, **values: Any) -> dict[str, float]:
 
 
 def checkpoint(folder: Path, short: bool) -> float:
-    """Write random weights, roberta-base's shape (short: a tenth of it); returns the file's MB."""
+    """Write random weights of roberta-base's shape (short: a tenth of it). Return the MB."""
     import train_glue
     config = train_glue.RobertaConfig()
     if short:
@@ -79,7 +79,7 @@ def checkpoint(folder: Path, short: bool) -> float:
 
 
 def padding(name: str, data_dir: str, model_dir: str) -> tuple[float, float]:
-    """Share of pad tokens in an epoch of batches of 16: ours, and in batches of random order."""
+    """Return the share of pad tokens in an epoch of batches of 16: ours, and in random order."""
     import numpy as np
 
     import data
@@ -130,7 +130,7 @@ def main() -> None:
             size = checkpoint(Path(folder), args.short)
             found = run(OPEN, 1 if args.short else 5, folder=folder)
         add(f"load_roberta of a {size:.0f} MB file", found["seconds"], "s", 2)
-        for state in ("opened", "read"):  # what torch imports weighs more over a small file
+        for state in ("opened", "read"):  # beside a small file torch's imports weigh more
             add(f"its peak memory over the file, {'every weight ' * (state == 'read')}{state}",
                 found[state] / size, "times", 1.2, slack=4)
     if not args.short:

@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: one part of README.md each, and the machine in words."""
+"""What the benchmarks share: a part of README.md each, the machine in words, and colours."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ Each part below was written by the script that it names. Quality is in RESULTS.m
     pip install -r requirements.txt -r benchmarks/requirements.txt
 """
 
+# One colour per method in every figure: Okabe and Ito's set, which the colour-blind can tell apart.
+COLORS = {"dora": "#D55E00", "paper": "#CC79A7", "adalora": "#009E73", "lora": "#0072B2",
+          "lora qv": "#56B4E9", "full": "#000000", "bitfit": "#E69F00", "head": "#999999"}
+
 
 def machine(threads: int, device: str = "cpu") -> str:
-    """The machine and the versions, in one line."""
+    """Return the machine and the versions in one line."""
     if device != "cpu":
         import torch
         name = torch.cuda.get_device_name(device)
@@ -38,13 +42,13 @@ def machine(threads: int, device: str = "cpu") -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
+    """Return a Markdown table. The first column is text, the others are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def write_part(name: str, text: str) -> None:
-    """Put text into README.md in the place of the part `name`, or at its end."""
+    """Replace the part `name` of README.md, or append it."""
     old = README.read_text(encoding="utf-8") if README.exists() else HEAD
     first, last = f"<!-- {name}: written by {name}.py -->", f"<!-- end of {name} -->"
     part = f"{first}\n{text.strip()}\n{last}"

@@ -1,23 +1,30 @@
-"""What does a training step cost over a frozen backbone? Time, memory, evaluation.
+"""What does a training step cost over a frozen backbone? Time, memory, evaluation, launches.
 
 The floor is the frozen model's own step: weights frozen, head trained, the embeddings' output
 requiring gradients, so that backward crosses every layer. All rows train with the same loss,
 clipping and fused AdamW on the same random batches (rows of 90 to 100 % of the width).
 
-    python benchmarks/step_time.py            # all, about an hour where the machine is shared
+    python benchmarks/step_time.py            # all; about an hour on a shared machine
     python benchmarks/step_time.py --short    # MiniLM's shape, 60 s, with assertions: what CI runs
-    python benchmarks/step_time.py --device cuda --threads 8      # adds batches of 32 x 128
+    python benchmarks/step_time.py --shape host    # operations and host time only, a minute
+    python benchmarks/step_time.py --device cuda   # a GPU: float32, TF32, bf16, compile
 
-Rows take turns in one process, in random order; a ratio is the median over rounds of (row / floor
-of the same round). With one thread on the CPU a time is the process's CPU time, which other load
-on the machine changes little; else it is the clock's. Memory is measured in a process of its own
-each: the largest resident size (Linux) in three steps, less that with the model just loaded.
+Rows take turns in one process, in random order. A ratio is the median over rounds of (row / floor
+of the same round). On the CPU with one thread a time is the process's CPU time, which hardly
+depends on other load on the machine; otherwise it is wall-clock time. Memory is measured in one
+process per row: the largest resident size (Linux) in three steps, less that of the loaded model.
+
+A GPU that is faster than the host waits for it. Two figures show this without a GPU, for 12 layers:
+the operations (not views) that a step dispatches, the mean of ten steps, one of which prunes, and
+the time of a step whose matrices are so small that all of it is the host's. They are taken on the
+CPU, where attention with dropout is several operations. On a GPU it is one.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import json
 import os
 import random
@@ -32,6 +39,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -42,7 +50,11 @@ from train_glue import RobertaConfig, RobertaForSequenceClassification  # noqa: 
 
 MINILM = ROOT.parent / "shared" / "models" / "minilm-l6-roberta"
 SHAPES = {"minilm": RobertaConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
-          "base": RobertaConfig()}
+          "base": RobertaConfig(),
+          "host": RobertaConfig(hidden_size=48, num_hidden_layers=12, intermediate_size=192)}
+WORDS = {"minilm": "MiniLM (6 layers of 384)", "base": "RoBERTa-base's shape, random weights",
+         "host": "12 layers of 48, so that kernels are almost free"}
+MODES = ("float32", "tf32", "bf16", "compile")  # on CUDA; bf16 and compile use TF32 as well
 TARGETS = list(DoRAConfig().targets)
 RESULTS = report.HERE / "results" / "step_time.json"
 FLOOR, TF_FLOOR, OURS, COMPACTED = "our floor", "transformers' floor", "dora", "dora, compacted"
@@ -50,12 +62,13 @@ PAPER, NAIVE, FULL = "paper, scores of Eq. 7", "paper, naive scores", "full fine
 LORA, ADALORA = "PEFT LoRA", "PEFT AdaLoRA"
 EVALUATED = (FLOOR, OURS, COMPACTED, LORA)  # in batches of 64, as train_glue.predict
 SHORT = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, NAIVE, LORA)
+HOST = CUDA = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, LORA, ADALORA)
 Batch = tuple[Tensor, Tensor, Tensor]  # ids (B, T), mask (B, T) bool, labels (B,)
 
 
 @dataclass
 class Row:
-    """A model with how it is called and what it does besides a plain training step."""
+    """A model, how to call it, and what it does besides a plain training step."""
 
     model: nn.Module
     loss: Callable[[Batch], Tensor]
@@ -65,13 +78,13 @@ class Row:
 
 
 def step(row: Row, batch: Batch) -> None:
-    """One optimizer step, as in train_glue.train."""
+    """Do one optimizer step, as in train_glue.train."""
     if row.optimizer is None:
         parameters = [p for p in row.model.parameters() if p.requires_grad]
         row.optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01, fused=True)
     row.model.train()
     penalty = row.pruner.penalty()
-    (row.loss(batch) + penalty.to(batch[0].device)).backward()
+    (row.loss(batch) + penalty).backward()
     row.pruner.observe()
     nn.utils.clip_grad_norm_(row.model.parameters(), 1.0)
     row.optimizer.step()
@@ -83,8 +96,8 @@ def step(row: Row, batch: Batch) -> None:
 # ---- the rows ----------------------------------------------------------------------------------
 
 
-def build(name: str, model: nn.Module) -> Row:
-    """Make a loaded model, ours or transformers', into the row of this name."""
+def build(name: str, model: nn.Module, mode: str = "float32") -> Row:
+    """Turn a loaded model, ours or transformers', into the row of this name."""
     config, layers, after = DoRAConfig(**METHODS["lora"]), {}, lambda: None
     ours = isinstance(model, RobertaForSequenceClassification)
     if name in (FLOOR, TF_FLOOR):
@@ -97,11 +110,12 @@ def build(name: str, model: nn.Module) -> Row:
     elif name != FULL:  # prune from the start, every ten steps
         config = DoRAConfig(**METHODS["paper" if name in (PAPER, NAIVE) else "dora"])
         config = replace(config, initial_phase=0.0, interval=10)
+        if name == NAIVE:  # of the scores only the naive ones below are to be measured
+            config = replace(config, importance="sensitivity")
         layers = inject(model, config)
         model.classifier.requires_grad_(True)
     pruner = Pruner(layers, config, 4 if name == COMPACTED else 10_000)
     if name == NAIVE:
-        pruner.config = replace(config, importance="sensitivity")  # its scores cost next to nothing
         after = lambda: [naive_score(layer) for layer in layers.values()] and None  # noqa: E731
 
     def loss(batch: Batch) -> Tensor:
@@ -115,10 +129,13 @@ def build(name: str, model: nn.Module) -> Row:
         for _ in range(3):
             step(row, make_batch(2, 16, next(model.parameters()).device))
         compact_(model, row.optimizer)
+    if mode == "compile":
+        model = torch.compile(model)  # loss calls this name; the modules stay those of row.model
     return row
 
 
 def peft_model(name: str, model: nn.Module) -> tuple[nn.Module, Callable[[], None]]:
+    """Return PEFT's model, and what it does after optimizer.step()."""
     import peft
     more = dict(lora_alpha=8, lora_dropout=0.1, target_modules=TARGETS,
                 task_type=peft.TaskType.SEQ_CLS)
@@ -132,34 +149,38 @@ def peft_model(name: str, model: nn.Module) -> tuple[nn.Module, Callable[[], Non
 
 @torch.no_grad()
 def naive_score(layer: DoRALinear) -> Tensor:
-    """Eq. 7 as it is printed, through a (r', d_out, d_in) tensor."""
+    """Compute Eq. 7 as it is printed, through a (r', d_out, d_in) tensor."""
     W = torch.einsum("i,oi,id->iod", layer.c, layer.B, layer.A)  # (r', d_out, d_in)
     return W.norm(dim=(1, 2)) / (W.sum(0).norm() + 1e-8)
 
 
-def load(shape: str, peer: bool, device: str) -> nn.Module:
-    """The shared MiniLM if it is there; else random weights of the shape."""
+def load(shape: str, peer: bool, device: str, mode: str = "float32") -> nn.Module:
+    """Load the shared MiniLM if it exists; otherwise make random weights of the shape."""
+    torch.set_float32_matmul_precision("highest" if mode == "float32" else "high")
     torch.manual_seed(0)
     real = shape == "minilm" and MINILM.exists()
     if not peer:
         model = RobertaForSequenceClassification(SHAPES[shape], 2)
         if real:
             model.load_state_dict(train_glue.load_roberta(MINILM, 2).state_dict())
+        if mode == "bf16":
+            model.roberta.to(torch.bfloat16)  # the head stays float32, as in train_glue
         return model.to(device)
     import transformers
     transformers.logging.set_verbosity_error()
     config = transformers.RobertaConfig(**vars(SHAPES[shape]), num_labels=2)
     model = transformers.RobertaForSequenceClassification(config)
     model.load_state_dict(load(shape, False, "cpu").state_dict(), strict=False)
-    return model.to(device)
+    return model.to(device, torch.bfloat16 if mode == "bf16" else torch.float32)
 
 
 def is_peer(name: str) -> bool:
+    """Return True for the rows that need transformers and PEFT."""
     return name in (TF_FLOOR, LORA, ADALORA)
 
 
 def make_batch(size: int, width: int, device: Any = "cpu") -> Batch:
-    """Random ids; rows of 90 to 100 % of the width."""
+    """Return random ids in rows of 90 to 100 % of the width."""
     lengths = torch.randint(width - width // 10, width + 1, (size, 1))
     lengths[0] = width
     mask = torch.arange(width) < lengths
@@ -171,6 +192,7 @@ def make_batch(size: int, width: int, device: Any = "cpu") -> Batch:
 
 
 def clock(device: str) -> float:
+    """Return seconds: CPU time where this is all the work there is, wall-clock time elsewhere."""
     if device != "cpu":
         torch.cuda.synchronize()
     return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 \
@@ -178,14 +200,14 @@ def clock(device: str) -> float:
 
 
 def timed(run: Callable[..., Any], *args: Any, device: str) -> float:
-    """Milliseconds."""
+    """Return the milliseconds of a call."""
     start = clock(device)
     run(*args)
     return 1e3 * (clock(device) - start)
 
 
 def method(row: Row) -> None:
-    """All that DoRA adds to ten steps besides its layers; one of them prunes."""
+    """Do all that DoRA adds to ten steps besides its layers; one of them prunes."""
     for _ in range(10):
         row.pruner.penalty().backward()
         row.pruner.observe()
@@ -194,28 +216,62 @@ def method(row: Row) -> None:
 
 @torch.no_grad()
 def evaluate(row: Row, batch: Batch) -> None:
+    """Do one forward pass without dropout."""
     row.model.eval()
     row.loss(batch)
 
 
 def keep_memory() -> None:
-    """What is freed stays with the process (glibc). Else, with many models in turn, steps of the
-    larger rows would pay for pages that they keep in a process of their own."""
+    """Let the process keep the memory that it frees (glibc).
+
+    Otherwise, with many models in turn, steps of the larger rows would pay for pages that they
+    keep when they are alone in a process.
+    """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
         libc.mallopt(-4, 0)  # M_MMAP_MAX: none
 
 
+class Operations(TorchDispatchMode):
+    """Counts the operations that torch dispatches, except those that launch no kernel: views, empty
+    tensors and marks for the profiler."""
+
+    FREE = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
+            "_unsafe_view", "_local_scalar_dense", "_record_function_enter_new",
+            "_record_function_exit")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (func.is_view or func.overloadpacket.__name__ in self.FREE)
+        return func(*args, **(kwargs or {}))
+
+
+def operations(row: Row, batch: Batch) -> float:
+    """Return the operations of a step: forward, backward, observe, clip, optimizer, pruner."""
+    row.model.train()
+    step(row, batch)  # the optimizer's state exists from here on
+    with Operations() as found:
+        for _ in range(10):
+            step(row, batch)
+    return found.count / 10
+
+
 def measure(shape: str, size: int, width: int, names: tuple[str, ...], seconds: float,
-            device: str) -> dict[str, Any]:
-    """Rounds of all rows in turn, for so many seconds; at least three."""
+            device: str, mode: str = "float32") -> dict[str, Any]:
+    """Time rounds of all rows in turn, for so many seconds; at least three."""
     keep_memory()
-    rows = {name: build(name, load(shape, is_peer(name), device)) for name in names}
+    rows = {name: build(name, load(shape, is_peer(name), device, mode), mode) for name in names}
     times: dict[str, list[float]] = {name: [] for name in rows}
     passes: dict[str, list[float]] = {name: [] for name in rows if name in EVALUATED}
     shares = []
-    for row in rows.values():
-        step(row, make_batch(size, width, device))
+    counts = {}
+    for name, row in rows.items():
+        step(row, make_batch(size, width, device))  # the first step of a compiled model compiles
+        if shape == "host":
+            counts[name] = operations(row, make_batch(size, width, device))
     end = time.monotonic() + seconds
     while time.monotonic() < end or len(shares) < 3:
         batch = make_batch(size, width, device)
@@ -237,30 +293,32 @@ def measure(shape: str, size: int, width: int, names: tuple[str, ...], seconds: 
     for name in rows:
         result["rows"][name] = {
             "ms": middle(times[name]), "floor": ratio(times[name], times[FLOOR]),
+            **({"operations": counts[name]} if counts else {}),
             **({"tf": ratio(times[name], times[TF_FLOOR])} if TF_FLOOR in rows else {}),
             **({"eval": ratio(passes[name], passes[FLOOR])} if name in passes else {})}
     return result
 
 
 def resident(key: str) -> float:
-    """MB: VmRSS is the process's memory now, VmHWM its peak."""
+    """Return MB. VmRSS is the process's memory now, VmHWM its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1e3
 
 
-def memory(shape: str, size: int, width: int, name: str, device: str) -> float:
-    """MB that three steps need at most, over the loaded model; runs in a process of its own."""
+def memory(shape: str, size: int, width: int, name: str, device: str, mode: str) -> float:
+    """Return the MB that three steps need at most, beyond the loaded model. Runs in a process of
+    its own."""
     if is_peer(name):
         import peft  # noqa: F401
-    model = load(shape, is_peer(name), device)
+    model = load(shape, is_peer(name), device, mode)
     if device != "cpu":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
         ctypes.CDLL(None).malloc_trim(0)  # gives back what loading has freed
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = resident("VmRSS")
-    row = build(name, model)
+    row = build(name, model, mode)
     for _ in range(3):
         step(row, make_batch(size, width, device))
     if device != "cpu":
@@ -268,39 +326,69 @@ def memory(shape: str, size: int, width: int, name: str, device: str) -> float:
     return resident("VmHWM") - before
 
 
-def measure_memory(case: tuple[str, int, int], name: str, args: argparse.Namespace) -> float:
+def measure_memory(case: tuple[str, int, int], name: str, mode: str,
+                   args: argparse.Namespace) -> float:
+    """Return memory() of a fresh process."""
     command = [sys.executable, __file__, "--memory", json.dumps([*case, name]),
-               "--device", args.device, "--threads", str(args.threads)]
+               "--device", args.device, "--threads", str(args.threads), "--modes", mode]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 # ---- the report --------------------------------------------------------------------------------
 
 
-def write(cases: list[dict[str, Any]], partial: bool = False) -> None:
-    """results/step_time.json and this script's part of README.md."""
-    parts = ["## step_time.py: a step over the frozen model's", "", __doc__.split("\n\n")[1], ""]
+NOT_RUN = ("`--device cuda` was not run, because no GPU was available: RoBERTa-base's shape at "
+           "16×64 and 32×128 in float32, TF32, bf16 and compiled, with PEFT LoRA and AdaLoRA, time "
+           "and memory.")
+
+
+def host_table(case: dict[str, Any]) -> str:
+    """Return the table of the host's work."""
+    rows = case["rows"]
+    head = ["", "operations per step", "over our floor", "over transformers' floor",
+            "host time, ms per step", "over our floor", "over transformers' floor"]
+    return report.table(head, [
+        [name, f"{r['operations']:,.0f}", *(f"{r['operations'] / rows[floor]['operations']:.2f}"
+                                            for floor in (FLOOR, TF_FLOOR)),
+         f"{r['ms']:.1f}", f"{r['floor']:.2f}", f"{r['tf']:.2f}"] for name, r in rows.items()])
+
+
+def time_table(case: dict[str, Any]) -> str:
+    """Return the table of time, evaluation and memory."""
+    rows = case["rows"]
+    head = ["", "ms per step", "over our floor", "over transformers' floor",
+            "evaluation over our floor", "MB over the model", "over our floor"]
+    return report.table(head, [
+        [name, f"{r['ms']:.0f}", f"{r['floor']:.2f}", f"{r['tf']:.2f}",
+         f"{r['eval']:.2f}" if "eval" in r else "",
+         f"{r['memory']:.0f}" if "memory" in r else "",
+         f"{r['memory'] / rows[FLOOR]['memory']:.2f}"
+         if "memory" in r and "memory" in rows[FLOOR] else ""] for name, r in rows.items()])
+
+
+def write(cases: list[dict[str, Any]]) -> None:
+    """Write results/step_time.json and this script's part of README.md."""
+    paragraphs = str(__doc__).split("\n\n")
+    parts = ["## step_time.py: time of a step relative to the frozen model's", "",
+             paragraphs[1], "", paragraphs[4].strip(), ""]
+    if not any(case.get("device", "cpu") != "cpu" for case in cases):
+        parts += [NOT_RUN, ""]
     for case in cases:
-        rows = []
-        for name, r in case["rows"].items():
-            rows.append([name, f"{r['ms']:.0f}", f"{r['floor']:.2f}", f"{r['tf']:.2f}",
-                         f"{r['eval']:.2f}" if "eval" in r else "",
-                         f"{r['memory']:.0f}" if "memory" in r else "",
-                         f"{r['memory'] / case['rows'][FLOOR]['memory']:.2f}"
-                         if "memory" in r and "memory" in case["rows"][FLOOR] else ""])
-        parts += [f"**{case['model']}, {case['size']}×{case['width']}** ({case['rounds']} rounds)",
-                  "", report.table(["", "ms a step", "over our floor", "over transformers' floor",
-                                    "evaluation over our floor", "MB over the model",
-                                    "over our floor"], rows), "",
-                  f"Penalty, scores and pruning of dora together: {case['method']:.1%} of its "
-                  f"step.", "", f"`{case['command']}`, {case['machine']}.", ""]
+        host = "operations" in case["rows"][FLOOR]
+        mode = f", {case['mode']}" if case.get("device", "cpu") != "cpu" else ""
+        parts += [f"**{case['model']}, {case['size']}×{case['width']}{mode}** ({case['rounds']} "
+                  f"rounds)", "", host_table(case) if host else time_table(case), ""]
+        if not host:
+            parts += [f"Penalty, scores and pruning of dora together: {case['method']:.1%} of its "
+                      f"step.", ""]
+        parts += [f"`{case['command']}`, {case['machine']}{case.get('note', '')}.", ""]
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(cases, indent=1) + "\n")
     report.write_part("step_time", "\n".join(parts))
 
 
 def check(case: dict[str, Any]) -> None:
-    """Ratios only, with slack for noise: the targets are 1.12, 1.1, 1.05, 1.5 and 2 or 5 %."""
+    """Check ratios, with slack for noise: the targets are 1.12, 1.1, 1.05, 1.5 and 2 or 5 %."""
     rows = case["rows"]
     ours, floor = rows[OURS], rows[FLOOR]
     assert ours["floor"] < 1.4, ours
@@ -323,48 +411,65 @@ def main() -> None:
     parser.add_argument("--width", type=int, help="one width only (tokens)")
     parser.add_argument("--seconds", type=float, default=300, help="of each table (default: 300)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="on CUDA (default: all)")
     parser.add_argument("--threads", type=int, default=1, help="on the CPU (default: 1)")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device != "cpu" and not torch.cuda.is_available():
+        sys.exit(f"step_time.py: --device {args.device}: torch finds no CUDA device here")
     torch.set_num_threads(args.threads)
     if args.memory:
-        print(memory(*json.loads(args.memory), args.device))
+        print(memory(*json.loads(args.memory), args.device, args.modes[0]))
         return
+    for case in chosen_cases(args):
+        run_case(case, args)
+
+
+Case = tuple[str, int, int, tuple[str, ...], str]  # shape, examples, tokens, rows, mode
+
+
+def chosen_cases(args: argparse.Namespace) -> list[Case]:
+    """Return the tables to measure."""
     names = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, NAIVE, FULL, LORA, ADALORA)
-    cases = [(s, 16, w) for s in SHAPES for w in (16, 64)]
+    cases: list[Case] = [(s, 16, w, names, "float32") for s in ("minilm", "base") for w in (16, 64)]
+    cases.append(("host", 2, 8, HOST, "float32"))
     if args.device != "cpu":
-        cases += [(s, 32, 128) for s in SHAPES]
+        cases = [("base", size, width, CUDA, mode) for size, width in ((16, 64), (32, 128))
+                 for mode in args.modes or MODES]
     if args.short:
-        cases, names, args.seconds = [("minilm", 16, 16), ("minilm", 16, 64)], SHORT, 12
-        try:
-            import peft  # noqa: F401
-        except ImportError:
-            names = tuple(name for name in names if not is_peer(name))
-    cases = [c for c in cases if args.shape in (None, c[0]) and args.width in (None, c[2])]
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() and not args.short else []
-    for shape, size, width in cases:
-        case = measure(shape, size, width, names, args.seconds, args.device)
-        case.update(model={"minilm": "MiniLM (6 layers of 384)", "base":
-                           "RoBERTa-base's shape, random weights"}[shape],
-                    size=size, width=width, machine=report.machine(args.threads, args.device),
-                    command=f"python benchmarks/step_time.py {' '.join(sys.argv[1:])}".strip())
-        new = tuple(case[k] for k in ("model", "size", "width", "machine"))
-        known = [k for k in known if tuple(k[x] for x in ("model", "size", "width", "machine"))
-                 != new] + [case]
-        known.sort(key=lambda k: (k["machine"], k["model"], k["size"], k["width"]))
-        measured = () if args.short and width == 16 else names
-        for name in (FLOOR, OURS) if args.short and measured else measured:
-            if Path("/proc/self/clear_refs").exists():
-                case["rows"][name]["memory"] = measure_memory((shape, size, width), name, args)
-        for name, r in case["rows"].items():
-            print(f"{shape:7}{size}x{width:<4}{name:24}", "  ".join(
-                f"{k} {v:.3f}" for k, v in r.items()), flush=True)
-        print(f"{shape:7}{size}x{width:<4}method's share {case['method']:.4f}, "
-              f"{case['rounds']} rounds", flush=True)
-        if args.short:
-            check(case)
-        else:
-            write(known)
+        args.seconds, peft = 12, importlib.util.find_spec("peft")
+        names = tuple(name for name in SHORT if peft or not is_peer(name))
+        cases = [("minilm", 16, w, names, "float32") for w in (16, 64)]
+    return [c for c in cases if args.shape in (None, c[0]) and args.width in (None, c[2])]
+
+
+def run_case(case: Case, args: argparse.Namespace) -> None:
+    """Measure one table and write it, or with --short check it."""
+    shape, size, width, names, mode = case
+    found = measure(shape, size, width, names, args.seconds, args.device, mode)
+    found.update(model=WORDS[shape], size=size, width=width, device=args.device, mode=mode,
+                 machine=report.machine(args.threads, args.device),
+                 command=f"python benchmarks/step_time.py {' '.join(sys.argv[1:])}".strip())
+    measured = (() if width == 16 else (FLOOR, OURS)) if args.short else names
+    if shape != "host" and (args.device != "cpu" or Path("/proc/self/clear_refs").exists()):
+        for name in measured:
+            found["rows"][name]["memory"] = measure_memory((shape, size, width), name, mode, args)
+
+    title = f"{shape:7}{size}x{width:<4}"
+    for name, r in found["rows"].items():
+        print(f"{title}{name:24}", "  ".join(f"{k} {v:.3f}" for k, v in r.items()), flush=True)
+    print(f"{title}method's share {found['method']:.4f}, {found['rounds']} rounds", flush=True)
+    if args.short:
+        check(found)
+        return
+
+    def identity(case: dict[str, Any]) -> tuple[Any, ...]:
+        return (case["machine"], case.get("mode", "float32"), case["model"], case["size"],
+                case["width"])
+
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    known = [case for case in known if identity(case) != identity(found)]
+    write(sorted([*known, found], key=identity))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def rr():
 
 
 def test_update_has_the_ranks_it_claims(rr):
-    """Delta W* against its singular values: the true rank many, each within the pattern's range."""
+    """Singular values of Delta W*: as many as the true rank, each within the pattern's range."""
     pattern = rr.Pattern((0, 1, 3), width=12, strength=(1.0, 3.0), gains=(1.0, 2.0, 0.5))
     teacher, student = rr.problem(pattern, seed=3)
     for new, old, rank, gain in zip(teacher, student, pattern.truth, pattern.gains, strict=True):
@@ -54,29 +54,109 @@ def test_floor_is_the_noise(rr):
     assert rr.loss_over_floor(student, teacher, x) == pytest.approx(sampled, rel=0.01)
 
 
+def test_shapes_and_costs(rr):
+    """Blocks against shapes and costs counted by hand, and against the matrices of the network."""
+    pattern = rr.Pattern((1, 0, 2, 3), width=12, blocks="sfs")
+    assert pattern.shapes == [(12, 12), (48, 12), (12, 48), (12, 12)]
+    assert pattern.costs == [24, 60, 60, 24]
+    teacher, student = rr.problem(pattern, seed=0)
+    found = list(zip(teacher.parameters(), student.parameters(), strict=True))
+    assert [tuple(new.shape) for new, _ in found] == pattern.shapes
+    assert [int(torch.linalg.matrix_rank(new - old, atol=1e-3)) for new, old in found] == [
+        1, 0, 2, 3]
+
+
 def test_misplaced(rr):
-    """Counted by hand: 0 for the truth, one of ten, everything."""
-    truth = (0, 1, 2, 4, 0, 3)
-    assert rr.misplaced(list(truth), truth) == 0
-    assert rr.misplaced([1, 1, 2, 4, 0, 2], truth) == pytest.approx(0.1)
-    assert rr.misplaced([4, 0, 0, 0, 6, 0], truth) == 1
+    """Shares counted by hand, in components and where costs differ, and never above 1."""
+    pattern = rr.PATTERNS["mixed"]
+    assert rr.misplaced(list(pattern.truth), pattern) == 0
+    assert rr.misplaced([1, 1, 2, 4, 0, 2], pattern) == pytest.approx(0.1)
+    assert rr.misplaced([4, 0, 0, 0, 6, 0], pattern) == 1
+    assert rr.misplaced([2, 2, 2, 2, 2, 2], pattern) == pytest.approx(5 / 12)  # LoRA
+    mixed = rr.Pattern((1, 0, 2, 3), width=12, blocks="sfs")
+    assert rr.misplaced([2, 1, 0, 0], mixed) == pytest.approx((24 + 60) / (48 + 60))
 
 
 def test_every_row_is_a_config_and_spends_the_true_total(rr):
     """Rows are DoRAConfig values: each one builds, without dropout, at the pattern's budget."""
-    for rows in rr.tables().values():
+    for title, rows in rr.tables().items():
         for name, settings in rows.items():
-            for pattern in rr.PATTERNS.values():
+            for pattern in rr.patterns_of(title).values():
                 config = rr.make_config(settings, pattern)
-                total = round(config.rank * len(pattern.truth))
+                costs = pattern.costs if config.budget_unit == "parameters" else [
+                    1] * len(pattern.truth)
+                total = round(config.rank * sum(costs))
+                true = sum(t * cost for t, cost in zip(pattern.truth, costs)) * pattern.share
                 if config.schedule is None:  # LoRA: the same everywhere, at least the true total
-                    assert 0 <= total - sum(pattern.truth) < len(pattern.truth), name
+                    assert 0 <= total - true < sum(costs), name
                 else:
-                    assert total == sum(pattern.truth) and config.dropout == 0, name
+                    assert total == round(true) and config.dropout == 0, name
+
+
+def test_rows_of_several_shapes_have_one_scale(rr):
+    """The unit decides r, and alpha makes up for it: one scale per pattern."""
+    for pattern in rr.COSTS.values():
+        configs = [rr.make_config(s, pattern) for s in rr.tables()["Budget unit"].values()]
+        scales = [config.alpha / max(1, config.rank) for config in configs]
+        assert scales == pytest.approx([scales[0]] * len(scales))
+
+
+def test_recorded_cells_are_found(rr):
+    """The keys of today's settings against the records: what meant the same has the same key.
+
+    The mean rank of "one" is below 1, where the scale changed: its rows of `dora` are new.
+    """
+    known = rr.read(PATH.parent / "results" / "rank_recovery.jsonl")
+    first = list(rr.tables().items())[:3]
+    for title, rows in first:
+        for row, name in ((r, n) for r in rows for n in rr.patterns_of(title)):
+            pattern = rr.PATTERNS[name]
+            key = rr.cell_key(rr.make_config(rows[row], pattern), pattern, 0)
+            if row.startswith("dora") and name == "one":
+                assert known.get(key, {"row": row})["row"] in (row, "alpha / max(1, r)")
+            else:
+                assert known[key]["pattern"] == name, (row, name)
+    pattern = rr.PATTERNS["mixed"]
+    config = rr.make_config(rr.METHODS["dora"], pattern)
+    assert rr.cell_key(config, pattern, 0) == "de183301bff4"  # as recorded before the renaming
+
+
+def test_orders_divide_by_the_cost(rr):
+    """Scores of both orders per parameter against the score divided by the costs."""
+    pattern = rr.Pattern((1, 0, 2, 1), width=8, batch=8, steps=20, blocks="sfs")
+    config = rr.make_config(rr.METHODS["dora"], pattern)
+    layers = rr.inject(rr.problem(pattern, 0)[1], config)
+    pruners = [rr.PRUNERS[name](layers, config, 20)
+               for name in ("Pruner", "PerParameter", "PerParameterTwice")]
+    for pruner in pruners:
+        pruner.I_bar, pruner.U_bar = [torch.ones(16)], [torch.full((16,), 40.0)]
+    plain, once, twice = (pruner.scores().view(4, 4)[:, 0].tolist() for pruner in pruners)
+    assert plain == [40] * 4 and once == [2.5, 1, 1, 2.5]
+    assert twice == pytest.approx([40 / 256, 1 / 40, 1 / 40, 40 / 256])
+
+
+@torch.no_grad()
+def test_live_scale_keeps_the_function(rr):
+    """Outputs before and after the scale of every matrix is fixed: the same."""
+    pattern = rr.Pattern((0, 1, 2), width=8, batch=8, steps=20)
+    config = rr.make_config(dict(rr.BASE, interval=1), pattern)
+    layers = rr.inject(rr.problem(pattern, 0)[1], config)
+    plain, live = rr.Pruner(layers, config, 20), rr.LiveScale(layers, config, 20)
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.B)
+    plain.t = live.t = live.last
+    for pruner in (plain, live):
+        pruner.I_bar, pruner.U_bar = [torch.arange(1.0, 13)], [torch.ones(12)]
+    plain._prune()
+    before = [layer.delta_weight() for layer in layers.values()]
+    live._prune()
+    for layer, old in zip(layers.values(), before, strict=True):
+        torch.testing.assert_close(layer.delta_weight(), old)
+        assert layer.scale == config.alpha / max(1, layer.rank)
 
 
 def test_run_keeps_the_true_total_and_repeats(rr):
-    """The same seed twice: the same figures, and exactly the true total kept."""
+    """Two runs with one seed: the same figures, and exactly the true total kept."""
     pattern = rr.Pattern((0, 2, 1), width=16, batch=16, steps=100)
     config = rr.make_config(rr.BASE, pattern)
     first, second = (rr.run(config, pattern, seed=1) for _ in range(2))
@@ -85,7 +165,7 @@ def test_run_keeps_the_true_total_and_repeats(rr):
 
 
 def test_sweep_never_repeats_a_cell(rr, tmp_path, monkeypatch):
-    """A broken file: whole lines stay, the one that was cut off runs again, nothing else does."""
+    """A broken file: only the cell whose line was cut off runs again."""
     monkeypatch.setattr(rr, "PATTERNS", {"tiny": rr.Pattern((0, 2, 1), width=8, batch=8, steps=20)})
     rows = {"a": rr.BASE, "b": {**rr.BASE, "beta2": None}}
     monkeypatch.setattr(rr, "tables", lambda: {"Methods": rows})
@@ -97,7 +177,7 @@ def test_sweep_never_repeats_a_cell(rr, tmp_path, monkeypatch):
     path.write_text("\n".join([*lines[:3], lines[3][:40]]), encoding="utf-8")
     calls = []
     real = rr.run
-    monkeypatch.setattr(rr, "run", lambda *args: calls.append(args) or real(*args))
+    monkeypatch.setattr(rr, "run", lambda *args, **more: calls.append(args) or real(*args, **more))
     again = rr.sweep(path, seeds=2)
     assert len(calls) == 1
     for old, new in zip(result["Methods"], again["Methods"], strict=True):
