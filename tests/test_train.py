@@ -427,7 +427,7 @@ def test_compile(tmp_path):
 def test_a_step_does_not_wait_for_the_device(tmp_path, monkeypatch, method):
     """Numbers taken out of tensors (.item(), bool(), float()) in each of 24 steps, found by
     watching every operation: none but in log steps, every fifth, at an epoch's end, and at a
-    pruning, which moves the scores to the CPU once and decides there."""
+    pruning, which moves scores and gates to the CPU and decides there."""
     real, steps, taken = train_glue.task_loss, [], Counter()
     cpu, moved = torch.Tensor.cpu, Counter()
 
@@ -451,7 +451,7 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, monkeypatch, method):
     prunings = set() if method in ("lora", "full") else {7, 10, 12}
     assert {step for step, n in taken.items() if n} == {5, 10, 15, 20, 8, 16, 24} | prunings
     assert {step for step in moved if moved[step] and step % 8} == prunings  # 8, ...: checkpoints
-    assert not prunings or moved[7] == moved[10] == 1          # at 12 compact_ follows
+    assert not prunings or moved[7] == moved[10] == 2       # scores and gates; 12 has compact_, too
 
 
 @pytest.mark.parametrize("text, lost", [
