@@ -286,7 +286,7 @@ def test_an_adapter_without_eval_only(tmp_path, capsys):
 def test_flags_without_effect(tmp_path, capsys, words, says):
     """A9: a flag that this run would ignore, or a rank that no matrix can have, is refused."""
     given = run_settings(tmp_path / "out")
-    given.pop("interval")
+    del given["interval"], given["budget_unit"]
     assert says in failed(capsys, *flags(**given), *words.split())
     assert not (tmp_path / "out").exists()
 
