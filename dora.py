@@ -872,7 +872,9 @@ def check_target(target: str, name: str, module: nn.Module, names: list[str]) ->
         remedy = "choose other targets"
         if type(module).__name__ == "Conv1D":
             remedy = "turn it into an nn.Linear first, as the README shows for GPT-2"
-        kind = f"{type(module).__module__}.{type(module).__name__}"
+        kind = type(module).__name__
+        if kind == "Linear":  # of another library
+            kind = f"{type(module).__module__}.{kind}"
         raise DoRAError(f"target {target!r}: {name} is a {kind}, and only an nn.Linear can be "
                         f"adapted; {remedy}")
     if "weight" not in module._parameters or not module.weight.is_floating_point():
@@ -1112,15 +1114,20 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def parse_header(text: bytes) -> dict[str, Any]:
-    """Return a header's JSON, UTF-8 without a byte order mark; ValueError for another."""
+    """Return a header's JSON, UTF-8 that begins with a brace; ValueError for another."""
 
     def number(digits: str) -> int:
-        if digits.startswith("-"):
-            raise ValueError(f"{digits:.20} is negative")
+        if digits == "-0":
+            raise ValueError("an offset is -0")
         return int(digits)
 
-    header = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_int=number)
-    json.dumps(header, ensure_ascii=False).encode("utf-8")  # fails for half a surrogate pair
+    if not text.startswith(b"{"):
+        raise ValueError("a header that does not begin with a brace")
+    # most headers need neither of the two slow checks
+    header = json.loads(text.decode("utf-8"), object_pairs_hook=unique,
+                        parse_int=number if b"-0" in text else None)
+    if b"\\u" in text:
+        json.dumps(header, ensure_ascii=False).encode("utf-8")  # fails for half a surrogate pair
 
     metadata = header.get("__metadata__", {})
     if not all(isinstance(value, str) for value in metadata.values()):
@@ -1144,7 +1151,7 @@ def tensors_of(header: dict[str, Any], data: mmap.mmap, begin: int) -> dict[str,
     tensors, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, span = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if len(shape) > 63 or not all(type(i) is int and i < 2**48 for i in shape + span):
+        if len(shape) > 63 or not all(type(i) is int and 0 <= i < 2**48 for i in shape + span):
             raise ValueError(f"{name!r:.80}: shape {shape!r:.80}")
         if math.prod(max(i, 1) for i in shape) >= 2**63:
             raise ValueError(f"{name!r:.80}: shape {shape!r:.80} overflows")
@@ -1162,19 +1169,26 @@ def tensors_of(header: dict[str, Any], data: mmap.mmap, begin: int) -> dict[str,
     return tensors
 
 
+def is_text(value: Any) -> bool:
+    """Whether a value is a string that UTF-8 can hold, without half a surrogate pair."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor],
                       metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file atomically. Raises DoRAError for what the format cannot hold."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     metadata = {"format": "pt", **(metadata or {})}
     for key, text in metadata.items():
-        if not isinstance(text, str):
-            raise DoRAError(f"{path}: metadata {key!r} = {text!r:.80} is not a string")
+        if not is_text(key) or not is_text(text):
+            raise DoRAError(f"{path}: metadata {key!r:.80} = {text!r:.80} is not valid text")
     for name, tensor in tensors.items():
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        if name == "__metadata__" or kind not in names or tensor.layout is not torch.strided:
-            raise DoRAError(f"{path}: cannot hold a tensor named {name!r:.80} of {kind}, or not "
-                            f"with this layout")
+        if not is_text(name) or name == "__metadata__" or kind not in names:
+            raise DoRAError(f"{path}: cannot hold a tensor named {name!r:.80} of {kind}")
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            raise DoRAError(f"{path}: {name!r:.80} has no plain data (layout {tensor.layout}, "
+                            f"device {tensor.device})")
 
     header: dict[str, Any] = {"__metadata__": metadata}
     end, chunks = 0, []
@@ -1327,7 +1341,8 @@ def head_tensors(model: nn.Module, heads: list[str]) -> dict[str, Tensor]:
 
 def peft_names(model: nn.Module, heads: list[str]) -> list[str]:
     """Return the heads by names that PEFT, which compares the ends of names, cannot confuse."""
-    others = [*PEFT_MODULES, *(plain(name) for name, _ in model.named_modules())]
+    others = [f".{name}" for name in PEFT_MODULES]  # somewhere in a matrix
+    others += [plain(name) for name, _ in model.named_modules(remove_duplicate=False)]
     return [PREFIX + head if any(name.endswith(head) and name != head for name in others) else head
             for head in heads]
 

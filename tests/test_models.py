@@ -713,7 +713,8 @@ NAMES = [("block.out", "out"), ("lora_block.up", "head"), ("lora_A.up", "head"),
          ("x.lora_B", "head"), ("up", "lora_head"), ("a+b(c)[d]|e^$*?\\", "head"),
          ("up", "a+b.(c)|d"), ("default.up", "head"), ("lora_A", "lora_B"), ("up", "base_layer"),
          ("é日本.up", "ñ"), ("m" * 3000 + ".up", "h" * 3000), ("weight.up", "bias"),
-         ("x y.up", "z 1"), ("model.up", "base_model.model")]
+         ("x y.up", "z 1"), ("up", "default"), ("up", "lora_dropout"), ("up", "lora_magnitude_vector"),
+         ("model.up", "base_model.model")]
 
 
 @pytest.mark.parametrize("matrix, head", NAMES)
