@@ -53,6 +53,7 @@ from typing import Any, BinaryIO, ClassVar, Literal, get_args, get_origin, get_t
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -601,9 +602,15 @@ def gradient(p: nn.Parameter) -> Tensor:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a hook may hold the module's output, which must not change in place then."""
-    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-                or nn.modules.module._has_any_global_hook())
+    """Whether somebody may hold the module's output, which must not change in place then.
+
+    That is a hook on it or on every module, selective activation checkpointing, or torch.func.
+    """
+    if (module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+            or nn.modules.module._has_any_global_hook()):
+        return True
+    return not torch.compiler.is_compiling() and bool(
+        torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack())
 
 
 HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
@@ -625,16 +632,20 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of torch.compile and of data parallelism."""
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(
-            model, "_orig_mod"):
+    """Return the model inside the wrappers of torch.compile, data parallelism and averaging."""
+    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore
     return model
 
 
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
 def plain(name: str) -> str:
-    """Return a name as it is in the model without torch.compile."""
-    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
+    """Return a name as it is in the model without torch.compile and checkpoint_wrapper."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    return ".".join(parts)
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -994,6 +1005,8 @@ def check_decision(pruner: Pruner, scores: Tensor, k: int) -> None:
 
 def check_state(pruner: Pruner, state: dict[str, Any]) -> None:
     """Raise DoRAError for a state of another model or another run."""
+    if not isinstance(state, dict) or not state.keys() >= pruner.state_dict().keys():
+        raise DoRAError("not a Pruner's state; pass what its state_dict() returned")
     if pruner.progress.compacted:
         raise DoRAError("the model is compacted already; restore the state before compact_()")
     if state["mask"].shape != pruner.mask.shape:

@@ -43,8 +43,8 @@ def bits(tensor):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_library_reads_our_files(tmp_path, seed):
-    """T12: every type, scalars and empty tensors, transposed ones: bit for bit; and the metadata says
-    "pt", which transformers asks for."""
+    """T12: every type, scalars and empty tensors, transposed ones: bit for bit; and the metadata
+    says "pt", which transformers asks for."""
     tensors = tensors_of(seed)
     tensors["view"] = torch.randn(4, 6).T
     write_safetensors(tmp_path / "x.safetensors", tensors)
