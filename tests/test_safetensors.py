@@ -305,6 +305,14 @@ HOSTILE = {
 }
 
 
+def write_hostile(path, case):
+    """Write the file of a case of HOSTILE: its bytes, or header and data."""
+    if isinstance(HOSTILE[case], bytes):
+        path.write_bytes(HOSTILE[case])
+        return path
+    return file_of(path, *HOSTILE[case])
+
+
 @pytest.fixture
 def little_memory():
     """At most 300 MB more than what the process has now; beyond that an allocation fails."""
@@ -324,11 +332,7 @@ def little_memory():
 def test_hostile_files(tmp_path, case, little_memory):
     """Each is a DoRAError of one line, not too long, that names the file and the remedy; memory
     does not grow with what the file claims."""
-    path = tmp_path / "bad.safetensors"
-    if isinstance(HOSTILE[case], bytes):
-        path.write_bytes(HOSTILE[case])
-    else:
-        file_of(path, *HOSTILE[case])
+    path = write_hostile(tmp_path / "bad.safetensors", case)
     with pytest.raises(DoRAError, match=re.escape(str(path))) as error:
         read_safetensors(path)
     text = str(error.value)

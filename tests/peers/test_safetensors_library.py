@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_safetensors import HOSTILE, file_of  # noqa: E402
+from test_safetensors import HOSTILE, file_of, write_hostile  # noqa: E402
 
 from dora import DTYPES, DoRAError, read_safetensors, write_safetensors
 
@@ -72,11 +72,7 @@ def test_a_real_checkpoint():
 def test_hostile_files_of_both(tmp_path, case):
     """T10: each file of the table in test_safetensors.py: ours refuses it, whatever the library
     does; those that the library reads are listed here."""
-    path = tmp_path / "x.safetensors"
-    if isinstance(HOSTILE[case], bytes):
-        path.write_bytes(HOSTILE[case])
-    else:
-        file_of(path, *HOSTILE[case])
+    path = write_hostile(tmp_path / "x.safetensors", case)
     with pytest.raises(DoRAError):
         read_safetensors(path)
     try:
