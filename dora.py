@@ -38,7 +38,6 @@ import copy
 import json
 import math
 import mmap
-import operator
 import os
 import re
 import zlib
@@ -51,6 +50,7 @@ from typing import Any, BinaryIO, ClassVar, Literal, get_args, get_origin, get_t
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -312,7 +312,6 @@ def keep_mask(scores: Tensor, costs: Tensor, budget: int) -> Tensor:
         if prices[i] <= budget:
             kept.append(i)
             budget -= prices[i]
-
     mask = torch.zeros(len(scores), dtype=torch.bool)
     mask[kept] = True
     return mask
@@ -413,10 +412,9 @@ class Pruner:
         if not self.I_bar:
             check_shape(self, self.total(I))
             self.I_bar, self.U_bar = ([torch.zeros_like(part) for part in I] for _ in range(2))
-        for averages in (self.I_bar, self.U_bar):  # a restored state goes where its layers are
-            averages[:] = [old.to(new.device) for old, new in zip(averages, I, strict=True)]
-        for parts in zip(I, self.I_bar, self.U_bar, strict=True):
-            self._smooth(*parts)
+        for i, part in enumerate(I):  # a restored average goes where its layer is
+            self.I_bar[i], self.U_bar[i] = (v[i].to(part.device) for v in (self.I_bar, self.U_bar))
+            self._smooth(part, self.I_bar[i], self.U_bar[i])
 
     def _smooth(self, I: Tensor, I_bar: Tensor, U_bar: Tensor) -> None:
         """Ī <- β1 Ī + (1 - β1) I,  Ū <- β2 Ū + (1 - β2) |I - Ī|  (Eq. 8; AdaLoRA Eq. 9-10)."""
@@ -598,9 +596,15 @@ def gradient(p: nn.Parameter) -> Tensor:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a hook may hold the module's output, which must not change in place then."""
-    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-                or nn.modules.module._has_any_global_hook())
+    """Whether somebody may hold the module's output, which must not change in place then.
+
+    That is a hook on it or on every module, selective activation checkpointing, or torch.func.
+    """
+    if (module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+            or nn.modules.module._has_any_global_hook()):
+        return True
+    return not torch.compiler.is_compiling() and bool(
+        torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack())
 
 
 HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
@@ -622,16 +626,20 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of torch.compile and of data parallelism."""
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(
-            model, "_orig_mod"):
+    """Return the model inside the wrappers of torch.compile, data parallelism and averaging."""
+    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore
     return model
 
 
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
 def plain(name: str) -> str:
-    """Return a name as it is in the model without torch.compile."""
-    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
+    """Return a name as it is in the model without torch.compile and checkpoint_wrapper."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    return ".".join(parts)
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -748,7 +756,11 @@ CHOICES: dict[str, dict[str, Any]] = {
     "schedule": SCHEDULES,
     "penalty": PENALTIES,
 }
-COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt}
+COMPARE: dict[str, Callable[[float, float], bool]] = {
+    ">": lambda x, limit: x > limit,
+    ">=": lambda x, limit: x >= limit,
+    "<": lambda x, limit: x < limit,
+}
 
 
 def check_settings(config: Any) -> None:
@@ -879,7 +891,9 @@ def check_target(target: str, name: str, module: nn.Module, names: list[str]) ->
         remedy = "choose other targets"
         if type(module).__name__ == "Conv1D":
             remedy = "turn it into an nn.Linear first, as the README shows for GPT-2"
-        kind = f"{type(module).__module__}.{type(module).__name__}"
+        kind = type(module).__name__
+        if kind == "Linear":  # of another library
+            kind = f"{type(module).__module__}.{kind}"
         raise DoRAError(f"target {target!r}: {name} is a {kind}, and only an nn.Linear can be "
                         f"adapted; {remedy}")
     if "weight" not in module._parameters or not module.weight.is_floating_point():
@@ -997,6 +1011,8 @@ def check_decision(pruner: Pruner, scores: Tensor, mask: Tensor) -> None:
 
 def check_state(pruner: Pruner, state: dict[str, Any]) -> None:
     """Raise DoRAError for a state of another model or another run."""
+    if not isinstance(state, dict) or not state.keys() >= pruner.state_dict().keys():
+        raise DoRAError("not a Pruner's state; pass what its state_dict() returned")
     if pruner.progress.compacted:
         raise DoRAError("the model is compacted already; restore the state before compact_()")
     if state["mask"].shape != pruner.mask.shape:
@@ -1118,15 +1134,20 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def parse_header(text: bytes) -> dict[str, Any]:
-    """Return a header's JSON, UTF-8 without a byte order mark; ValueError for another."""
+    """Return a header's JSON, UTF-8 that begins with a brace; ValueError for another."""
 
     def number(digits: str) -> int:
-        if digits.startswith("-"):
-            raise ValueError(f"{digits:.20} is negative")
+        if digits == "-0":
+            raise ValueError("an offset is -0")
         return int(digits)
 
-    header = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_int=number)
-    json.dumps(header, ensure_ascii=False).encode("utf-8")  # fails for half a surrogate pair
+    if not text.startswith(b"{"):
+        raise ValueError("a header that does not begin with a brace")
+    # most headers need neither of the two slow checks
+    header = json.loads(text.decode("utf-8"), object_pairs_hook=unique,
+                        parse_int=number if b"-0" in text else None)
+    if b"\\u" in text:
+        json.dumps(header, ensure_ascii=False).encode("utf-8")  # fails for half a surrogate pair
 
     metadata = header.get("__metadata__", {})
     if not all(isinstance(value, str) for value in metadata.values()):
@@ -1150,7 +1171,7 @@ def tensors_of(header: dict[str, Any], data: mmap.mmap, begin: int) -> dict[str,
     tensors, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, span = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if len(shape) > 63 or not all(type(i) is int and i < 2**48 for i in shape + span):
+        if len(shape) > 63 or not all(type(i) is int and 0 <= i < 2**48 for i in shape + span):
             raise ValueError(f"{name!r:.80}: shape {shape!r:.80}")
         if math.prod(max(i, 1) for i in shape) >= 2**63:
             raise ValueError(f"{name!r:.80}: shape {shape!r:.80} overflows")
@@ -1168,19 +1189,26 @@ def tensors_of(header: dict[str, Any], data: mmap.mmap, begin: int) -> dict[str,
     return tensors
 
 
+def is_text(value: Any) -> bool:
+    """Whether a value is a string that UTF-8 can hold, without half a surrogate pair."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor],
                       metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file atomically. Raises DoRAError for what the format cannot hold."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     metadata = {"format": "pt", **(metadata or {})}
     for key, text in metadata.items():
-        if not isinstance(text, str):
-            raise DoRAError(f"{path}: metadata {key!r} = {text!r:.80} is not a string")
+        if not is_text(key) or not is_text(text):
+            raise DoRAError(f"{path}: metadata {key!r:.80} = {text!r:.80} is not valid text")
     for name, tensor in tensors.items():
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        if name == "__metadata__" or kind not in names or tensor.layout is not torch.strided:
-            raise DoRAError(f"{path}: cannot hold a tensor named {name!r:.80} of {kind}, or not "
-                            f"with this layout")
+        if not is_text(name) or name == "__metadata__" or kind not in names:
+            raise DoRAError(f"{path}: cannot hold a tensor named {name!r:.80} of {kind}")
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            raise DoRAError(f"{path}: {name!r:.80} has no plain data (layout {tensor.layout}, "
+                            f"device {tensor.device})")
 
     header: dict[str, Any] = {"__metadata__": metadata}
     end, chunks = 0, []
@@ -1333,7 +1361,8 @@ def head_tensors(model: nn.Module, heads: list[str]) -> dict[str, Tensor]:
 
 def peft_names(model: nn.Module, heads: list[str]) -> list[str]:
     """Return the heads by names that PEFT, which compares the ends of names, cannot confuse."""
-    others = [*PEFT_MODULES, *(plain(name) for name, _ in model.named_modules())]
+    others = [f".{name}" for name in PEFT_MODULES]  # somewhere in a matrix
+    others += [plain(name) for name, _ in model.named_modules(remove_duplicate=False)]
     return [PREFIX + head if any(name.endswith(head) and name != head for name in others) else head
             for head in heads]
 

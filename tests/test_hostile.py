@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_safetensors import HOSTILE, file_of, write_hostile
 from tiny import files, flags, run, run_settings
 
 from dora import read_safetensors, write_safetensors
@@ -57,33 +58,15 @@ def refused(capsys, place, path, *words):
 
 # ---- the model's folder -------------------------------------------------------------------------
 
-def header(text, length=None):
-    raw = text.encode()
-    return (len(raw) if length is None else length).to_bytes(8, "little") + raw
-
-
-def entry(shape, offsets, dtype="F32"):
-    return json.dumps({"dtype": dtype, "shape": shape, "data_offsets": offsets})
-
-
-SAFETENSORS = {
-    "empty": b"", "short": b"\0" * 7, "2^60": header("{}", 2**60), "text": b"<html>404</html>",
-    "2^63": header("{}", 2**63 + 5), "no JSON": header("{x"), "a list": header("[1, 2]"),
-    "deep": header("[" * 100_000), "out of range": header('{"w": ' + entry([2], [0, 8]) + "}"),
-    "overlap": header('{"v": ' + entry([1], [0, 4]) + ', "w": ' + entry([1], [0, 4]) + "}")
-    + b"1234",
-    "negative": header('{"w": ' + entry([-1], [0, -4]) + "}"),
-    "huge shape": header('{"w": ' + entry([2**40, 2**40], [0, 8]) + "}") + b"12345678",
-    "type": header('{"w": ' + entry([1], [0, 4], "F99") + "}") + b"1234",
-    "twice": header('{"w": ' + entry([1], [0, 4]) + ', "w": ' + entry([1], [0, 4]) + "}") + b"1234",
-    "no tensor": header("{}"), "null": header("null"), "UTF-8": header("{}")[:8] + b"\xff\xff"}
-
-
-@pytest.mark.parametrize("case", SAFETENSORS)
+@pytest.mark.parametrize("case", [*HOSTILE, "no tensor"])
 def test_hostile_safetensors(place, capsys, case):
-    """Each through the whole program (test_safetensors.py has the reader alone, and its memory)."""
+    """Each file of the table in test_safetensors.py, and one without tensors, through the whole
+    program."""
     path = place[1] / "model.safetensors"
-    path.write_bytes(SAFETENSORS[case])
+    if case == "no tensor":
+        file_of(path, "{}")
+    else:
+        write_hostile(path, case)
     refused(capsys, place, path)
 
 

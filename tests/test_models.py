@@ -713,7 +713,8 @@ NAMES = [("block.out", "out"), ("lora_block.up", "head"), ("lora_A.up", "head"),
          ("x.lora_B", "head"), ("up", "lora_head"), ("a+b(c)[d]|e^$*?\\", "head"),
          ("up", "a+b.(c)|d"), ("default.up", "head"), ("lora_A", "lora_B"), ("up", "base_layer"),
          ("é日本.up", "ñ"), ("m" * 3000 + ".up", "h" * 3000), ("weight.up", "bias"),
-         ("x y.up", "z 1"), ("model.up", "base_model.model")]
+         ("x y.up", "z 1"), ("up", "default"), ("up", "lora_dropout"),
+         ("up", "lora_magnitude_vector"), ("model.up", "base_model.model")]
 
 
 @pytest.mark.parametrize("matrix, head", NAMES)
@@ -864,6 +865,56 @@ def test_m15_wrapped_models(tmp_path, wrap):
     load_adapter(other, tmp_path)
     close(dora.unwrapped(other)(X), expected)
     close(dora.unwrapped(merge_(model) and model)(X), expected)
+
+
+def test_m15_an_averaged_model(tmp_path):
+    """M15: the moving average of an adapted model (AveragedModel) saves the names of the plain one;
+    the adapter gives the average's outputs."""
+    def make():
+        return chain(nn.Linear, nn.Tanh, nn.Linear)
+
+    model, config = make(), cfg("0")
+    layers = inject(model, config)
+    fit(model, config, layers)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():
+        model[0].A.mul_(2)
+    average.update_parameters(model)
+    reloads(average.module, make, tmp_path / "inner")
+    average = torch.optim.swa_utils.AveragedModel(model)
+    save_adapter(average, tmp_path / "outer")
+    other = make()
+    load_adapter(other, tmp_path / "outer")
+    close(other(X), average(X))
+
+
+def test_m15_checkpoint_wrapper(tmp_path):
+    """M15, M5: parts wrapped by torch's checkpoint_wrapper, before inject() or after, save the
+    names of the plain model and reload into either."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    def make(wrap=False):
+        model = chain(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), nn.Tanh, nn.Linear)
+        if wrap:
+            model[0], model[2] = checkpoint_wrapper(model[0]), checkpoint_wrapper(model[2])
+        return model
+
+    keys = []
+    for before, after in ((False, False), (True, False), (False, True)):
+        model, config = make(before), cfg("0.0")
+        layers = inject(model, config)
+        model[2].requires_grad_(True)
+        if after:
+            model[0], model[2] = checkpoint_wrapper(model[0]), checkpoint_wrapper(model[2])
+        fit(model, config, layers)
+        folder = tmp_path / f"{before}{after}"
+        save_adapter(model, folder)
+        keys.append(sorted(read_safetensors(folder / "adapter_model.safetensors")))
+        for wrap in (False, True):
+            other = make(wrap)
+            load_adapter(other, folder)
+            close(other.eval()(X), model.eval()(X))
+    assert keys[0] == keys[1] == keys[2] and len(keys[0]) == 9
 
 
 @pytest.mark.parametrize("change", [
@@ -1097,6 +1148,7 @@ def test_m22_a_state_of_other_settings():
         fresh = Pruner(inject(chain(nn.Linear, nn.Tanh, nn.Linear), other), other, steps)
         refused(says, fresh.load_state_dict, state)
         assert fresh.t == 0 and not fresh.I_bar
+    refused("not a Pruner's state", pruner.load_state_dict, {"t": 3})
     compact_(model)
     refused("compacted already", pruner.load_state_dict, state)
 
@@ -1408,6 +1460,56 @@ def test_functional_transforms():
                                   [p for p in model.parameters() if p.requires_grad])
         for name, grad in zip(params, one, strict=True):
             close(found[name][i], grad, 1e-4)
+
+
+def test_an_ensemble_of_adapters():
+    """vmap over adapters (torch.func), the input and the base shared: each one's outputs."""
+    model = chain(nn.Linear, nn.Tanh, nn.Linear)
+    randomize(inject(model, cfg("0", "2")))
+    params = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    both = {n: torch.stack([p, 2 * p]) for n, p in params.items()}
+    found = torch.func.vmap(lambda p: torch.func.functional_call(model, p, (X,)))(both)
+    close(found[0], model(X), 1e-4)
+    doubled = torch.func.functional_call(model, {n: 2 * p for n, p in params.items()}, (X,))
+    close(found[1], doubled, 1e-4)
+
+
+def test_m9_selective_checkpointing():
+    """M9: selective activation checkpointing, which keeps the outputs of products, gives the
+    gradients of the model without it."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+    kept = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+
+    def contexts():
+        return create_selective_checkpoint_contexts(
+            lambda ctx, op, *args, **kwargs: CheckpointPolicy.MUST_SAVE if op in kept else
+            CheckpointPolicy.PREFER_RECOMPUTE)
+
+    grads = []
+    for call in (lambda m: m(X), lambda m: checkpoint(m, X, use_reentrant=False,
+                                                      context_fn=contexts)):
+        model = chain(nn.Linear, nn.Tanh, nn.Linear)
+        randomize(inject(model, cfg("0", "2")))
+        call(model).square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    for a, b in zip(*grads, strict=True):
+        close(a, b, 1e-4)
+
+
+def test_a_whole_graph():
+    """torch.compile(fullgraph=True), torch.export and jit.trace give the outputs, and the compiled
+    model the gradients."""
+    model = chain(nn.Linear, nn.Tanh, nn.Linear)
+    randomize(inject(model, cfg("0", "2")))
+    expected = model.eval()(X)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    close(compiled(X), expected)
+    for a, b in zip(torch.autograd.grad(compiled(X).square().sum(), parameters),
+                    torch.autograd.grad(model(X).square().sum(), parameters), strict=True):
+        close(a, b, 1e-4)
+    close(torch.export.export(model, (X,)).module()(X), expected)
+    close(torch.jit.trace(model, X)(X), expected)
 
 
 def test_no_layer_is_kept_alive():
