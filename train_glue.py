@@ -28,7 +28,7 @@ import traceback
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -247,15 +247,17 @@ def backward(net: nn.Module, batch: data.Batch, penalty: Tensor, parts: int,
     """
     rank, world = process()
     losses = []
-    for i, part in enumerate(batch.split(min(parts, len(batch.labels)))):
+    cuts = batch.split(min(parts, len(batch.labels)))
+    for i, part in enumerate(cuts):
         piece = part.split(world)[rank].to(device)
         share = len(piece.labels) / len(batch.labels)
         if not share:  # too few examples for all processes, but each has to call backward:
             piece = batch.split(len(batch.labels))[0].to(device)  # run one, with weight 0
 
-        loss = task_loss(net(piece.ids, piece.mask), piece.labels) * share
-        # DistributedDataParallel averages the processes' gradients
-        (loss * world + (0 if i else penalty)).backward()
+        with nullcontext() if world == 1 or part is cuts[-1] else net.no_sync():
+            loss = task_loss(net(piece.ids, piece.mask), piece.labels) * share
+            # after the last part, DistributedDataParallel averages the processes' gradients
+            (loss * world + (0 if i else penalty)).backward()
         losses.append(loss.detach())
     return torch.stack(losses).sum()
 
@@ -279,23 +281,25 @@ def train(config: TrainConfig) -> dict[str, Any]:
     per_epoch = math.ceil(len(train_set) / batch_size)
     total = config.max_steps or config.epochs * per_epoch
     pruner = Pruner(layers, config, total)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr,
-                                  weight_decay=config.weight_decay, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay,
+                                  fused=True)
 
     with Run(config, identity, model, optimizer, pruner) as run:
         run.start(total)
         say(f"{config.task}, {config.method}, seed {config.seed}: {len(train_set):,} examples, "
-            f"{total:,} steps, {counts['trainable_parameters']:,} parameters to train on {device}, "
+            f"{total:,} steps, {counts['trainable_parameters']:,} parameters to train on {describe(device)}, "
             f"files in {run.folder}")
         stream = data.endless_batches(train_set, batch_size, config.seed, run.step)
-        net = wrap(model, config)
+        net, evaluated = wrap(model, config)
         while run.step < total:
             # ---- one optimizer step; DoRA is the three lines that call pruner
-            model.train()
+            if not model.training:  # at the start, and after an evaluation
+                model.train()
             penalty = pruner.penalty()
             loss = backward(net, next(stream), penalty, config.accumulate, device)
             pruner.observe()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            norm = nn.utils.clip_grad_norm_(trained, config.clip)
             lr = learning_rate(run.step, total, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -307,7 +311,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             # ---- the rest is bookkeeping
             if run.step == pruner.last and layers:  # the mask is final: remove pruned components
                 compact_(model, optimizer)
-                net = wrap(model, config)
+                net, evaluated = wrap(model, config)
             run.bar.update()
             run.losses.append(loss)
             epoch_ends = run.step % per_epoch == 0 or run.step == total
@@ -325,7 +329,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if logging:
                 run.log(line)
             if epoch_ends:
-                run.record(run.step / per_epoch, evaluate_dev(model, dev_sets, task), model_dir)
+                run.record(run.step / per_epoch, evaluate_dev(evaluated, dev_sets, task), model_dir)
             if saving:
                 run.save()
                 run.stop_after_a_signal(total)
@@ -355,7 +359,8 @@ def compute_logits(model: nn.Module, examples: list[Example]) -> Tensor:
     for batch in data.batches(examples, 64, None, 0, rank=rank, world=world):
         if len(batch.rows):
             rows.append(batch.rows)
-            logits.append(model(batch.ids.to(device), batch.mask.to(device)))  # (B, classes)
+            batch = batch.to(device)
+            logits.append(model(batch.ids, batch.mask))  # (B, classes)
 
     classes = torch.tensor(logits[0].shape[1] if logits else 0, device=device)
     classes = reduced(classes, "MAX")  # a process may have no example
@@ -678,10 +683,10 @@ class TrainConfig(DoRAConfig):
     max_len: int = 128  # tokens per example; longer texts are cut
     log_every: int = 10  # optimizer steps between lines of metrics.jsonl
     save_every: int = 500  # optimizer steps between checkpoints
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto = cuda if there is one
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto = cuda or mps if there is one
     dtype: Literal["float32", "bf16", "float64"] = "float32"  # of the encoder; adapters: >= float32
     compile: bool = False  # torch.compile the model
-    deterministic: bool = False  # only deterministic kernels, slower on a GPU
+    deterministic: bool = False  # only deterministic kernels, and no TF32; slower on a GPU
     resume: bool = False  # continue from the run folder's newest checkpoint
 
     RANGES: ClassVar[dict[str, str]] = {
@@ -785,6 +790,8 @@ def seed_torch(config: TrainConfig) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
     torch.use_deterministic_algorithms(config.deterministic)
+    # float32 products on CUDA in TF32, which has 10 bits of mantissa and is several times faster
+    torch.backends.cuda.matmul.allow_tf32 = not config.deterministic
     if config.compile:
         torch.compiler.reset()  # torch gives up after 8 versions of a model: forget earlier runs
     torch.manual_seed(config.seed)
@@ -799,7 +806,7 @@ def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification
     Raises DoRAError or DataError for files that are missing, damaged or of different models.
     """
     task = data.find_task(config.task)
-    device = find_device(config.device)
+    device = find_device(config.device, config.dtype)
     model_dir = Path(config.model_dir) if config.model_dir else data.download_model()
     sizes = read_config(model_dir / "config.json")  # first: a BERT folder is refused as BERT
     bpe = data.BPE.from_folder(model_dir)
@@ -832,19 +839,28 @@ def load_dev(task: Task, load: Loader) -> dict[str, list[Example]]:
     return {split: load(split) for split in splits}
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, dtype: str = "float32") -> torch.device:
     """Return the device of this process. Raises DoRAError if it is not available."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        has_mps = torch.backends.mps.is_available() and dtype != "float64"
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     try:
         if name == "cuda" and process()[1] > 1:
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # or other libraries would put their share on cuda:0
         if device.type in ("cpu", "cuda", "mps"):
             return device
     except (RuntimeError, AssertionError):
         pass
     raise DoRAError(f"device = {name} is not available here; use --device cpu")
+
+
+def describe(device: torch.device) -> str:
+    """Return the device, and how it multiplies float32 matrices if that is not exact."""
+    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    return f"{device} (products in TF32)" if tf32 else str(device)
 
 
 def set_dtype(model: RobertaForSequenceClassification, config: TrainConfig,
@@ -1307,10 +1323,17 @@ def connection_lost(error: RuntimeError) -> bool:
     return re.search(signs, str(error), re.IGNORECASE) is not None
 
 
-def wrap(model: nn.Module, config: TrainConfig) -> Any:
-    """Return what the loop calls: the model, shared between processes, compiled if asked for."""
-    net = nn.parallel.DistributedDataParallel(model) if process()[1] > 1 else model
-    return torch.compile(net, dynamic=True) if config.compile else net  # batches differ in width
+def wrap(model: nn.Module, config: TrainConfig) -> tuple[Any, Any]:
+    """Return what the loop calls and what evaluation calls: the model, compiled if asked for, and
+    for the loop shared between processes."""
+    if config.compile:
+        say("compiling the model; the next step and the next evaluation may take minutes")
+    # batches differ in width: one graph for all
+    compiled: Any = torch.compile(model, dynamic=True) if config.compile else model
+    if process()[1] == 1:
+        return compiled, compiled
+    # all processes prune alike, so the masks need not be sent before each step
+    return nn.parallel.DistributedDataParallel(compiled, broadcast_buffers=False), compiled
 
 
 # ---- the toy -------------------------------------------------------------------------------------

@@ -99,8 +99,11 @@ class Device(TorchFunctionMode):
             mock.patch(f"torch.{self.device.type}.set_rng_state", lambda *_: None),
             # from C++, which takes the tensors for the CPU's
             mock.patch("torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype", self.group),
+            mock.patch("torch.cuda.set_device", lambda device: None),
             mock.patch("torch.cuda.is_available", lambda: self.device.type == "cuda"),
-            mock.patch("torch.backends.mps.is_available", lambda: self.device.type == "mps")]
+            mock.patch("torch.backends.mps.is_available", lambda: self.device.type == "mps"),
+            # which a torch without CUDA refuses to enter
+            mock.patch("torch.autocast", lambda kind, dtype: torch.amp.autocast("cpu", dtype))]
         for patch in self.patches:
             patch.start()
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # as for a real device
