@@ -543,8 +543,9 @@ def frobenius(layers: Layers) -> Tensor:
 def triplet(layers: Layers) -> list[Tensor]:
     """|w dL/dw| of every entry of c (r',), A (r', d_in) and B^T (r', d_out), per layer: AdaLoRA's
     Eq. 8."""
-    weights = [w for layer in layers for w in (layer.c, layer.A, layer.B)]
-    I = [*torch._foreach_abs(torch._foreach_mul(weights, [gradient(w) for w in weights]))]
+    weights: list[Any] = [w for layer in layers for w in (layer.c, layer.A, layer.B)]
+    products = torch._foreach_mul(weights, [gradient(w) for w in weights])
+    I = list(torch._foreach_abs(products))  # one operation for all, as the product
     I[2::3] = [B.T for B in I[2::3]]
     return I
 

@@ -238,7 +238,7 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     return config.lr * ((step + 1) / warm if step < warm else (total - step) / (total - warm))
 
 
-def backward(net: nn.Module, batch: data.Batch, penalty: Tensor, parts: int,
+def backward(net: Any, batch: data.Batch, penalty: Tensor, parts: int,
              device: torch.device) -> Tensor:
     """Add up the gradients of the batch's mean loss + the penalty; return that loss, a scalar.
 
@@ -288,8 +288,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with Run(config, identity, model, optimizer, pruner) as run:
         run.start(total)
         say(f"{config.task}, {config.method}, seed {config.seed}: {len(train_set):,} examples, "
-            f"{total:,} steps, {counts['trainable_parameters']:,} parameters to train on {describe(device)}, "
-            f"files in {run.folder}")
+            f"{total:,} steps, {counts['trainable_parameters']:,} parameters to train on "
+            f"{describe(device)}, files in {run.folder}")
         stream = data.endless_batches(train_set, batch_size, config.seed, run.step)
         net, evaluated = wrap(model, config)
         while run.step < total:

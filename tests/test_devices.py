@@ -1,5 +1,5 @@
-"""Runs on a simulated accelerator (simulated.py) against the same runs on the CPU; the waits and the
-operations of a step; cases D1 to D4 and D7 of cases.md.
+"""Runs on a simulated accelerator (simulated.py) against the same runs on the CPU; the
+waits and the operations of a step; cases D1 to D4 and D7 of cases.md.
 
 The simulated device computes with the CPU's kernels, so its runs equal the CPU's bit for bit.
 """
@@ -106,7 +106,8 @@ def test_adapters_in_and_out(tmp_path, kind):
     the CPU's; merged, they equal those of the model merged on the CPU."""
     saved = folder("cpu", "dora") / "adapter"
     model_dir = files()[1]
-    config = make_config(data_dir=str(files()[0]), model_dir=str(model_dir), device="cpu", max_len=48)
+    config = make_config(data_dir=str(files()[0]), model_dir=str(model_dir), device="cpu",
+                         max_len=48)
     task, _, _, load = train_glue.prepare(config)
     examples = train_glue.load_dev(task, load)["dev"]
     expected, found = [], []
@@ -142,10 +143,10 @@ def steps(monkeypatch, kind, **given):
 @pytest.mark.parametrize("method", ("dora", "paper", "adalora"))
 def test_waits(monkeypatch, kind, method):
     """A plain step waits for the device 0 times, and on CUDA no copy to it blocks. A step that
-    prunes waits once, for the scores."""
+    prunes waits twice: for the scores, and for the gates, which have to be finite as well."""
     found = steps(monkeypatch, kind, method=method, max_steps=8, interval=2)  # prunes: 3, 4
     waits = [sum(step[0].values()) for step in found]
-    assert waits[:3] == [0, 0, 1]                       # step 4 is the last pruning: it compacts
+    assert waits[:3] == [0, 0, 2]                       # step 4 is the last pruning: it compacts
     assert waits[4:7] == [0, 0, 0]
     if kind == "cuda":
         assert [step[2] for step in found[:3]] == [0, 0, 0]
@@ -163,7 +164,7 @@ def test_operations(monkeypatch):
     print(counts)
 
 
-# ---- choosing a device, TF32, compile, several processes ------------------------------------------
+# ---- choosing a device, TF32, compile, several processes -----------------------------------------
 
 
 def test_the_device_refuses():
