@@ -39,7 +39,7 @@ AnyPath = str | os.PathLike[str]
 
 
 class DataError(ValueError):
-    """Report input that cannot be used, in one line: the file, what was found, and the remedy."""
+    """Raised for input that cannot be used, with one line: file, what was found, and the remedy."""
 
 
 # ---- tasks and TSV files -------------------------------------------------------------------------
@@ -59,7 +59,7 @@ class Task(NamedTuple):
     bad_rows: int = 0  # malformed train and dev rows that may be left out
     source: str = ""  # what download_task fetches, below glue/data/
     files: Mapping[str, str] = {"train": "train.tsv", "dev": "dev.tsv", "test": "test.tsv"}
-    submissions: Mapping[str, str] = {}  # names of submission files, where not the folder's
+    submissions: Mapping[str, str] = {}  # names of submission files that are not the folder's
 
     @property
     def num_labels(self) -> int:
@@ -67,7 +67,7 @@ class Task(NamedTuple):
         return len(self.labels) or 1
 
     def parse_label(self, cell: str) -> int | float:
-        """Return the label as it is trained on: a class id, or y/top. ValueError if it is none."""
+        """Return the label as it is trained on: a class id, or y/top. ValueError if invalid."""
         if cell in self.labels:
             return self.labels.index(cell)
 
@@ -80,13 +80,18 @@ class Task(NamedTuple):
                 return share
 
         choices = " or ".join(map(spelled, self.labels)) or f"a number from 0 to {self.top:g}"
-        raise ValueError(f"{self.label} is {spelled(cell)}, expected {choices}; fix it")
+        raise ValueError(f"{self.label} is {spelled(cell)}, expected {choices:.300}; fix it")
+
+    def submission(self, split: str) -> str:
+        """Return the name of a test file's submission file, without ".tsv"."""
+        default = self.folder if split == "test" else f"{self.folder}-{split.removeprefix('test_')}"
+        return self.submissions.get(split, default)
 
 
 PAIR = ("sentence1", "sentence2")
 NLI2 = ("entailment", "not_entailment")
 NLI3 = ("entailment", "neutral", "contradiction")
-COLA = ("source", "label", "mark", "sentence")  # CoLA's files have no header, nor have the toy's
+COLA = ("source", "label", "mark", "sentence")  # CoLA's files and the toy's have no header line
 TOY_FILES = {"train": "train.tsv", "dev": "dev.tsv"}  # made by write_toy
 MNLI_FILES = {
     "train": "train.tsv",
@@ -168,7 +173,8 @@ def load_task(name: str, data_dir: AnyPath, split: str, bpe: "BPE", max_len: int
             examples.append(Example(encode_row(bpe, texts, max_len), label))
 
     if not examples:
-        raise DataError(f"{path}: no rows, expected {', '.join(columns)}; download it again")
+        raise DataError(f"{path}: no rows, expected {', '.join(columns):.200}; download it "
+                        f"again")
     if malformed:
         count = len(malformed)
         print(f"left out {count} malformed rows, the first: {malformed[0]}", file=sys.stderr)
@@ -180,15 +186,15 @@ def parse_row(task: Task, columns: Sequence[str], cells: Sequence[str],
     """Return the texts and the label (None in a test file) of a row. ValueError if malformed."""
     if len(cells) != len(columns):
         found = f"{len(cells)} columns" if cells != [""] else "a blank line"
-        raise ValueError(f"{found}, expected {len(columns)} columns: {', '.join(columns)}; fix "
-                         f"the row (a tab separates columns even inside quotes)")
+        raise ValueError(f"{found}, expected {len(columns)} columns: {', '.join(columns):.200}; "
+                         f"fix the row (a tab separates columns even inside quotes)")
 
     row = dict(zip(columns, cells))
     texts = [row[text] for text in task.texts]
     return texts, task.parse_label(row[task.label]) if labelled else None
 
 
-def read_tsv(path: Path, remedy: str) -> list[list[str]]:
+def read_tsv(path: Path, remedy: str = "check --data-dir") -> list[list[str]]:
     r"""Read a file as rows of cells. DataError, with this remedy, if there is no such file.
 
     A tab ends a cell and "\n" a row, and nothing else does: quotes, U+0085 and U+2028 are text.
@@ -232,12 +238,21 @@ def ascii_like(char: str) -> str:
 
 
 def byte_chars(piece: str) -> list[str]:
-    """Return the UTF-8 bytes of a piece in GPT-2's characters: " é" -> Ġ Ã ©."""
+    """Return the UTF-8 bytes of a piece in GPT-2's characters: " é" -> Ġ Ã ©.
+
+    DataError for half of a surrogate pair, which has no bytes in UTF-8.
+    """
     try:
         return [BYTE_CHARS[byte] for byte in piece.encode()]
     except UnicodeEncodeError as e:
-        raise DataError(f"the text {piece!a:.60} has {piece[e.start]!a}, a lone surrogate, which "
-                        f"is only half of a character; remove or replace it") from None
+        raise DataError(f"text {piece!a:.60}: {piece[e.start]!a} is a lone surrogate, half of a "
+                        f"character; remove or replace it") from None
+
+
+def token_bytes(token: str) -> bytes:
+    """Return the bytes of a token, Ġ Ã © -> " é". An added token may have other characters, too."""
+    return b"".join(bytes([CHAR_BYTES[char]]) if char in CHAR_BYTES
+                    else char.encode(errors="replace") for char in token)
 
 
 class BPE:
@@ -272,7 +287,7 @@ class BPE:
         return [text[match.start():match.end()] for match in PIECES.finditer(likeness)]
 
     def encode(self, text: str, limit: int = sys.maxsize) -> list[int]:
-        """Return the token ids of a text, without <s> and </s>, and only the first `limit`."""
+        """Return the token ids of a text, the first `limit` of them, without <s> and </s>."""
         ids: list[int] = []
         for piece in self.pieces(text):
             if piece not in self.cache:
@@ -285,13 +300,14 @@ class BPE:
     def merged(self, piece: str) -> list[str]:
         """Return the tokens of a piece: its bytes, merged in the order in which pairs were learned.
 
-        With the merges (e, s), (es, t): n e w e s t -> n e w es t -> n e w est. A heap offers the
-        best pair, the leftmost of equal ones, so that the time is about linear in the length.
+        With the merges (e, s), (es, t): n e w e s t -> n e w es t -> n e w est.
         """
-        # differs: the paper's algorithm scans all pairs before each merge, in quadratic time
-        symbols = ["", *byte_chars(piece), ""]  # no pair with "", which marks the ends, is learned
-        before = [*range(-1, len(symbols) - 1)]  # places of the neighbours
-        after = [*range(1, len(symbols) + 1)]
+        # Plainly: while a pair of neighbours is in ranks, join the one that was learned first, the
+        # leftmost if there are several. A heap finds it in about constant time: a long word takes
+        # linear time, not quadratic.
+        symbols = ["", *byte_chars(piece), ""]  # "" marks the ends, and those that were joined
+        before = [*range(-1, len(symbols) - 1)]  # position of the neighbour on the left
+        after = [*range(1, len(symbols) + 1)]  # and on the right
         ranks = self.ranks
         heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(symbols)) if pair in ranks]
         heapq.heapify(heap)
@@ -300,7 +316,7 @@ class BPE:
             rank, left = heapq.heappop(heap)
             right = after[left]
             if ranks.get((symbols[left], symbols[right])) != rank:
-                continue  # another merge took one of the two
+                continue  # one of the two has been joined with another neighbour
 
             symbols[left] += symbols[right]
             symbols[right] = ""
@@ -313,23 +329,25 @@ class BPE:
         return [symbol for symbol in symbols if symbol]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of the ids. Special tokens appear by name, half a character as U+FFFD."""
+        """Return the text of the ids, with special tokens by name and half a character as U+FFFD.
+
+        DataError for an id that is not in the vocabulary.
+        """
         raw = bytearray()
         for i in map(int, ids):
             if not 0 <= i < len(self.tokens):
                 raise DataError(f"token id {i}: expected 0 to {len(self.tokens) - 1}")
-            for char in self.tokens[i]:
-                raw += bytes([CHAR_BYTES[char]]) if char in CHAR_BYTES else char.encode(
-                    errors="replace")  # in an added token, which need not be made of bytes
+            raw += token_bytes(self.tokens[i])
         return raw.decode(errors="replace")
 
 
 def encode_row(bpe: BPE, texts: Sequence[str], max_len: int) -> list[int]:
-    """Return what join_ids gives for the texts of a row, without encoding more than it can need."""
+    """Encode the texts of a row, as far as they can fit into max_len, and join their ids."""
     room = max_len - 2 * len(texts)
-    ids = [bpe.encode(text, max(1, room + 1)) for text in texts]
-    if len(ids) == 2 and room % 2 and min(map(len, ids)) > room:
-        ids = [bpe.encode(text) for text in texts]  # the odd place goes to the longer of the two
+    ids = [bpe.encode(text, limit=room + 1) for text in texts]
+    if len(texts) == 2 and room % 2 and min(map(len, ids)) > room:
+        # the odd place goes to the longer of two long texts: only all ids tell which one that is
+        ids = [bpe.encode(text) for text in texts]
     return join_ids(ids, max_len)
 
 
@@ -370,23 +388,25 @@ class Batch(NamedTuple):
     def split(self, n: int) -> list["Batch"]:
         """Cut into n parts: part i has the rows i, i + n, ..., and is as wide as its longest row.
 
-        Beyond B parts there is nothing left to cut: the others are empty, with ids of shape (0, 1).
+        If n > B, only the first B parts have examples; the rest are empty, with ids (0, 1).
         """
         parts = []
         for i in range(n):
-            width = max([1, *self.mask[i::n].sum(1).tolist()])
-            parts.append(Batch(self.ids[i::n, :width], self.mask[i::n, :width],
-                               self.labels[i::n], self.rows[i::n]))
+            part = slice(i, None, n)
+            width = max([1, *self.mask[part].sum(1).tolist()])
+            ids, mask = self.ids[part, :width], self.mask[part, :width]
+            parts.append(Batch(ids, mask, self.labels[part], self.rows[part]))
         return parts
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same batch on another device."""
-        # only CUDA keeps the source until it is copied: elsewhere it may be freed too early
+        # elsewhere the source might be freed before it is copied
         non_blocking = torch.device(device).type == "cuda"
         return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
 
 
-POOL = 64  # batches whose examples are sorted together; larger: less padding; smaller: more mixed
+# batches whose examples are sorted together; larger: less padding; smaller: better shuffled
+POOL = 64
 
 
 def batches(examples: Sequence[Example], batch_size: int, seed: int | None, epoch: int,
@@ -425,15 +445,15 @@ def endless_batches(examples: Sequence[Example], batch_size: int, seed: int,
 def collate(examples: Sequence[Example], rows: np.ndarray) -> Batch:
     """Return the examples at these rows (B,) as one padded batch; without rows, ids are (0, 1)."""
     chosen = [examples[row] for row in rows]
-    lengths = np.array([len(example.ids) for example in chosen], dtype=np.int64)
-    mask = np.arange(max([1, *lengths])) < lengths[:, None]  # (B, T)
-    ids = np.full(mask.shape, PAD)
-    ids[mask] = [i for example in chosen for i in example.ids]  # row after row
+    width = max([1, *(len(example.ids) for example in chosen)])
+    padded = np.full((len(chosen), width), PAD, dtype=np.int64)  # (B, T)
+    for row, example in zip(padded, chosen):
+        row[:len(example.ids)] = example.ids
 
+    ids = torch.from_numpy(padded)
     labels = [-1 if example.label is None else example.label for example in chosen]
     dtype = torch.float32 if isinstance(examples[0].label, float) else torch.int64
-    return Batch(torch.from_numpy(ids), torch.from_numpy(mask),
-                 torch.tensor(labels, dtype=dtype), torch.tensor(rows))
+    return Batch(ids, ids != PAD, torch.tensor(labels, dtype=dtype), torch.tensor(rows))
 
 
 # ---- metrics -------------------------------------------------------------------------------------
@@ -473,7 +493,8 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
 def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Return 2 TP / (2 TP + FP + FN) of class 1, and 0 for 0/0, of two vectors of ids, (N,)."""
     predicted, true = predictions == 1, labels == 1
-    return float(2 * (predicted & true).sum() / max(1, predicted.sum() + true.sum()))
+    tp = (predicted & true).sum()
+    return float(2 * tp / max(1, predicted.sum() + true.sum()))  # the sum is 2 TP + FP + FN
 
 
 @metric
@@ -498,8 +519,10 @@ def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
         return 0.0  # tested exactly, since rounding would leave a spurious x - mean
 
     x, y = x - x.mean(), y - y.mean()
-    x, y = x / np.abs(x).max(), y / np.abs(y).max()  # so that squares neither overflow nor vanish
-    return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1, 1))
+    x = x / np.abs(x).max()  # so that squares neither overflow nor vanish
+    y = y / np.abs(y).max()
+    correlation = x @ y / np.sqrt((x @ x) * (y @ y))
+    return float(np.clip(correlation, -1, 1))  # rounding may lead out of this range
 
 
 @metric
@@ -534,7 +557,7 @@ def write_submission(task: Task, split: str, predictions: Any, folder: AnyPath) 
         expected = f"class ids below {task.num_labels}"
         valid = np.isin(values, range(task.num_labels))
     else:
-        expected = "finite numbers"
+        expected = "finite values"
         valid = np.isfinite(values)
     if values.ndim != 1 or not valid.all():
         raise DataError(f"{task.name}: predictions of shape {values.shape}, expected a vector of "
@@ -545,9 +568,7 @@ def write_submission(task: Task, split: str, predictions: Any, folder: AnyPath) 
     else:
         cells = [f"{value:.5f}" for value in np.clip(values * task.top, 0, task.top)]
 
-    # the folder's name for "test"; another test file without a name of its own gets its split's
-    default = task.folder if split == "test" else f"{task.folder}-{split.removeprefix('test_')}"
-    path = Path(folder) / f"{task.submissions.get(split, default)}.tsv"
+    path = Path(folder) / f"{task.submission(split)}.tsv"
     with atomic_file(path) as file:
         file.write(b"index\tprediction\n")
         file.writelines(f"{i}\t{cell}\n".encode() for i, cell in enumerate(cells))
@@ -590,12 +611,17 @@ def check_task(name: str, task: Task) -> None:
             f"bad_rows = {task.bad_rows!r}, expected a whole number, 0 or more")
 
     splits = [*task.files] if isinstance(task.files, Mapping) else []
-    require(splits, f"files = {task.files!r}, expected a dict such as {TOY_FILES}")
+    require(splits and all(isinstance(file, str) for file in task.files.values()),
+            f"files = {task.files!r}, expected a dict such as {TOY_FILES}")
     require(all(re.fullmatch(r"train|(dev|test)\w*", str(split)) for split in splits),
             f"files has the splits {splits}; names start with train, dev or test")
     labelled = any(not split.startswith("test") for split in splits)
     require("dev" in splits or not labelled, f"files has the splits {splits}, but no 'dev', the "
             f"file that a run is scored on")
+    require(isinstance(task.submissions, Mapping),
+            f"submissions = {task.submissions!r}, expected a dict")
+    names = [task.submission(split) for split in splits if split.startswith("test")]
+    require(len(set(names)) == len(names), f"two test files have the submission file {names[-1:]}")
 
     require(task.metrics, f"metrics is empty, expected names from {', '.join(METRICS)}")
     for metric_name in task.metrics:
@@ -625,7 +651,7 @@ def spelled(text: str) -> str:
     Example: 'é' ('e\u0301').
     """
     short = f"{text[:60]}..." if len(text) > 60 else text
-    return repr(short) if short.isascii() else f"{short!r} ({short!a})"
+    return f"{short!r}" if repr(short) == ascii(short) else f"{short!r} ({short!a})"
 
 
 def read_text(path: Path, remedy: str) -> str:
@@ -635,7 +661,7 @@ def read_text(path: Path, remedy: str) -> str:
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}; {remedy}") from None
 
-    if not text.strip():
+    if not text or text.isspace():
         raise DataError(f"{path}: the file is empty; {remedy}")
     if text.startswith("version https://git-lfs"):
         raise DataError(f"{path}: a git-lfs pointer, not the file itself; run git lfs pull")
@@ -673,7 +699,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {CHECK_MODEL_DIR}")
-    check_model_type(folder / "config.json")
+    check_setting(folder / "config.json", "model_type", "roberta")
+    check_setting(folder / "tokenizer_config.json", "add_prefix_space", False)
 
     vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
     missing = [path.name for path in (vocab_path, merges_path) if not path.exists()]
@@ -685,23 +712,26 @@ def read_tokenizer(folder: Path) -> Tokenizer:
                     f"{CHECK_MODEL_DIR}")
 
 
-def check_model_type(path: Path) -> None:
-    """Raise DataError if this config.json exists and names another architecture than RoBERTa."""
+def check_setting(path: Path, key: str, expected: Any) -> None:
+    """Raise DataError if this JSON file exists and has another value for the key."""
     try:
-        model_type = json.loads(path.read_bytes())["model_type"]
+        value = json.loads(path.read_bytes())[key]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return  # whoever loads the weights needs all of this file and reports what is wrong with it
-    if model_type != "roberta":
-        raise DataError(f"{path}: model_type is {model_type!r:.60}, expected 'roberta'; take a "
-                        f"RoBERTa model")
+        return  # whoever needs all of the file reports what is wrong with it
+    if value != expected:
+        raise DataError(f"{path}: {key} is {value!r:.60}, expected {expected!r}; take a RoBERTa "
+                        f"model")
 
 
 def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
     """Read the two files of RoBERTa's first release. DataError if damaged or of another model."""
     vocab = check_vocab(vocab_path, read_json(vocab_path))
     added_path = vocab_path.with_name("added_tokens.json")
-    if added_path.exists():
-        check_added_tokens(added_path, read_json(added_path))
+    added = read_json(added_path) if added_path.exists() else {}
+    if not isinstance(added, dict):
+        raise DataError(f"{added_path}: expected token: id; {OTHER_FILES}")
+    for token in added:
+        check_added_token(added_path, token)
 
     text = read_text(merges_path, CHECK_MODEL_DIR).replace("\r\n", "\n")
     lines = text.rstrip("\n").split("\n")
@@ -720,12 +750,12 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
             raise DataError(f"{path}: {name} is {value!r:.60}, expected {allowed[0]!r}, since this "
                             f"is not RoBERTa's tokenizer; take a RoBERTa model")
 
-    model = content["model"]
-    vocab = check_vocab(path, model.get("vocab"))
-    tokens, pairs = content.get("added_tokens") or [], model.get("merges")
-    if not isinstance(pairs, list) or not isinstance(tokens, list):
-        raise DataError(f"{path}: merges and added_tokens are not lists; {OTHER_FILES}")
-    check_added_tokens(path, [token["content"] for token in tokens if "content" in token])
+    vocab = check_vocab(path, content["model"].get("vocab"))
+    added, pairs = content.get("added_tokens", []), content["model"].get("merges")
+    if not isinstance(added, list) or not isinstance(pairs, list):
+        raise DataError(f"{path}: expected lists of merges and added_tokens; {OTHER_FILES}")
+    for token in added:
+        check_added_token(path, token.get("content") if isinstance(token, dict) else token)
     return vocab, check_merges(f"{path} merge", 1, pairs, vocab)
 
 
@@ -755,13 +785,12 @@ def check_vocab(path: Path, vocab: Any) -> dict[str, int]:
     return vocab
 
 
-def check_added_tokens(path: Path, tokens: Iterable[Any]) -> None:
-    """Raise DataError if a text could contain a token that was added to RoBERTa's."""
-    for token in tokens:
-        if token not in (*SPECIAL, "<mask>"):
-            raise DataError(f"{path}: has the added token {token!r:.60}, and a text that contains "
-                            f"it would get other ids here; take a tokenizer without it, or delete "
-                            f"it from this file if no text contains it")
+def check_added_token(path: Path, token: Any) -> None:
+    """Raise DataError if this added token is not one of RoBERTa's own."""
+    if token not in (*SPECIAL, "<mask>"):
+        raise DataError(f"{path}: has the added token {token!r:.60}, and a text that contains it "
+                        f"would get other ids here; take a tokenizer without it, or delete it from "
+                        f"this file if no text contains it")
 
 
 def check_merges(place: str, first: int, pairs: Iterable[Any],
@@ -769,23 +798,28 @@ def check_merges(place: str, first: int, pairs: Iterable[Any],
     """Return the pairs, written "a b" or ["a", "b"], as tuples; places are numbered from `first`.
 
     Raises DataError unless each pair and its product are tokens, and every token has its merge.
-    Tokens after <mask> are exempt: they were added by hand, and no text ever becomes one.
+    Tokens after a <mask> that follows the merges are exempt: they were added by hand, and no text
+    ever becomes one.
     """
     merges = []
     made = {*CHAR_BYTES}
     for number, pair in enumerate(pairs, first):
-        match pair.split(" ") if isinstance(pair, str) else pair:
-            case [str(left), str(right)] if left in made and right in made and vocab.get(
-                    left + right, 0) >= len(SPECIAL):
-                merges.append((left, right))
-                made.add(left + right)
-            case _:
-                raise DataError(f"{place} {number}: {pair!r:.60}, expected two tokens whose "
-                                f"product is in the vocabulary; {OTHER_FILES}")
+        try:
+            left, right = pair.split(" ") if isinstance(pair, str) else pair
+            known = left in made and right in made and vocab.get(left + right, 0) >= len(SPECIAL)
+        except (TypeError, ValueError):
+            known = False
+        if not known:
+            raise DataError(f"{place} {number}: {pair!r:.60}, expected two tokens whose product "
+                            f"is in the vocabulary; {OTHER_FILES}")
+        merges.append((left, right))
+        made.add(left + right)
 
-    end = vocab.get("<mask>", len(vocab))
+    mask = vocab.get("<mask>", len(vocab))
+    last = max(vocab[token] for token in made)
     for token, i in vocab.items():
-        if token not in made and i < end and not UNMERGED.fullmatch(token):
+        added = i > mask > last
+        if token not in made and not added and not UNMERGED.fullmatch(token):
             raise DataError(f"{place} {first + len(merges)}: the merges end, but no merge makes "
                             f"{token!r:.60}; {OTHER_FILES}")
     return merges
@@ -870,7 +904,8 @@ def train_bpe(texts: Iterable[str], n_merges: int, vocab_path: AnyPath,
         for symbols, n in words:
             for pair in pairwise(symbols):
                 pairs[pair] += n
-        new = [pair for pair in pairs if "".join(pair) not in vocab and "".join(pair) != "<mask>"]
+        taken = vocab.keys() | {"<mask>"}
+        new = [pair for pair in pairs if "".join(pair) not in taken]
         if not new:
             break
 
@@ -883,7 +918,8 @@ def train_bpe(texts: Iterable[str], n_merges: int, vocab_path: AnyPath,
     with atomic_file(vocab_path) as file:
         file.write(json.dumps(vocab, ensure_ascii=False).encode())
     with atomic_file(merges_path) as file:
-        file.write("\n".join(("#version: 0.2", *map(" ".join, merges), "")).encode())
+        file.write(b"#version: 0.2\n")
+        file.writelines(f"{left} {right}\n".encode() for left, right in merges)
 
 
 def merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
@@ -928,7 +964,7 @@ def checksum(path: AnyPath) -> str:
             while block := file.read(1 << 20):
                 crc = zlib.crc32(block, crc)
     except OSError as e:
-        raise DataError(f"{path}: {e.strerror}; check the path") from None
+        raise DataError(f"{path}: {e.strerror}") from None
     return f"{crc:08x}"
 
 
@@ -945,6 +981,7 @@ def fetch(source: tuple[str, str, str], file: str, path: AnyPath) -> None:
     """
     variable, address, flag = source
     url = f"{(os.environ.get(variable) or address).rstrip('/')}/{file}"
+
     for wait in (*WAITS, None):
         try:
             return fetch_once(url, path)
@@ -1051,10 +1088,12 @@ def download_mrpc(folder: Path) -> None:
     dev_ids = [row[:2] for row in rows_of("glue/data/mrpc_dev_ids.tsv")]
 
     splits = {
-        "train": [header, *(row for row in pairs if row[1:3] not in dev_ids)],
-        "dev": [header, *(row for row in pairs if row[1:3] in dev_ids)],
-        "test": [["index", *header[1:]], *([str(i), *row[1:]] for i, row in enumerate(tests))],
+        "train": [row for row in pairs if row[1:3] not in dev_ids],
+        "dev": [row for row in pairs if row[1:3] in dev_ids],
+        "test": [[str(i), *row[1:]] for i, row in enumerate(tests)],
     }
     for split, rows in splits.items():
+        first = "index" if split == "test" else header[0]
+        rows = [[first, *header[1:]], *rows]
         with atomic_file(folder / f"{split}.tsv") as file:
             file.write("".join("\t".join(row) + "\n" for row in rows).encode())

@@ -38,7 +38,6 @@ import copy
 import json
 import math
 import mmap
-import operator
 import os
 import re
 import zlib
@@ -50,6 +49,8 @@ from typing import Any, BinaryIO, ClassVar, Literal, get_args, get_origin, get_t
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -213,13 +214,13 @@ def inject(model: nn.Module, config: DoRAConfig) -> dict[str, DoRALinear]:
     """
     model = unwrapped(model)
     bases = find_targets(model, config)
-    progress = Progress(sum(cost(base, config) for base in bases.values()), checksums(model))
+    progress = Progress(sum(cost(base, config) for base in bases.values()), samples(model))
     model.requires_grad_(False)
 
     layers = {}
     for name, base in bases.items():
         layers[name] = DoRALinear(base, config, name, progress)
-        model.set_submodule(name, layers[name])
+        replace(model, name, layers[name])
     return layers
 
 
@@ -311,7 +312,6 @@ def keep_mask(scores: Tensor, costs: Tensor, budget: int) -> Tensor:
         if prices[i] <= budget:
             kept.append(i)
             budget -= prices[i]
-
     mask = torch.zeros(len(scores), dtype=torch.bool)
     mask[kept] = True
     return mask
@@ -412,8 +412,9 @@ class Pruner:
         if not self.I_bar:
             check_shape(self, self.total(I))
             self.I_bar, self.U_bar = ([torch.zeros_like(part) for part in I] for _ in range(2))
-        for parts in zip(I, self.I_bar, self.U_bar, strict=True):
-            self._smooth(*parts)
+        for i, part in enumerate(I):  # a restored average goes where its layer is
+            self.I_bar[i], self.U_bar[i] = (v[i].to(part.device) for v in (self.I_bar, self.U_bar))
+            self._smooth(part, self.I_bar[i], self.U_bar[i])
 
     def _smooth(self, I: Tensor, I_bar: Tensor, U_bar: Tensor) -> None:
         """Ī <- β1 Ī + (1 - β1) I,  Ū <- β2 Ū + (1 - β2) |I - Ī|  (Eq. 8; AdaLoRA Eq. 9-10)."""
@@ -463,8 +464,7 @@ class Pruner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved state. Call this on freshly injected layers, before compact_()."""
         check_state(self, state)
-        device = next((layer.c.device for layer in self.layers.values()), self.mask.device)
-        self.I_bar, self.U_bar = ([part.to(device, copy=True) for part in state[key]]
+        self.I_bar, self.U_bar = ([part.clone() for part in state[key]]
                                   for key in ("I_bar", "U_bar"))
         self.t = state["t"]
         self.progress.update(self)
@@ -499,7 +499,7 @@ def compact_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
             shrink_(p, dim, live, state.get(p, {}))
         layer.mask, layer.progress.compacted = layer.mask[live], True
         if not len(live):
-            model.set_submodule(name, layer.base)
+            replace(model, name, layer.base)
     return model
 
 
@@ -513,7 +513,7 @@ def merge_(model: nn.Module) -> nn.Module:
         merged = copy.copy(layer.base)  # others may hold the old module
         merged._parameters = dict(layer.base._parameters)
         merged.weight = nn.Parameter(layer.weight, requires_grad=False)
-        model.set_submodule(name, merged)
+        replace(model, name, merged)
     return model
 
 
@@ -596,29 +596,84 @@ def gradient(p: nn.Parameter) -> Tensor:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a hook may hold the module's output, which must not change in place then."""
-    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+    """Whether somebody may hold the module's output, which must not change in place then.
+
+    That is a hook on it or on every module, selective activation checkpointing, or torch.func.
+    """
+    if (module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+            or nn.modules.module._has_any_global_hook()):
+        return True
+    return not torch.compiler.is_compiling() and bool(
+        torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack())
+
+
+HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+         "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks",
+         "_backward_pre_hooks", "_is_full_backward_hook")
+
+
+def replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of another, whose hooks then see the inputs and outputs of `new`.
+
+    Their handles stay valid, since the dictionaries change hands and not their entries.
+    """
+    old = model.get_submodule(name)
+    for key in HOOKS:
+        hooks = getattr(old, key)
+        setattr(old, key, getattr(new, key))
+        setattr(new, key, hooks)
+    model.set_submodule(name, new)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of torch.compile and of data parallelism."""
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(
-            model, "_orig_mod"):
+    """Return the model inside the wrappers of torch.compile, data parallelism and averaging."""
+    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore
     return model
 
 
-def checksums(model: nn.Module) -> dict[str, int]:
-    """Return the CRC-32 of every buffer in the state dict, by name."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    buffers = {name: value for name, value in model.state_dict().items()
-               if name not in parameters and isinstance(value, Tensor) and not value.is_meta}
-    return {name: zlib.crc32(as_bytes(value)) for name, value in buffers.items()}
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def plain(name: str) -> str:
+    """Return a name as it is in the model without torch.compile and checkpoint_wrapper."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    return ".".join(parts)
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Return the names of each module: several if it is used several times."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def samples(model: nn.Module) -> dict[str, Tensor]:
+    """Return up to 4096 entries, (k,), of everything in the state dict, by name."""
+    found = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor) or value.is_meta or value.is_quantized:
+            continue
+        if value.layout is torch.strided:
+            stride = max(1, value.numel() // 4096)
+            found[plain(name)] = value.detach().flatten()[::stride].cpu().clone()
+    return found
+
+
+def differs(old: Tensor, new: Tensor) -> bool:
+    """Whether samples (k,) differ by more than a change of dtype explains."""
+    tolerance = 0.0 if old.dtype == new.dtype else 0.01
+    wide = torch.complex128 if old.is_complex() else torch.float64
+    return old.shape != new.shape or not torch.allclose(
+        old.to(wide), new.to(wide), rtol=tolerance, atol=1e-6 * tolerance, equal_nan=True)
 
 
 def as_bytes(tensor: Tensor) -> Any:
     """Return the bytes of a tensor, as an array."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    return tensor.contiguous().flatten().view(torch.uint8).numpy()
 
 
 def shrink_(p: nn.Parameter, dim: int, live: Tensor, state: dict[str, Any]) -> None:
@@ -629,7 +684,7 @@ def shrink_(p: nn.Parameter, dim: int, live: Tensor, state: dict[str, Any]) -> N
 
     # A graph of an earlier step may still hold p's gradient node, which checks the old shape.
     # torch makes a new node when the dtype changes.
-    p.data = p.data.half()
+    p.data = p.data.to(torch.float16 if p.dtype != torch.float16 else torch.float32)
     p.data = kept
     p.grad = grad if len(live) else None
     for key, value in state.items():
@@ -648,26 +703,27 @@ def row_and_column(name: str) -> tuple[str, str]:
 
 def table(cells: dict[tuple[str, str], int]) -> str:
     """Lay out numbers by (row, column) with totals; "." where there is no number."""
-    rows, columns = (list(dict.fromkeys(names)) for names in zip(*cells))
-    labels = without_common_prefix(rows)
+    rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
     titles = [column.removeprefix("attention.self.") for column in columns]  # RoBERTa's
-    width = max(map(len, ["layer", *labels]))
 
-    lines = [[f"{'layer':<{width}}", *(f"{title:>3}" for title in titles), "total"]]
-    for row, label in [*zip(rows, labels), (None, "total")]:
+    lines = [["layer", *titles, "total"]]
+    for row, label in [*zip(rows, without_common_prefix(rows)), (None, "total")]:
         chosen = {key: number for key, number in cells.items() if row in (None, key[0])}
-        line = [f"{label:>{width}}"]
-        for column, title in zip(columns, titles):
+        line = [label]
+        for column in columns:
             numbers = [number for key, number in chosen.items() if key[1] == column]
-            line.append(f"{sum(numbers) if numbers else '.':>{max(3, len(title))}}")
-        lines.append([*line, f"{sum(chosen.values()):>5}"])
-    return "\n".join("  ".join(line) for line in lines)
+            line.append(str(sum(numbers)) if numbers else ".")
+        lines.append([*line, str(sum(chosen.values()))])
+
+    widths = [max(3, *map(len, words)) for words in zip(*lines)]
+    return "\n".join("  ".join(word.rjust(width) for word, width in zip(line, widths))
+                     for line in lines)
 
 
 def without_common_prefix(names: list[str]) -> list[str]:
     """Leave out the dotted parts with which all names begin: encoder.0, encoder.1 -> 0, 1."""
     parts = [name.split(".") for name in names]
-    common = min(len(os.path.commonprefix(parts)), min(map(len, parts)) - 1)
+    common = min([len(os.path.commonprefix(parts)), *(len(part) - 1 for part in parts)])
     return [".".join(part[common:]) for part in parts]
 
 
@@ -676,7 +732,7 @@ class Progress:
     """What the layers of one inject() share."""
 
     per_rank: int = 0  # what one component in every matrix costs
-    buffers: dict[str, int] = field(default_factory=dict)  # checksums() before training
+    samples: dict[str, Tensor] = field(default_factory=dict)  # of the model before training
     t: int = 0  # optimizer steps that the Pruner has done
     last: int = 0  # the step of its last pruning
     total: int = 0  # T; 0 = no Pruner yet
@@ -700,7 +756,11 @@ CHOICES: dict[str, dict[str, Any]] = {
     "schedule": SCHEDULES,
     "penalty": PENALTIES,
 }
-COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt}
+COMPARE: dict[str, Callable[[float, float], bool]] = {
+    ">": lambda x, limit: x > limit,
+    ">=": lambda x, limit: x >= limit,
+    "<": lambda x, limit: x < limit,
+}
 
 
 def check_settings(config: Any) -> None:
@@ -753,8 +813,8 @@ def check_type(name: str, value: Any, hint: Any) -> None:
 
 def check_combinations(config: DoRAConfig) -> None:
     """Raise DoRAError for settings that are fine alone but not together."""
-    if not config.targets:
-        raise DoRAError("targets is empty: name at least one matrix to adapt")
+    if not config.targets or "" in config.targets:
+        raise DoRAError(f"targets = {config.targets}: name at least one matrix to adapt")
     if config.r_prime < config.rank:
         raise DoRAError(f"start_rank = {config.r_prime} is below rank = {config.rank}; pruning "
                         f"only removes, so raise start_rank")
@@ -790,18 +850,16 @@ def find_targets(model: nn.Module, config: DoRAConfig) -> dict[str, nn.Linear]:
     if dora_layers(model):
         raise DoRAError("the model is adapted already; name all targets in one inject(), on a "
                         "model without components")
+    check_initialised(model)
 
-    names: dict[nn.Module, list[str]] = {}  # of each module: several if it is used several times
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-
+    names = names_of(model)
     chosen: dict[nn.Module, str] = {}
     for target in config.targets:
         matches = [(module, name) for module in names for name in names[module]
-                   if f".{name}".endswith(f".{target}")]
+                   if f".{plain(name)}".endswith(f".{target}")]
         if not matches:
             linear = {re.sub(r"^.*\.\d+\.", "", name[0]) for module, name in names.items()
-                      if type(module) is nn.Linear}
+                      if type(module) is nn.Linear and name[0]}
             raise DoRAError(f"target {target!r} matches no module; candidates: "
                             f"{', '.join(sorted(linear)) or 'none'}")
         for module, name in matches:
@@ -820,21 +878,36 @@ def find_targets(model: nn.Module, config: DoRAConfig) -> dict[str, nn.Linear]:
     return found
 
 
+def check_initialised(model: nn.Module) -> None:
+    """Raise DoRAError if a lazy module has no weights yet."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise DoRAError(f"{name} is not initialised; run the model once on an example first")
+
+
 def check_target(target: str, name: str, module: nn.Module, names: list[str]) -> None:
     """Raise DoRAError for a module that a DoRALinear cannot replace."""
     if type(module) is not nn.Linear:
         remedy = "choose other targets"
         if type(module).__name__ == "Conv1D":
             remedy = "turn it into an nn.Linear first, as the README shows for GPT-2"
-        raise DoRAError(f"target {target!r}: {name} is a {type(module).__name__}, and only an "
-                        f"nn.Linear can be adapted; {remedy}")
+        kind = type(module).__name__
+        if kind == "Linear":  # of another library
+            kind = f"{type(module).__module__}.{kind}"
+        raise DoRAError(f"target {target!r}: {name} is a {kind}, and only an nn.Linear can be "
+                        f"adapted; {remedy}")
     if "weight" not in module._parameters or not module.weight.is_floating_point():
         raise DoRAError(f"target {target!r}: the weight of {name} is computed from other tensors "
                         f"(weight_norm, spectral_norm, pruning) or holds no real numbers; remove "
                         f"that first, or choose other targets")
+    check_used_once(f"target {target!r}", names)
+
+
+def check_used_once(what: str, names: list[str]) -> None:
+    """Raise DoRAError for a module with several names."""
     if len(names) > 1:
-        raise DoRAError(f"target {target!r}: {' and '.join(names)} are one module, used several "
-                        f"times, and a saved adapter cannot say so; choose other targets")
+        raise DoRAError(f"{what}: {' and '.join(names)} are one module, used several times, and a "
+                        f"saved adapter cannot say so; choose other targets")
 
 
 def check_pruner(pruner: Pruner) -> None:
@@ -851,6 +924,8 @@ def check_pruner(pruner: Pruner) -> None:
             raise DoRAError(f"{name}: has {len(layer.c)} components, expected {config.r_prime}; a "
                             f"compacted model cannot be pruned again, inject() into a fresh one")
         check_frozen(name, layer)
+    check_one_model(pruner)
+    check_rows(config)
 
     earliest = min(pruner.first + config.interval, pruner.last)
     if pruner.layers and pruner.moment == "gradients" and earliest < 2:
@@ -858,6 +933,29 @@ def check_pruner(pruner: Pruner) -> None:
                         f"{config.initial_phase}, interval = {config.interval}: the first pruning "
                         f"is at step {earliest}, when every score is still 0; lengthen the run or "
                         f"the initial phase")
+
+
+def check_one_model(pruner: Pruner) -> None:
+    """Raise DoRAError unless these are all the layers of one inject()."""
+    progress = progress_of(pruner.layers)
+    others = [name for name, layer in pruner.layers.items() if layer.progress is not progress]
+    if progress.per_rank and (others or pruner.per_rank != progress.per_rank):
+        raise DoRAError(f"these {len(pruner.layers)} layers are not those that one inject() made: "
+                        f"the budget is the whole model's; pass all that inject() returned")
+
+
+def check_rows(config: DoRAConfig) -> None:
+    """Raise DoRAError for a row of IMPORTANCE or SCHEDULES that cannot work."""
+    moment = IMPORTANCE[config.importance][1] if config.importance else "weights"
+    if moment not in ("gradients", "weights"):
+        raise DoRAError(f"importance = {config.importance}: its moment is {moment!r}, expected "
+                        f"'gradients' or 'weights'")
+    for i in range(101 if config.schedule else 0):
+        left = SCHEDULES[config.schedule or ""](i / 100, 1000)
+        if type(left) is not int or not 0 <= left <= (0 if i == 100 else 1000):
+            raise DoRAError(f"schedule = {config.schedule}: of a surplus of 1000 it leaves {left} "
+                            f"at progress {i / 100}; expected a whole number from 0 to the "
+                            f"surplus, and 0 at progress 1")
 
 
 def check_frozen(name: str, layer: DoRALinear) -> None:
@@ -913,12 +1011,23 @@ def check_decision(pruner: Pruner, scores: Tensor, mask: Tensor) -> None:
 
 def check_state(pruner: Pruner, state: dict[str, Any]) -> None:
     """Raise DoRAError for a state of another model or another run."""
+    if not isinstance(state, dict) or not state.keys() >= pruner.state_dict().keys():
+        raise DoRAError("not a Pruner's state; pass what its state_dict() returned")
+    if pruner.progress.compacted:
+        raise DoRAError("the model is compacted already; restore the state before compact_()")
     if state["mask"].shape != pruner.mask.shape:
         raise DoRAError(f"the state has {len(state['mask'])} components, the model "
                         f"{len(pruner.mask)}; use the same rank, start_rank and targets")
     if state["total_steps"] != pruner.total_steps:
         raise DoRAError(f"the state is of a run of {state['total_steps']} steps, this Pruner has "
                         f"total_steps = {pruner.total_steps}; use the same number")
+
+    importance = pruner.config.importance
+    I = IMPORTANCE[importance][0](list(pruner.layers.values())) if importance else []
+    shapes = [part.shape for part in ([I] if isinstance(I, Tensor) else I)]
+    if state["I_bar"] and [part.shape for part in state["I_bar"]] != shapes:
+        raise DoRAError(f"the state holds other scores than those of importance = {importance}; "
+                        f"use the settings that it was saved with")
 
 
 def check_budget(layers: dict[str, DoRALinear]) -> None:
@@ -930,7 +1039,7 @@ def check_budget(layers: dict[str, DoRALinear]) -> None:
             continue
         if not progress.total:
             raise DoRAError("no Pruner has run on these layers; make one, and call observe() and "
-                            "step() in every step")
+                            "step() in every step, or restore the state of the one that has")
         if progress.t < progress.last:
             raise DoRAError(f"the Pruner is at step {progress.t} of {progress.total}, before its "
                             f"last pruning at step {progress.last}; finish the run, calling "
@@ -946,14 +1055,17 @@ def check_budget(layers: dict[str, DoRALinear]) -> None:
 
 def check_optimizer_state(layers: dict[str, DoRALinear], state: dict[Any, Any]) -> None:
     """Raise DoRAError for state that compact_ does not know how to cut."""
-    for name, layer in layers.items():
-        for p in (layer.A, layer.B, layer.c):
-            for key, value in state.get(p, {}).items():
-                known = isinstance(value, Tensor) and (value.shape == p.shape or value.numel() == 1)
-                if not known and not isinstance(value, (int, float, bool, type(None))):
-                    raise DoRAError(f"{name}: the optimizer's {key!r} is not of the shape of its "
-                                    f"parameter, so compact_ cannot cut it; use AdamW, or call "
-                                    f"compact_(model) after training, without the optimizer")
+    shrinks = {p for layer in layers.values() for p in (layer.A, layer.B, layer.c)}
+    for p, values in state.items():
+        for key, value in values.items():
+            known = value is None or isinstance(value, (int, float, bool))
+            if isinstance(value, Tensor):  # of p's shape, or a number; elsewhere, not too large
+                known = (value.shape == p.shape or value.numel() == 1
+                         or p not in shrinks and value.numel() <= p.numel())
+            if not known:
+                raise DoRAError(f"the optimizer's {key!r} is not of the shape of its parameter, so "
+                                f"compact_ cannot cut it; use AdamW, or call compact_(model) after "
+                                f"training, without the optimizer")
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -1022,15 +1134,20 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def parse_header(text: bytes) -> dict[str, Any]:
-    """Return a header's JSON, UTF-8 without a byte order mark; ValueError for another."""
+    """Return a header's JSON, UTF-8 that begins with a brace; ValueError for another."""
 
     def number(digits: str) -> int:
-        if digits.startswith("-"):
-            raise ValueError(f"{digits:.20} is negative")
+        if digits == "-0":
+            raise ValueError("an offset is -0")
         return int(digits)
 
-    header = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_int=number)
-    json.dumps(header, ensure_ascii=False).encode("utf-8")  # fails for half a surrogate pair
+    if not text.startswith(b"{"):
+        raise ValueError("a header that does not begin with a brace")
+    # most headers need neither of the two slow checks
+    header = json.loads(text.decode("utf-8"), object_pairs_hook=unique,
+                        parse_int=number if b"-0" in text else None)
+    if b"\\u" in text:
+        json.dumps(header, ensure_ascii=False).encode("utf-8")  # fails for half a surrogate pair
 
     metadata = header.get("__metadata__", {})
     if not all(isinstance(value, str) for value in metadata.values()):
@@ -1054,7 +1171,7 @@ def tensors_of(header: dict[str, Any], data: mmap.mmap, begin: int) -> dict[str,
     tensors, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, span = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if len(shape) > 63 or not all(type(i) is int and i < 2**48 for i in shape + span):
+        if len(shape) > 63 or not all(type(i) is int and 0 <= i < 2**48 for i in shape + span):
             raise ValueError(f"{name!r:.80}: shape {shape!r:.80}")
         if math.prod(max(i, 1) for i in shape) >= 2**63:
             raise ValueError(f"{name!r:.80}: shape {shape!r:.80} overflows")
@@ -1072,17 +1189,26 @@ def tensors_of(header: dict[str, Any], data: mmap.mmap, begin: int) -> dict[str,
     return tensors
 
 
+def is_text(value: Any) -> bool:
+    """Whether a value is a string that UTF-8 can hold, without half a surrogate pair."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor],
                       metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file atomically. Raises DoRAError for what the format cannot hold."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     metadata = {"format": "pt", **(metadata or {})}
     for key, text in metadata.items():
-        if not isinstance(text, str):
-            raise DoRAError(f"{path}: metadata {key!r} = {text!r:.80} is not a string")
+        if not is_text(key) or not is_text(text):
+            raise DoRAError(f"{path}: metadata {key!r:.80} = {text!r:.80} is not valid text")
     for name, tensor in tensors.items():
-        if name == "__metadata__" or tensor.dtype not in names:
-            raise DoRAError(f"{path}: cannot hold a tensor named {name!r:.80} of {tensor.dtype}")
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        if not is_text(name) or name == "__metadata__" or kind not in names:
+            raise DoRAError(f"{path}: cannot hold a tensor named {name!r:.80} of {kind}")
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            raise DoRAError(f"{path}: {name!r:.80} has no plain data (layout {tensor.layout}, "
+                            f"device {tensor.device})")
 
     header: dict[str, Any] = {"__metadata__": metadata}
     end, chunks = 0, []
@@ -1123,10 +1249,8 @@ def save_adapter(model: nn.Module, folder: str | Path,
     check_moved(layers)
     heads = modules_to_save(model, layers)
 
-    tensors = {}
-    for head in heads:  # the trained head belongs to the adapter: with a random one it is noise
-        state = model.get_submodule(head).state_dict(prefix=f"{PREFIX}{head}.")
-        tensors.update({plain(key): tensor for key, tensor in state.items()})
+    # the trained head belongs to the adapter: with a random one it is noise
+    tensors = {PREFIX + key: tensor for key, tensor in head_tensors(model, heads).items()}
     live = {plain(name): layer for name, layer in layers.items() if layer.rank}
     for name, layer in live.items():
         B = (layer.scale * layer.c * layer.B)[:, layer.mask]
@@ -1135,13 +1259,22 @@ def save_adapter(model: nn.Module, folder: str | Path,
 
     base = fingerprint(live[name].base.weight for name in sorted(live))
     config = peft_config({name: layer.rank for name, layer in live.items()},
-                         peft_names(model, [plain(head) for head in heads]),
+                         peft_names(model, heads),
                          next(iter(live.values())).config.dropout)
     folder = Path(folder)
+    check_names(folder, tensors, live)
     write_safetensors(folder / "adapter_model.safetensors", tensors, {**(metadata or {}),
                                                                       "base": base})
     with atomic_file(folder / "adapter_config.json") as file:
         file.write(json.dumps(config, indent=2).encode() + b"\n")
+
+
+def check_names(folder: Path, tensors: dict[str, Tensor], live: dict[str, DoRALinear]) -> None:
+    """Raise DoRAError if a reader would take a head's tensors, of any shape, for components."""
+    for name in split_adapter(folder, tensors)[0]:
+        if name not in live:
+            raise DoRAError(f"{name}.lora_A or .lora_B has the name of an adapter's part, so that "
+                            f"the file could not be read; rename the module")
 
 
 def peft_config(ranks: dict[str, int], heads: list[str], dropout: float) -> dict[str, Any]:
@@ -1169,11 +1302,6 @@ def fingerprint(weights: Iterable[Tensor]) -> str:
     return f"{crc:08x}"
 
 
-def plain(name: str) -> str:
-    """Return a name as it is in the model without torch.compile."""
-    return name.replace("_orig_mod.", "")
-
-
 def check_moved(layers: dict[str, DoRALinear]) -> None:
     """Raise DoRAError if every update is exactly 0, as before training."""
     if not any(layer.c.any() and layer.A.any() and layer.B.any() for layer in layers.values()):
@@ -1185,17 +1313,19 @@ def check_moved(layers: dict[str, DoRALinear]) -> None:
 def modules_to_save(model: nn.Module, layers: dict[str, DoRALinear]) -> list[str]:
     """Return the names of the modules, outside the layers, that training changed.
 
-    These are the modules with a parameter that requires a gradient, or with a buffer that moved
+    These are the modules with a parameter that requires a gradient, or with anything that changed
     since inject(), such as running statistics; and of the modules around them the largest in which
     everything trains. Raises DoRAError for one that cannot be saved whole, as PEFT does it.
     """
-    start = progress_of(layers).buffers
-    trains = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    moved = [name for name, mark in checksums(model).items() if start.get(name, mark) != mark]
+    start, now = progress_of(layers).samples, samples(model)
+    trains = {plain(name): p.requires_grad
+              for name, p in model.named_parameters(remove_duplicate=False)}
+    moved = [name for name in now if name in start and differs(start[name], now[name])]
+    inside = {f"{plain(name)}.": name for name in layers}
 
     found: dict[str, None] = {}
-    for changed in [*(name for name in trains if trains[name]), *moved]:
-        layer = next((name for name in layers if changed.startswith(f"{name}.")), None)
+    for changed in dict.fromkeys([*(name for name in trains if trains[name]), *moved]):
+        layer = next((inside[start] for start in inside if changed.startswith(start)), None)
         if layer is not None:
             check_frozen(layer, layers[layer])
             continue
@@ -1204,16 +1334,35 @@ def modules_to_save(model: nn.Module, layers: dict[str, DoRALinear]) -> list[str
         around = owner.rpartition(".")[0]
         while around and all(trains[name] for name in trains if name.startswith(f"{around}.")):
             owner, around = around, around.rpartition(".")[0]
-        if not owner or any(name.startswith(f"{owner}.") for name in layers):
-            raise DoRAError(f"{changed} changed in training, but an adapter holds whole modules, "
-                            f"and {owner or 'the model'} contains adapted matrices; freeze it")
+        if not owner or any(name.startswith(f"{owner}.") for name in inside):
+            raise DoRAError(f"{changed} changed since inject(), but an adapter holds whole "
+                            f"modules, and {owner or 'the model'} contains adapted matrices; "
+                            f"freeze it")
         found[owner] = None
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
 
+def head_tensors(model: nn.Module, heads: list[str]) -> dict[str, Tensor]:
+    """Return the tensors of these modules, of any shape, by name. Raises DoRAError for a module
+    with other state."""
+    modules = {plain(name): m for name, m in model.named_modules(remove_duplicate=False)}
+    found = {}
+    for head in heads:
+        state = modules[head].state_dict(prefix=f"{head}.")
+        for key, tensor in zip(map(plain, state), state.values()):
+            owner, _, leaf = key.rpartition(".")
+            module = modules.get(owner, model)
+            if leaf not in module._parameters and leaf not in module._buffers:
+                raise DoRAError(f"{key} changed since inject(), and is neither a parameter nor a "
+                                f"buffer, which is all that an adapter can hold; freeze {head}")
+            found[key] = tensor
+    return found
+
+
 def peft_names(model: nn.Module, heads: list[str]) -> list[str]:
     """Return the heads by names that PEFT, which compares the ends of names, cannot confuse."""
-    others = [*PEFT_MODULES, *(plain(name) for name, _ in model.named_modules())]
+    others = [f".{name}" for name in PEFT_MODULES]  # somewhere in a matrix
+    others += [plain(name) for name, _ in model.named_modules(remove_duplicate=False)]
     return [PREFIX + head if any(name.endswith(head) and name != head for name in others) else head
             for head in heads]
 
@@ -1233,6 +1382,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
     model = unwrapped(model)
     if dora_layers(model):
         raise DoRAError(f"{folder}: the model is adapted already; load into a plain model")
+    check_initialised(model)
 
     # 1. read the config
     path = Path(folder) / "adapter_config.json"
@@ -1242,10 +1392,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
     file = Path(folder) / "adapter_model.safetensors"
     saved, metadata = read_file(file)
     pairs, head = split_adapter(file, saved)
-    modules: dict[str, Any] = {plain(name): module for name, module in
-                               model.named_modules(remove_duplicate=False)}
+    names = {module: [plain(name) for name in found] for module, found in names_of(model).items()}
+    modules: dict[str, Any] = {name: module for module in names for name in names[module]}
     for name, (A, B) in pairs.items():
         check_pair(folder, name, A, B, modules.get(name))
+        check_used_once(f"{folder}: {name!r:.120}", names[modules[name]])
     state = {plain(key): value for key, value in model.state_dict(keep_vars=True).items()}
     head = {key: tensor for key, tensor in head.items() if not is_base(file, key, tensor, state)}
     for key, tensor in head.items():
@@ -1253,6 +1404,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
         if tensor.shape != shape:
             raise DoRAError(f"{folder}: {key!r:.120} is {tuple(tensor.shape)}, in the model "
                             f"{shape}; is the adapter for another task or base model?")
+        check_twins(file, key, head, names[modules[key.rpartition(".")[0]]])
     mark = fingerprint(modules[name].weight for name in sorted(pairs))
     if metadata.get("base", mark) != mark:
         raise DoRAError(f"{file}: was trained on other weights of the same shapes; use it with the "
@@ -1261,15 +1413,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
                                 dropout=dropout) for name, (A, _) in pairs.items()}
 
     # 3. change the model
-    progress = Progress(buffers=checksums(model))
+    progress = Progress(samples=samples(model))
     model.requires_grad_(False)
     layers: dict[str, DoRALinear] = {}
     for name, (A, B) in pairs.items():
         layer = layers[name] = DoRALinear(modules[name], configs[name], name, progress)
         layer.A.copy_(A)
         layer.B.copy_(B)
-        owner, _, leaf = name.rpartition(".")
-        setattr(modules[owner], leaf, layer)
+        replace(modules[name.rpartition(".")[0]], name.rpartition(".")[2], layer)
     for key, tensor in head.items():
         set_copy(modules[key.rpartition(".")[0]], key.rpartition(".")[2], tensor)
     return layers
@@ -1348,15 +1499,32 @@ def is_base(file: Path, key: str, tensor: Tensor, state: dict[str, Tensor]) -> b
     if not found:
         return False
     base = state.get(f"{name}.{leaf}")
-    if base is None or base.shape != tensor.shape or not torch.equal(
-            base.to(tensor.device), tensor.to(base.dtype)):
+    base = None if base is None else base.to(tensor.device)
+    if base is None or base.shape != tensor.shape or not (
+            torch.equal(base, tensor.to(base.dtype)) or torch.equal(base.to(tensor.dtype), tensor)):
         raise DoRAError(f"{file}: {key!r:.120} differs from the model's {name}.{leaf}; use it with "
                         f"the base model that it was trained on")
     return True
+
+
+def check_twins(file: Path, key: str, head: dict[str, Tensor], names: list[str]) -> None:
+    """Raise DoRAError if a tensor belongs to a module with other names that it does not hold for.
+
+    PEFT gives each name a module of its own.
+    """
+    leaf = key.rpartition(".")[2]
+    for name in names:
+        twin = head.get(f"{name}.{leaf}".removeprefix("."))
+        if twin is None or not torch.equal(twin, head[key]):
+            raise DoRAError(f"{file}: {key!r:.120} belongs to a module that is used as "
+                            f"{' and '.join(names)}, and not all of these have the same values in "
+                            f"it; load it into a model that has a module for each")
 
 
 def set_copy(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Give a module its own copy of a trained tensor: others may share the one that it has."""
     old = getattr(module, name)
     new = tensor.to(old, copy=True)
-    setattr(module, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=new.is_floating_point() or new.is_complex())
+    setattr(module, name, new)

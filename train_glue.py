@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import functools
 import inspect
 import io
 import json
@@ -25,10 +26,10 @@ import tempfile
 import time
 import traceback
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -249,8 +250,8 @@ def backward(net: nn.Module, batch: data.Batch, penalty: Tensor, parts: int,
     for i, part in enumerate(batch.split(min(parts, len(batch.labels)))):
         piece = part.split(world)[rank].to(device)
         share = len(piece.labels) / len(batch.labels)
-        if not share:  # too few examples for all processes: run one with weight 0, since every
-            piece = batch.split(len(batch.labels))[0].to(device)  # process has to call backward
+        if not share:  # too few examples for all processes, but each has to call backward:
+            piece = batch.split(len(batch.labels))[0].to(device)  # run one, with weight 0
 
         loss = task_loss(net(piece.ids, piece.mask), piece.labels) * share
         # DistributedDataParallel averages the processes' gradients
@@ -271,7 +272,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     train_set, dev_sets = load("train"), load_dev(task, load)
     identity = identify(config, model, train_set)
     layers = adapt(model, config)
-    sizes = parameter_counts(model, layers)
+    counts = parameter_counts(model, layers)
     device = next(model.parameters()).device
 
     batch_size = config.batch_size * config.accumulate  # examples per optimizer step
@@ -284,7 +285,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with Run(config, identity, model, optimizer, pruner) as run:
         run.start(total)
         say(f"{config.task}, {config.method}, seed {config.seed}: {len(train_set):,} examples, "
-            f"{total:,} steps on {device}, {sizes['trainable_parameters']:,} trainable parameters, "
+            f"{total:,} steps, {counts['trainable_parameters']:,} parameters to train on {device}, "
             f"files in {run.folder}")
         stream = data.endless_batches(train_set, batch_size, config.seed, run.step)
         net = wrap(model, config)
@@ -308,17 +309,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 compact_(model, optimizer)
                 net = wrap(model, config)
             run.bar.update()
+            run.losses.append(loss)
             epoch_ends = run.step % per_epoch == 0 or run.step == total
             logging = run.step % config.log_every == 0 or run.step == total
-            # several processes have to talk about a signal, so they do it only in these steps
+            # several processes have to agree on a signal, which they do only in these steps
             stopping = run.signals.arrived(device) if logging or world == 1 else 0
             saving = epoch_ends or stopping or run.step % config.save_every == 0
 
             if logging or saving:  # only these steps wait for the device
-                b_t = budget(run.step, total, config, len(layers)) if layers else 0
                 line = {"step": run.step, "lr": lr, "loss": float(reduced(loss)),
                         "penalty": float(penalty.detach()), "grad_norm": float(norm),
-                        "live": pruner.live, "budget": b_t}
+                        "live": pruner.live, "parameters": live_parameters(pruner),
+                        "budget": budget(run.step, total, config, pruner.per_rank)}
                 run.check(line["loss"], line["grad_norm"])
             if logging:
                 run.log(line)
@@ -330,7 +332,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
         return run.finish({
             "task": config.task, "method": config.method, "seed": config.seed, "best": run.best,
-            "last": run.records[-1], "epochs": run.records, "steps": total, **sizes,
+            "last": run.records[-1], "best_above_budget": run.best_above_budget,
+            "collapsed": run.records[-1]["spread"] < COLLAPSED,
+            "epochs": run.records, "steps": total, **counts,
             "adapter_parameters_after_pruning": adapter_size(layers, pruner.ranks()),
             "seconds": round(time.monotonic() - started, 1)})
 
@@ -338,9 +342,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
+COLLAPSED = 0.01  # the spread of outputs below which a model has collapsed (benchmarks/README.md)
+
+
 @torch.no_grad()
-def predict(model: nn.Module, examples: list[Example]) -> np.ndarray:
-    """Return class ids, or scores in 0..1, (N,) in the order of the examples."""
+def compute_logits(model: nn.Module, examples: list[Example]) -> Tensor:
+    """Return the logits (N, classes), in the order of the examples, in float64 on the CPU."""
     rank, world = process()
     device = next(model.parameters()).device
     rows, logits = [], []
@@ -350,32 +357,49 @@ def predict(model: nn.Module, examples: list[Example]) -> np.ndarray:
             rows.append(batch.rows)
             logits.append(model(batch.ids.to(device), batch.mask.to(device)))  # (B, classes)
 
-    outputs = torch.zeros(len(examples), dtype=torch.float64)  # on the CPU: mps has no float64
-    if rows:
-        scores = torch.cat(logits).cpu().double()  # (N, classes), in the order of rows
-        scores = scores[:, 0].clamp(0, 1) if scores.shape[1] == 1 else scores.argmax(1).double()
-        outputs[torch.cat(rows)] = scores
+    classes = torch.tensor(logits[0].shape[1] if logits else 0, device=device)
+    classes = reduced(classes, "MAX")  # a process may have no example
+    found = torch.zeros(len(examples), int(classes), dtype=torch.float64)  # mps has no float64
+    if logits:
+        found[torch.cat(rows)] = torch.cat(logits).cpu().double()
     if world > 1:  # each row was filled by one process
-        outputs = reduced(outputs.to(device)).cpu()
-    return outputs.numpy()
+        found = reduced(found.to(device)).cpu()
+    return found
+
+
+def choose(logits: Tensor) -> np.ndarray:
+    """Return class ids, or scores in 0..1, (N,), from logits (N, classes)."""
+    one = logits.shape[1] == 1
+    return (logits[:, 0].clamp(0, 1) if one else logits.argmax(1)).double().numpy()
+
+
+def predict(model: nn.Module, examples: list[Example]) -> np.ndarray:
+    """Return class ids, or scores in 0..1, (N,) in the order of the examples."""
+    return choose(compute_logits(model, examples))
+
+
+def spread(logits: Tensor) -> float:
+    """Return how much the outputs (N, classes) differ between examples: the standard deviation of
+    a regression's output, or the largest of any difference between two classes' logits."""
+    if logits.shape[1] > 1:
+        logits = (logits[:, :, None] - logits[:, None, :]).flatten(1)  # (N, classes^2)
+    return logits.std(0, correction=0).max().item()
 
 
 def evaluate(model: nn.Module, examples: list[Example], task: Task) -> dict[str, float]:
-    """Return the task's metrics on labelled examples, the headline first."""
-    predictions = predict(model, examples)
-    if np.ptp(predictions) < 1e-3:
-        one = repr(task.labels[int(predictions[0])]) if task.labels else f"{predictions[0]:.3f}"
-        say(f"all {len(examples)} predictions are {one}: the model collapsed to one "
-            f"{'class' if task.labels else 'value'}")
-    return data.score(task, predictions, [example.label for example in examples])
+    """Return the task's metrics on labelled examples, the headline first, and the spread."""
+    logits = compute_logits(model, examples)
+    scores = data.score(task, choose(logits), [example.label for example in examples])
+    return {**scores, "spread": spread(logits)}
 
 
 def evaluate_dev(model: nn.Module, sets: dict[str, list[Example]], task: Task) -> dict[str, float]:
-    """Return the metrics on dev. If there are several dev files, as for MNLI, each metric is the
-    mean over the files, followed by the metric of each: accuracy, accuracy_m, accuracy_mm."""
+    """Return the metrics and the spread on dev. If there are several dev files, as for MNLI, each
+    number is the mean over the files, followed by that of each: accuracy, accuracy_m, accuracy_mm.
+    """
     scores = {split: evaluate(model, examples, task) for split, examples in sets.items()}
-    means = {metric: statistics.mean(row[metric] for row in scores.values())
-             for metric in task.metrics}
+    means = {name: statistics.mean(row[name] for row in scores.values())
+             for name in (*task.metrics, "spread")}
     if len(scores) == 1:
         return means
 
@@ -417,34 +441,46 @@ def load_roberta(folder: str | Path, num_labels: int,
         model = RobertaForSequenceClassification(config, num_labels)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
-    state: dict[str, Tensor] = {}
-    for key, tensor in weights.items():
-        name = model_name(key)
-        if shapes.get(name) == tuple(tensor.shape):
-            state[name] = tensor.float()
-        elif name.startswith("roberta."):  # heads of other tasks are left out
-            raise DoRAError(f"{path}: {key!r:.120} is {tuple(tensor.shape)}, expected "
-                            f"{shapes.get(name, 'no such weight')} from {folder}/config.json; "
-                            f"take both files from one RoBERTa model")
-    missing = [key for key in shapes if key not in state]
-    lost = [key for key in missing if key.startswith("roberta.")]
-    if lost:
-        known = (*BARE, "roberta.", "classifier.", "lm_head.")
-        other = next((key for key in weights if not key.startswith(known)), "")
-        raise DoRAError(f"{path}: {lost[0]} is missing, {len(lost)} of {len(shapes)} weights"
-                        + f" (the file has {other!r:.80})" * bool(other) + "; take a RoBERTa model")
-
-    order = head_order(folder / "config.json", task)
-    if missing or order is None:
+    state = match_weights(weights, shapes, path)
+    has_head = state.keys() == shapes.keys()
+    order = head_order(folder / "config.json", task) if has_head else None
+    if order is None:  # no head, or one for other labels
         state = {key: tensor for key, tensor in state.items() if key.startswith("roberta.")}
         model.classifier.to_empty(device="cpu")
         model.reset(model.classifier)
     elif order != sorted(order):
         for key in ("classifier.out_proj.weight", "classifier.out_proj.bias"):
             state[key] = state[key][order]
-    model.trained_head = not missing and order is not None
+
+    model.trained_head = order is not None
     model.load_state_dict(state, strict=False, assign=True)  # the mapped file is the weights
     return model
+
+
+def match_weights(weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]],
+                  path: Path) -> dict[str, Tensor]:
+    """Return a file's weights by their names in our model, in float32: all of the encoder, and what
+    fits of the head. shapes[name] is the shape in our model, such as (D, D). Raises DoRAError."""
+    state: dict[str, Tensor] = {}
+    for key, tensor in weights.items():
+        name = model_name(key)
+        if shapes.get(name) == tuple(tensor.shape):
+            if not tensor.is_floating_point():
+                raise DoRAError(f"{path}: {key!r:.120} is quantized ({tensor.dtype}); take the "
+                                f"model's float32 or float16 weights")
+            state[name] = tensor.float()
+        elif name.startswith("roberta."):  # heads of other tasks are left out
+            raise DoRAError(f"{path}: {key!r:.120} is {tuple(tensor.shape)}, expected "
+                            f"{shapes.get(name, 'no such weight')} from the config.json beside it; "
+                            f"take both files from one RoBERTa model")
+
+    missing = [name for name in shapes if name.startswith("roberta.") and name not in state]
+    if missing:
+        known = (*BARE, "roberta.", "classifier.", "lm_head.")
+        other = next((key for key in weights if not key.startswith(known)), "")
+        raise DoRAError(f"{path}: {missing[0]} is missing, {len(missing)} of {len(shapes)} weights"
+                        + f" (the file has {other!r:.80})" * bool(other) + "; take a RoBERTa model")
+    return state
 
 
 def model_name(key: str) -> str:
@@ -514,17 +550,16 @@ def refuse_git_lfs(path: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises DoRAError if it is missing or is something else."""
-    try:
-        refuse_git_lfs(path)
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        hint = path.parent / "model"  # of a run that trained the whole model
-        remedy = f"did you mean {hint}?" if (hint / path.name).exists() else (
+    if not path.exists():
+        inside = path.parent / "model"  # of a run that trained the whole model
+        remedy = f"did you mean {inside}?" if (inside / path.name).exists() else (
             "point --model-dir at a folder with config.json, the tokenizer and the weights")
-        raise DoRAError(f"{path} not found; {remedy}") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, DoRAError):
-            raise
+        raise DoRAError(f"{path} not found; {remedy}")
+
+    refuse_git_lfs(path)
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
         raise DoRAError(f"{path}: not JSON; download it again") from None
     if not isinstance(values, dict):
         raise DoRAError(f"{path}: not a JSON object; download it again")
@@ -548,7 +583,8 @@ def read_config(path: Path) -> RobertaConfig:
         if size is None and f.default is None:
             continue
         whole = type(f.default) is int
-        types, (low, high) = [int] if whole else [int, float], (1, 2**24) if whole else (0, 0.99)
+        types = [int] if whole else [int, float]
+        low, high = (1, 2**24) if whole else (0, 0.99)
         if type(size) not in types or not low <= size <= high:
             raise DoRAError(f"{path}: {f.name} is {size!r:.60}, expected a number from {low} to "
                             f"{high} (roberta-base: {f.default})")
@@ -572,7 +608,7 @@ def head_order(path: Path, task: Task | None) -> list[int] | None:
     values = read_json(path)
     if task is None:
         return []
-    if plain(values.get("finetuning_task") or task.name) != plain(task.name):
+    if plain(str(values.get("finetuning_task") or task.name)) != plain(task.name):
         return None
     if not task.labels:  # only save_model says in which unit a regression's output is
         return [0] if values.get("label_top") == task.top else None
@@ -679,6 +715,8 @@ TABLE_8 = {
     "wnli": (2e-3, 16, 80, 0.5, 10),
     "toy": (3e-3, 32, 10, 0.3, 10),
 }
+# differs: the rates of Table 8 suit the paper's form; methods that start at B = 0 take a quarter
+LR_FACTOR = {"dora": 0.25, "lora": 0.25}  # at the whole rate one run in four collapses
 METHOD_ROWS: dict[str, dict[str, Any]] = {
     **METHODS,
     # these three have no adapter, so there is nothing to prune
@@ -699,6 +737,10 @@ def make_config(task: str = "toy", method: str = "dora", **flags: Any) -> TrainC
     Raises DoRAError for a flag that would have no effect.
     """
     row = dict(zip(COLUMNS_8, TABLE_8.get(task, ())))
+    if task != "toy":  # whose rate was tried
+        row["lr"] = row.get("lr", TrainConfig.lr) * LR_FACTOR.get(method, 1.0)
+    flags = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in flags.items()}
     try:
         config = TrainConfig(task=task, method=method,
                              **{**row, **METHOD_ROWS.get(method, {}), **flags})
@@ -722,11 +764,13 @@ def unused_settings(config: TrainConfig) -> dict[str, str]:
     if config.penalty is None:
         unused["eta"] = "penalty = none"
     if config.schedule is None:
-        names = ("initial_phase", "final_phase", "interval", "beta1", "beta2", "penalty", "eta")
+        names = ("initial_phase", "final_phase", "interval", "beta1", "beta2", "budget_unit",
+                 "penalty", "eta")
         unused.update(dict.fromkeys(names, "schedule = none"))
     return unused
 
 
+@functools.cache  # inspect.getsource parses the file
 def help_of(config: type) -> dict[str, str]:
     """Return the comment beside each field that a class adds to its parent's fields."""
     source = inspect.getsource(config)
@@ -742,7 +786,7 @@ def seed_torch(config: TrainConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
     torch.use_deterministic_algorithms(config.deterministic)
     if config.compile:
-        torch.compiler.reset()  # it stops compiling after 8 models, and earlier runs had some
+        torch.compiler.reset()  # torch gives up after 8 versions of a model: forget earlier runs
     torch.manual_seed(config.seed)
 
 
@@ -776,8 +820,7 @@ def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification
 
 
 def find_data(config: TrainConfig, name: str) -> Path:
-    """Return the folder that holds the task's folder. Raises DataError if it cannot be downloaded.
-    """
+    """Return the folder that holds the task's folder. DataError if the download fails."""
     return Path(config.data_dir or data.download_task(name))
 
 
@@ -868,6 +911,13 @@ def parameter_counts(model: RobertaForSequenceClassification,
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
+def live_parameters(pruner: Pruner) -> int:
+    """Return the parameters of the components that the last pruning kept."""
+    parts = pruner.mask.split(pruner.config.r_prime)
+    return sum(int(part.sum()) * (layer.in_features + layer.out_features)
+               for layer, part in zip(pruner.layers.values(), parts))
+
+
 def adapter_size(layers: dict[str, DoRALinear], ranks: dict[str, int]) -> int:
     """Return the parameters of an adapter with these ranks: d_in + d_out per component."""
     return sum(rank * sum(layers[name].base.weight.shape) for name, rank in ranks.items())
@@ -929,6 +979,17 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Name the folder in an OSError that names no file, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(folder)
+        raise
+
+
 def newest_undamaged(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
     """Return the newest checkpoint that is intact, and its content. Raises DoRAError if none is."""
     for path in reversed(paths):
@@ -963,6 +1024,10 @@ class Run:
         self.step = 0  # optimizer steps done
         self.records: list[dict[str, Any]] = []  # the metrics after each epoch
         self.best: dict[str, Any] | None = None  # the best of them since the last pruning
+        self.best_above_budget: dict[str, Any] | None = None  # and before it
+        self.losses: deque[Tensor] = deque(maxlen=50)  # of the last steps
+        self.lowest_loss = math.inf  # of the means of 50 so far
+        self.warned = False  # that the loss rises
 
         settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in self.FREE}
         self.identity = json.loads(json.dumps({**settings, **identity}))
@@ -974,6 +1039,7 @@ class Run:
     def __enter__(self) -> Run:
         self.refuse_overwriting()
         with ExitStack() as stack:
+            stack.enter_context(naming(self.folder))
             if self.writes:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.folder))
@@ -987,9 +1053,7 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        with self.open:
-            if isinstance(error, OSError) and error.filename is None:  # of a full disk
-                error.filename = str(self.folder)
+        try:
             if isinstance(error, NotFiniteError):
                 self.save("not-finite")  # for inspection; --resume ignores it
                 folder = self.folder / "checkpoints"
@@ -998,6 +1062,8 @@ class Run:
                     f"{error} (--lr), which was {self.optimizer.param_groups[0]['lr']:.3g}. The "
                     f"state is in {folder}/not-finite.pt, the last good checkpoint there is "
                     f"{good[-1]}") from None
+        finally:
+            self.open.__exit__(kind, error, trace)
 
     def refuse_overwriting(self) -> None:
         """Raise DoRAError if the folder has a run and this one does not resume it."""
@@ -1022,10 +1088,26 @@ class Run:
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        self.bar.set_postfix({key: line[key] for key in ("loss", "live", "budget")})
+        self.bar.set_postfix({key: line[key] for key in ("loss", "live", "parameters")})
+        self.warn_of_a_rising_loss(line["lr"])
         if self.writes:
             with open(self.metrics, "a") as f:
                 f.write(json.dumps(line) + "\n")
+
+    def warn_of_a_rising_loss(self, lr: float) -> None:
+        """Say once that the mean of the last 50 losses is 1.5 times the lowest that it has been.
+
+        In the runs of benchmarks/README.md that did not collapse it rose to 1.26 times at most.
+        """
+        if len(self.losses) < 50 or self.warned:
+            return
+        mean = torch.stack(list(self.losses)).mean().item()
+        self.lowest_loss = min(self.lowest_loss, mean)
+        if mean > 1.5 * self.lowest_loss:
+            self.warned = True
+            say(f"step {self.step}: the training loss has risen from {self.lowest_loss:.3g} to "
+                f"{mean:.3g} (means of 50 steps), at learning rate {lr:.3g}; if it does not fall "
+                f"again, start with a lower --lr")
 
     def check(self, loss: float, norm: float) -> None:
         """Raise NotFiniteError if the loss, the gradient or a weight is not finite, and DoRAError
@@ -1045,12 +1127,20 @@ class Run:
     def record(self, epoch: float, scores: dict[str, float], model_dir: Path) -> None:
         """Keep an epoch's scores, and the weights if it is the best since the last pruning."""
         headline = next(iter(scores))
+        best = self.best if self.pruner.done else self.best_above_budget
         self.records.append({"epoch": round(epoch, 3), "step": self.step, **scores})
-        if self.pruner.done and (self.best is None or scores[headline] > self.best[headline]):
-            self.best = self.records[-1]
-            self.save_best(model_dir)
-        say(f"epoch {round(epoch, 3):g}  "
-            + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        if best is None or scores[headline] > best[headline]:
+            if self.pruner.done:
+                self.best = self.records[-1]
+                self.save_best(model_dir)
+            else:
+                self.best_above_budget = self.records[-1]
+
+        say(f"epoch {round(epoch, 3):g}  {in_words(scores)}")
+        if scores["spread"] < COLLAPSED:
+            lr = self.optimizer.param_groups[0]["lr"]
+            say(f"step {self.step}: {collapse(scores['spread'])}, at learning rate {lr:.3g}; start "
+                f"again with a lower --lr, such as {self.config.lr / 4:.2g}")
 
     def save_best(self, model_dir: Path) -> None:
         """Save the adapter with its head, or the whole model if there is no adapter."""
@@ -1077,6 +1167,10 @@ class Run:
                  "step": self.step,
                  "records": self.records,
                  "best": self.best,
+                 "best_above_budget": self.best_above_budget,
+                 "losses": list(self.losses),
+                 "lowest_loss": self.lowest_loss,
+                 "warned": self.warned,
                  "weights": {k: p for k, p in self.model.named_parameters() if p.requires_grad},
                  "optimizer": self.optimizer.state_dict(),
                  "pruner": self.pruner.state_dict(),
@@ -1112,7 +1206,9 @@ class Run:
         set_random_states(state["rng"], self.device)
         if self.writes:
             os.truncate(self.metrics, state["metrics_size"])  # later steps will be repeated
-        self.step, self.records, self.best = state["step"], state["records"], state["best"]
+        for name in ("step", "records", "best", "best_above_budget", "lowest_loss", "warned"):
+            setattr(self, name, state[name])
+        self.losses.extend(loss.to(self.device) for loss in state["losses"])
 
     def stop_after_a_signal(self, total: int) -> None:
         """Raise Interrupted if Ctrl-C or SIGTERM arrived. Call this when the state is saved."""
@@ -1127,6 +1223,18 @@ class Run:
             write_json(self.folder / "ranks.json", ranks)
             write_json(self.folder / "result.json", result)
         return {**result, "ranks": ranks, "folder": str(self.folder)}
+
+
+def in_words(scores: dict[str, float]) -> str:
+    """Return metrics as text, without the spread."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items()
+                     if not name.startswith("spread"))
+
+
+def collapse(spread: float) -> str:
+    """Return what a small spread of the outputs means."""
+    return (f"the outputs on dev are nearly constant (standard deviation {spread:.1g}): the model "
+            f"has collapsed")
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
@@ -1234,7 +1342,7 @@ def toy(config: TrainConfig) -> dict[str, Any]:
     def run(name: str, model_dir: Path, what: str, **changes: Any) -> tuple[str, dict[str, Any]]:
         say(f"--- {what}")
         settings = {"data_dir": str(root), "model_dir": str(model_dir), "out": str(root / name),
-                    "max_len": 48, **changes}
+                    "max_len": min(config.max_len, 48), **changes}  # no text is longer
         return what, train(dataclasses.replace(config, **settings))
 
     no_adapter = dataclasses.asdict(DoRAConfig(**METHODS["lora"]))
@@ -1297,9 +1405,6 @@ def failed(message: str) -> int:
 
 def run_command(flags: dict[str, Any]) -> None:
     """Do what the flags of a command line ask for. Raises DoRAError or DataError for bad ones."""
-    if flags.get("task", "toy") == "toy" and not (
-            flags["eval_only"] or {"data_dir", "out"} & flags.keys()):
-        flags["out"] = tempfile.mkdtemp(prefix="dora-toy-")
     settings = dict(flags)
     seeds, eval_only, adapter, split = (
         settings.pop(name) for name in ("seeds", "eval_only", "adapter", "predict"))
@@ -1312,14 +1417,20 @@ def run_command(flags: dict[str, Any]) -> None:
     if split:
         check_test_files(configs[0], split)
 
+    is_toy = configs[0].task == "toy" and not (eval_only or configs[0].data_dir)
+    if is_toy and not flags.get("out"):
+        flags["out"] = tempfile.mkdtemp(prefix="dora-toy-")  # main names it if interrupted
+        configs = [dataclasses.replace(config, out=flags["out"]) for config in configs]
+    if len(seeds) > 1 and flags.get("out"):
+        configs = [dataclasses.replace(config, out=f"{config.out}/seed-{config.seed}")
+                   for config in configs]
+
     results = []
     for config in configs:
-        if len(seeds) > 1 and config.out:
-            config = dataclasses.replace(config, out=f"{config.out}/seed-{config.seed}")
         if eval_only:
             evaluate_only(config, adapter, split)
             continue
-        result = (toy if config.task == "toy" and not config.data_dir else train)(config)
+        result = toy(config) if is_toy else train(config)
         results.append(result)
         show(result)
         if split:
@@ -1341,6 +1452,11 @@ def show(result: dict[str, Any]) -> None:
         f"trained {result['trainable_parameters']:,} parameters, {result['head_parameters']:,} of "
         f"them in the head; adapter {result['adapter_parameters']:,}, after pruning "
         f"{result['adapter_parameters_after_pruning']:,}\nfiles in {result['folder']}")
+    if above := result["best_above_budget"]:
+        say(f"before the last pruning, and so above the budget: {metric} {above[metric]:.4f} after "
+            f"epoch {above['epoch']:g} (not saved)")
+    if result["collapsed"]:
+        say("the model has collapsed, so neither the score nor the ranks mean anything")
     if result["ranks"]:
         say(f"live components, layer by matrix:\n{rank_map(result['ranks'])}")
 
@@ -1367,13 +1483,17 @@ def evaluate_only(config: TrainConfig, adapter: str | Path | None, split: str | 
         raise DoRAError(f"{model_dir}: its weights and config.json have no head for {task.name} "
                         f"({label_text(task)}); name a trained adapter with --adapter RUN/adapter")
     scores = evaluate_dev(model, load_dev(task, load), task)
-    say("  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    say(in_words(scores))
+    if scores["spread"] < COLLAPSED:
+        say(collapse(scores["spread"]))
 
     folder = Path(config.out or Path(adapter or model_dir).parent) / "submission"
     for name, part in submission_files(task, split):
         predictions = predict(model, load(part, name))
         if process()[0] == 0:
-            say(f"wrote {data.write_submission(TASKS[name], part, predictions, folder)}")
+            with naming(folder):
+                path = data.write_submission(TASKS[name], part, predictions, folder)
+            say(f"wrote {path}")
 
 
 def submission_files(task: Task, split: str | None) -> list[tuple[str, str]]:
@@ -1451,7 +1571,7 @@ def flag_options(name: str, hint: Any) -> dict[str, Any]:
     choices = get_args(hint) if get_origin(hint) is Literal else [
         *tables.get(name, ()), *["none"] * (name in CHOICES)]
     kind = str if choices else kind
-    return {"type": partial(parse_value, kind, type(None) in more),
+    return {"type": functools.partial(parse_value, kind, type(None) in more),
             "metavar": f"{{{','.join(choices)}}}" if choices else kind.__name__.upper(),
             "nargs": "+" if get_origin(hint) is tuple else None}
 
@@ -1466,6 +1586,8 @@ def help_text(name: str, text: str) -> str:
     others = "".join(f"; {method}: {shown(row[name])}" for method, row in rows.items()
                      if row.get(name, default) != default)
     default = "the task's, paper's Table 8" if name in COLUMNS_8 else shown(default)
+    if name == "lr":
+        others += "".join(f"; {method}: {x:g} of it" for method, x in LR_FACTOR.items())
     bounds = f"{ranges[name]}; " if name in ranges else ""
     return f"{text} ({bounds}default: {default}{others})".replace("%", "%%")
 

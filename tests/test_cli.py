@@ -1,4 +1,5 @@
-"""train_glue.py: flags, defaults, what main prints and returns, --eval-only, --predict, --seeds."""
+"""Every setting is a flag, every flag has an effect or is refused in one line before anything is
+trained; main prints the scores and returns 0, 2 for bad input, 128 + signal if interrupted."""
 import dataclasses
 import json
 import re
@@ -6,12 +7,13 @@ import shutil
 import statistics
 
 import pytest
-from tiny import files, flags, result, run, same_runs, settings, tiny_model
+from tiny import files, flags, result, run, same_runs, run_settings, tiny_model
 
 import data
 import train_glue
 from dora import METHODS, DoRAConfig, read_safetensors, write_safetensors
-from train_glue import COLUMNS_8, TABLE_8, TrainConfig, main, make_config, make_parser, save_model
+from train_glue import (
+    COLUMNS_8, TABLE_8, TrainConfig, help_of, main, make_config, make_parser, save_model)
 
 
 def parsed(*words):
@@ -41,12 +43,25 @@ def test_every_setting_is_a_flag():
     """The names of both dataclasses' fields, as flags, against the parser's; each has its help and
     default in --help."""
     text = re.sub(r"\s+", " ", make_parser().format_help())
-    for config in (TrainConfig, DoRAConfig):
-        for f in dataclasses.fields(config):
-            if f.name not in ("seed", "dora"):
-                assert f"--{f.name.replace('_', '-')}" in text
-                default = "the task's, paper's Table 8" if f.name in COLUMNS_8 else f.default
-                assert f"{f.metadata['help']} (default: {default})" in text, f.name
+    comments = {**help_of(TrainConfig), **help_of(DoRAConfig)}
+    assert comments.keys() == {f.name for f in dataclasses.fields(TrainConfig)}
+    for f in dataclasses.fields(TrainConfig):
+        if f.name != "seed":
+            assert f"--{f.name.replace('_', '-')}" in text and comments[f.name] in text, f.name
+            default = "the task's, paper's Table 8" if f.name in COLUMNS_8 else f.default
+            default = {None: "none"}.get(default, default)
+            default = " ".join(default) if isinstance(default, tuple) else default
+            assert f"default: {default}" in text.split(comments[f.name])[1].split("--")[0], f.name
+
+
+def test_help_shows_tasks_ranges_and_the_methods_defaults():
+    """What a user needs for a choice: the tasks, a range, the choices, other methods' defaults."""
+    text = re.sub(r"\s+", " ", make_parser().format_help())
+    for part in ("--task {cola,sst2,", "AdamW (> 0; default: the task's, paper's Table 8; bitfit: "
+                 "0.001; full: 2e-05)", "(>= 0, < 1; default: 0.06)",
+                 "{slow_first,fast_first,none}",
+                 "(default: fast_first; paper: slow_first; lora: none)"):
+        assert part in text, part
 
 
 @pytest.mark.parametrize("flag, field, value", [
@@ -67,19 +82,20 @@ def test_flags_of_the_run(flag, field, value):
     ("--start-rank none", "start_rank", None), ("--eta 0", "eta", 0.0),
     ("--beta2 none", "beta2", None), ("--targets query value", "targets", ("query", "value")),
     ("--interval 3", "interval", 3), ("--importance norm", "importance", "norm"),
-    ("--schedule dora", "schedule", "dora"),
+    ("--schedule slow_first", "schedule", "slow_first"),
     ("--penalty none", "penalty", None), ("--init kaiming", "init", "kaiming"),
     ("--dropout-on input", "dropout_on", "input"), ("--final-phase 0.2", "final_phase", 0.2)])
 def test_flags_of_the_method(flag, field, value):
     """The same for the settings of dora.py."""
-    found = getattr(parsed(*flag.split()).dora, field)
+    method = "paper" if field == "eps" else "dora"
+    found = getattr(parsed("--method", method, *flag.split()), field)
     assert tuple(found) == value if isinstance(value, tuple) else found == value
 
 
 def test_two_flags_without_pruning():
     """--importance none --schedule none is plain training of all components."""
-    dora = parsed(*"--importance none --schedule none".split()).dora
-    assert dora.importance is None and dora.schedule is None and dora.r_prime == 2
+    config = parsed(*"--importance none --schedule none".split())
+    assert config.importance is None and config.schedule is None and config.r_prime == 2
 
 
 @pytest.mark.parametrize("words, says", [
@@ -91,13 +107,14 @@ def test_two_flags_without_pruning():
     ("--rank 3 --start-rank 2", "start_rank = 2 is below rank"), ("--rank 0", "rank = 0"),
     ("--importance none", "both"), ("--no-gate", "gate = False"), ("--ep 3", "--ep"),
     ("--initial-phase 0.9", "leave no step to prune in"), ("--targets qkv", "candidates"),
-    ("--max-len 1000", "--max-len"), ("--device tpu", "--device cpu"), ("--init foo", "init = foo"),
+    ("--max-len 1000", "--max-len"), ("--device tpu", "--device cpu"),
+    ("--init foo", "init = 'foo'"),
     ("--eval-only --adapter nowhere", "nowhere"),
     ("--task toy --predict test", "toy has no split 'test'")])
 def test_bad_flags(tmp_path, capsys, words, says):
     """Unknown flags, values of another type, out of range or that do not go together: exit code 2
     and one line (argparse adds one of usage) that names the flag or setting; no run folder."""
-    given = settings(tmp_path / "out")              # of a flag that stands twice, the last counts
+    given = run_settings(tmp_path / "out")          # of a flag that appears twice, the last counts
     assert says in failed(capsys, *flags(**given), *words.split())
     assert not (tmp_path / "out").exists()
 
@@ -114,16 +131,16 @@ def test_table_8(task, lr, batch, epochs, eta, interval):
     for goes first."""
     config = parsed("--task", task)
     assert (config.lr, config.batch_size, config.epochs) == (lr, batch, epochs)
-    assert (config.dora.eta, config.dora.interval) == (eta, interval)
+    assert (config.eta, config.interval) == (eta, interval)
     assert (config.weight_decay, config.clip, config.warmup) == (0.01, 1.0, 0.06)
     assert parsed("--task", task, "--lr", "0.125").lr == 0.125
-    assert parsed("--task", task, "--eta", "0.125").dora.eta == 0.125
+    assert parsed("--task", task, "--eta", "0.125").eta == 0.125
 
 
 def test_every_task_has_defaults():
-    """Each row of TASKS that can be trained has a row of defaults, but for the pretraining of the
-    toy, which sets its own."""
-    assert {n for n, t in data.TASKS.items() if "train" in t.files} - {"toy-pretrain"} == {*TABLE_8}
+    """Every GLUE task has a row of defaults. (A task of one's own has TrainConfig's.)"""
+    glue = {"cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"}
+    assert {*TABLE_8} == glue | {"toy"} and {*TABLE_8} <= {*data.TASKS}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -131,16 +148,17 @@ def test_methods_are_rows(method):
     """A method's settings are the row of METHODS on top of the task's and the defaults; a flag
     goes before both."""
     config = parsed("--task", "cola", "--method", method)
-    task = {"eta": 0.3, "interval": 10}
-    assert config.dora == DoRAConfig(**{**task, **METHODS[method]})
-    assert parsed("--method", method, "--alpha", "3").dora.alpha == 3
+    expected = DoRAConfig(**{"eta": 0.3, "interval": 10, **METHODS[method]})
+    for f in dataclasses.fields(DoRAConfig):
+        assert getattr(config, f.name) == getattr(expected, f.name), f.name
+    assert parsed("--method", method, "--alpha", "3").alpha == 3
 
 
 @pytest.mark.parametrize("method, lr", [("full", 2e-5), ("bitfit", 1e-3), ("head", 2e-3)])
 def test_methods_without_adapter(method, lr):
     """Full fine-tuning and biases alone have learning rates of their own, all three no pruning."""
     config = parsed("--task", "cola", "--method", method)
-    assert config.lr == lr and config.dora.schedule is None
+    assert config.lr == lr and config.schedule is None
 
 
 # ---- main ---------------------------------------------------------------------------------------
@@ -148,7 +166,7 @@ def test_methods_without_adapter(method, lr):
 def test_a_run_from_the_command_line(tmp_path, capsys):
     """main's run equals train()'s bit for bit, returns 0, and prints score, parameter counts
     before and after pruning, and the rank map."""
-    assert main(flags(**settings(tmp_path / "main"))) == 0
+    assert main(flags(**run_settings(tmp_path / "main"))) == 0
     text = capsys.readouterr().out
     found = run(tmp_path / "train")
     same_runs(tmp_path / "main", tmp_path / "train")
@@ -167,7 +185,7 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
 def test_three_seeds(tmp_path, capsys):
     """--seeds 3 1 2: a folder each, equal to single runs, then median, mean and standard
     deviation."""
-    assert main([*flags(**settings(tmp_path / "all")), "--seeds", "3", "1", "2"]) == 0
+    assert main([*flags(**run_settings(tmp_path / "all")), "--seeds", "3", "1", "2"]) == 0
     text = capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "all").iterdir()) == ["seed-1", "seed-2", "seed-3"]
     run(tmp_path / "two", seed=2)
@@ -186,7 +204,7 @@ def test_eval_only(tmp_path, capsys, monkeypatch, method):
     real = train_glue.evaluate_dev
     monkeypatch.setattr(
         train_glue, "evaluate_dev", lambda *a: scores.append(real(*a)) or scores[-1])
-    given = settings(tmp_path / "out", method=method, epochs=4)
+    given = run_settings(tmp_path / "out", method=method, epochs=4)
     found = run(**given)
     n = len(scores)
     capsys.readouterr()
@@ -205,7 +223,7 @@ def test_eval_only(tmp_path, capsys, monkeypatch, method):
 def test_eval_only_without_a_head(tmp_path, capsys):
     """--eval-only on an encoder whose file has no head, without an adapter: refused, a random head
     would be scored."""
-    given = settings(tmp_path / "out")
+    given = run_settings(tmp_path / "out")
     shutil.copytree(given["model_dir"], tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"
     write_safetensors(path, {key: tensor.clone() for key, tensor in read_safetensors(path).items()
@@ -215,12 +233,108 @@ def test_eval_only_without_a_head(tmp_path, capsys):
     assert "have no head for toy" in line and "--adapter" in line
 
 
-def test_an_adapter_for_another_task(tmp_path, capsys):
-    """An adapter with a head for two classes on a task with four: refused by name."""
-    run(tmp_path / "out", max_steps=5, interval=1)
-    words = flags(**settings(tmp_path / "out", task="toy-pretrain"))
-    line = failed(capsys, *words, "--eval-only", "--adapter", str(tmp_path / "out" / "adapter"))
-    assert "classifier.out_proj" in line and "another task or base model" in line
+def test_an_adapter_for_another_task(tmp_path, capsys, monkeypatch):
+    """T2: an adapter names its task and labels: with another task, or the same labels in another
+    order, it is refused. A file without metadata, as PEFT writes it, is accepted."""
+    run(tmp_path / "out", max_steps=8, interval=1)
+    path = tmp_path / "out" / "adapter" / "adapter_model.safetensors"
+    words = ["--eval-only", "--adapter", str(tmp_path / "out" / "adapter")]
+    given = run_settings(tmp_path / "out")
+    line = failed(capsys, *flags(**{**given, "task": "toy-pretrain"}), *words)
+    assert "was trained with task = toy, not toy-pretrain" in line
+
+    with monkeypatch.context() as patch:
+        swapped = data.TASKS["toy"]._replace(labels=("1", "0"))
+        patch.setitem(data.TASKS, "toy", swapped)
+        line = failed(capsys, *flags(**given), *words)
+        assert "was trained with labels = 0, 1, not 1, 0" in line
+
+    write_safetensors(path, {k: t.clone() for k, t in read_safetensors(path).items()})
+    assert main([*flags(**given), *words]) == 0
+
+
+def test_eval_only_of_a_runs_folder(tmp_path, capsys):
+    """A9: --adapter RUN finds RUN/adapter; another --max-len than in training is mentioned."""
+    run(tmp_path / "out", max_steps=8, interval=1)
+    words = ["--eval-only", "--adapter", str(tmp_path / "out")]
+    given = run_settings(tmp_path / "other")
+    assert main([*flags(**given), *words]) == 0
+    first = capsys.readouterr().out.splitlines()
+    assert main([*flags(**{**given, "max_len": 8}), *words]) == 0
+    second = capsys.readouterr().out
+    assert "note: " not in first[0] and "was trained with --max-len 48" in second
+
+
+def test_an_adapter_without_eval_only(tmp_path, capsys):
+    """A9: --adapter alone would train from scratch without a word: refused."""
+    words = flags(**run_settings(tmp_path / "out"))
+    assert "only for --eval-only" in failed(capsys, *words, "--adapter", "x")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words, says", [
+    ("--method bitfit --rank 5", "rank = 5.0 has no effect with method = bitfit"),
+    ("--method full --targets query", "targets = ('query',) has no effect with method = full"),
+    ("--method head --eta 0.1", "eta = 0.1 has no effect with method = head"),
+    ("--method lora --interval 3", "interval = 3 has no effect with schedule = none"),
+    ("--method lora --eta 0.1", "eta = 0.1 has no effect with schedule = none"),
+    ("--penalty none --eta 0.1", "eta = 0.1 has no effect with penalty = none"),
+    ("--eps 1e-4", "eps = 0.0001 has no effect with importance = sensitivity"),
+    ("--seeds 5 5", "name each seed once"),
+    ("--rank 500", "has at most rank 32"), ("--start-rank 40", "start_rank = 40: "),
+    ("--device meta", "--device cpu"), ("--dtype float64 --device mps", "mps has no float64")])
+def test_flags_without_effect(tmp_path, capsys, words, says):
+    """A9: a flag that this run would ignore, or a rank that no matrix can have, is refused."""
+    given = run_settings(tmp_path / "out")
+    del given["interval"], given["budget_unit"]
+    assert says in failed(capsys, *flags(**given), *words.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target, name", [
+    ("out_proj", "classifier.out_proj"), ("classifier.dense", "classifier.dense"),
+    ("dense", "classifier.dense"), ("classifier", "classifier"), ("nothing", "")])
+def test_targets_in_the_head(tmp_path, capsys, target, name):
+    """A1: the head trains as a whole, so that no target may be in it; none is offered either."""
+    words = [*flags(**run_settings(tmp_path / "out")), "--targets", "query", target]
+    line = failed(capsys, *words)
+    assert f"{target!r} matches {name or 'no module'}" in line
+    assert "candidates: attention.output.dense, attention.self.key" in line
+    assert "classifier" not in line.split("candidates")[1] and not (tmp_path / "out").exists()
+
+
+def test_predict_looks_for_the_test_file_first(tmp_path, capsys):
+    """A11: --predict test without test.tsv is refused before anything is trained."""
+    fake_task(tmp_path, "cola")
+    (tmp_path / "CoLA" / "test.tsv").unlink()
+    words = flags(**run_settings(tmp_path / "out", task="cola", data_dir=str(tmp_path)))
+    line = failed(capsys, *words, "--predict", "test")
+    assert "CoLA/test.tsv not found" in line and not (tmp_path / "out").exists()
+
+
+def test_three_dev_files(tmp_path, monkeypatch):
+    """T3: a row of one's own with three dev files and two metrics: each metric is averaged over
+    the files on its own, and each file keeps its name."""
+    files = {"train": "train.tsv", "dev": "a.tsv", "dev_b": "b.tsv", "dev_c": "c.tsv"}
+    monkeypatch.setitem(data.TASKS, "mine", data.Task(
+        "mine", "mine", ("review",), "stars", ("f1", "accuracy"), ("bad", "good"), files=files))
+    (tmp_path / "mine").mkdir()
+    for n, name in enumerate(files.values()):
+        rows = [f"{'bad' if i % (n + 2) else 'good'}\tthe dog number {i}" for i in range(12)]
+        (tmp_path / "mine" / name).write_text("\n".join(["stars\treview", *rows]) + "\n")
+    best = run(tmp_path / "out", task="mine", data_dir=str(tmp_path), max_steps=8)["best"]
+    for metric in ("f1", "accuracy"):
+        each = [best[f"{metric}_{split}"] for split in ("dev", "dev_b", "dev_c")]
+        assert best[metric] == statistics.mean(each)
+    assert list(best)[2:4] == ["f1", "accuracy"] and len(best) == 2 + 2 * 4
+
+
+def test_a_task_without_a_dev_file(tmp_path, capsys, monkeypatch):
+    """T3: a row with a train file alone is refused before training."""
+    toy = data.TASKS["toy"]._replace(files={"train": "train.tsv"})
+    monkeypatch.setitem(data.TASKS, "toy", toy)
+    line = failed(capsys, *flags(**run_settings(tmp_path / "out")))
+    assert "toy" in line and "dev" in line and not (tmp_path / "out").exists()
 
 
 def test_your_own_task(tmp_path, monkeypatch):
@@ -274,8 +388,8 @@ def test_predict(tmp_path, capsys, name, method, expected):
     """--predict test after a run, and again with --eval-only: the same files, with GLUE's names,
     header, row count, index and label words (MNLI's two and AX from one run)."""
     fake_task(tmp_path, name)
-    given = settings(tmp_path / "out", task=name, data_dir=str(tmp_path), method=method,
-                     max_steps=6, interval=1)
+    given = run_settings(tmp_path / "out", task=name, data_dir=str(tmp_path), method=method,
+                     max_steps=8)
     assert main([*flags(**given), "--predict", "test"]) == 0
     folder = tmp_path / "out" / "submission"
     assert {p.stem for p in folder.iterdir()} == {*expected}
@@ -301,7 +415,7 @@ def test_predict(tmp_path, capsys, name, method, expected):
 def test_the_toy_takes_no_model(tmp_path, capsys):
     """--model-dir without --data-dir, which the toy would ignore, is refused."""
     words = "--model-dir", "m", "--out", str(tmp_path / "out")
-    assert "--model-dir name a --task and --data-dir" in failed(capsys, *words)
+    assert "--model-dir, choose a --task and --data-dir" in failed(capsys, *words)
     assert not (tmp_path / "out").exists()
 
 
@@ -323,9 +437,11 @@ def test_the_toy(tmp_path, capsys):
 
 
 def test_a_model_that_does_not_fit_its_tokenizer(tmp_path, capsys):
-    """A model with fewer tokens than vocab.json, as of another folder: refused, with both
-    numbers."""
+    """A model with fewer tokens than its tokenizer, or fewer positions than max_len: each refused
+    with both numbers, in a message of its own."""
     shutil.copytree(files()[1], tmp_path / "m")
     save_model(tiny_model(vocab_size=400), tmp_path / "m")
-    line = failed(capsys, *flags(**settings(tmp_path / "out", model_dir=str(tmp_path / "m"))))
-    assert "400 tokens" in line and "437" in line
+    line = failed(capsys, *flags(**run_settings(tmp_path / "out", model_dir=str(tmp_path / "m"))))
+    assert "437 tokens" in line and "400" in line and "max_len" not in line
+    line = failed(capsys, *flags(**run_settings(tmp_path / "out", max_len=63)))
+    assert "max_len = 63" in line and "has 62 positions" in line and "tokens" not in line

@@ -171,6 +171,78 @@ def test_missing_files(tmp_path, toy):
         data.load_task("rte", tmp_path, "train", toy, 128)
 
 
+def test_wrong_folders_name_their_flag_only(tmp_path, toy):
+    """A wrong --data-dir or --model-dir: the message has this flag and not the other one."""
+    with pytest.raises(DataError, match="--data-dir") as caught:
+        data.load_task("rte", tmp_path / "no-such-folder", "train", toy, 128)
+    assert "--model-dir" not in str(caught.value)
+    for folder in (tmp_path / "no-such-folder", tmp_path):
+        with pytest.raises(DataError, match="--model-dir") as caught:
+            BPE(folder)
+        assert "--data-dir" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "\n", "\ufeff", "\r\n", "\n\n"])
+@pytest.mark.parametrize("name", ["rte", "cola"])
+def test_an_empty_file_is_called_empty(name, text, tmp_path, toy):
+    """A file without anything in it, with a header line or without in its format: says empty."""
+    path = put(tmp_path, text, name)
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}: the file is empty; "):
+        data.load_task(name, tmp_path, "train", toy, 128)
+
+
+def test_a_git_lfs_pointer_is_called_one(tmp_path, toy):
+    """What git leaves in the place of a large file that was not pulled: the line has the remedy."""
+    put(tmp_path, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "rte")
+    with pytest.raises(DataError, match="git-lfs pointer.*run git lfs pull"):
+        data.load_task("rte", tmp_path, "train", toy, 128)
+
+
+@pytest.mark.parametrize("blank", ["\n", "\n\n", "\r\n", "\r\n\r\n"])
+def test_blank_lines(blank, tmp_path, toy):
+    """Blank lines at the end change nothing; one in the middle is an error with its line number; in
+    a file of one column each is a row with an empty text."""
+    put(tmp_path, RTE, "rte")
+    expected = data.load_task("rte", tmp_path, "train", toy, 128)
+    put(tmp_path, RTE + blank, "rte")
+    assert data.load_task("rte", tmp_path, "train", toy, 128) == expected
+    put(tmp_path, RTE + blank + "2\tx\ty\tentailment\n", "rte")
+    with pytest.raises(DataError, match="line 4: a blank line, expected 4 columns"):
+        data.load_task("rte", tmp_path, "train", toy, 128)
+
+    path = tmp_path / "SST-2" / "test.tsv"
+    path.parent.mkdir()
+    path.write_bytes(b"sentence\nlow\n" + blank.encode() + b"slow\n" + blank.encode())
+    examples = data.load_task("sst2", tmp_path, "test", toy, 128)
+    empty = [Example([0, 2], None)] * blank.count("\n")
+    assert examples == [Example([0, *toy.encode("low"), 2], None), *empty,
+                        Example([0, *toy.encode("slow"), 2], None), *empty]
+
+
+NFC, NFD = "n\xe9gatif", "ne\u0301gatif"
+
+
+@pytest.mark.parametrize("labels, cell, says", [
+    ((NFC, "positif"), NFD, r"'ne\u0301gatif'), expected 'négatif' ('n\xe9gatif') or 'positif'"),
+    ((NFD, "positif"), NFC, r"('ne\u0301gatif') or 'positif'"),
+    (("bad", "good"), "b\u0430d", r"('b\u0430d'), expected 'bad' or 'good'"),  # a Cyrillic a
+    (("bad", "good"), "good\u200b", r"label is 'good\u200b', expected 'bad'"),
+    (("bad", "good"), "good ", "label is 'good ', expected 'bad'")])
+def test_labels_that_look_alike(labels, cell, says, tmp_path, toy, monkeypatch):
+    """T17: a label in another Unicode form, alphabet or spacing: the message shows how it differs
+    from what is expected. A column of the header likewise."""
+    monkeypatch.setitem(TASKS, "mine", Task("mine", "m", ("text",), "label", ("accuracy",), labels))
+    put(tmp_path, f"text\tlabel\nlow\t{cell}\n", "mine")
+    with pytest.raises(DataError, match=re.escape(says)):
+        data.load_task("mine", tmp_path, "train", toy, 128)
+
+    monkeypatch.setitem(TASKS, "mine", TASKS["mine"]._replace(label=labels[0]))
+    put(tmp_path, f"text\t{cell}\nlow\t1\n", "mine")
+    with pytest.raises(DataError, match=r"no column '") as caught:
+        data.load_task("mine", tmp_path, "train", toy, 128)
+    assert ascii(cell) in str(caught.value)
+
+
 def test_known_bad_rows_are_counted(tmp_path, toy, capsys):
     """QQP: up to 100 malformed train or dev rows are left out and reported in one line; one more,
     or any in a test file (whose rows must keep their places), is an error."""
@@ -203,7 +275,7 @@ def test_labels(tmp_path, toy):
 
 
 def test_a_task_of_your_own(tmp_path, toy, monkeypatch):
-    """One more row of TASKS loads a TSV of one's own, with two labels or with real numbers."""
+    """One more row of TASKS loads your own TSV file, with two labels or with real numbers."""
     monkeypatch.setitem(TASKS, "mine", Task(
         "mine", "my_folder", ("review",), "stars", ("accuracy",), ("bad", "good")))
     monkeypatch.setitem(TASKS, "real", Task(
@@ -214,6 +286,97 @@ def test_a_task_of_your_own(tmp_path, toy, monkeypatch):
     assert toy.decode(examples[1].ids[1:-1]) == "Meh"
     put(tmp_path, "mark\ta\tb\n7.5\tx\ty\n", "real")
     assert data.load_task("real", tmp_path, "train", toy, 128)[0].label == 0.75
+
+
+def test_three_dev_files(tmp_path, toy, monkeypatch):
+    """T3: a task with three dev files and two metrics: each file loads under its own name and has
+    its own scores, each metric by name. Two test files without names of their own make two
+    submission files."""
+    monkeypatch.setitem(TASKS, "mine", Task(
+        "mine", "m", ("text",), "label", ("accuracy", "f1"), files={
+            "train": "train.tsv", "dev": "a.tsv", "dev_b": "b.tsv", "dev_c": "c.tsv",
+            "test": "test.tsv", "test_b": "test_b.tsv"}))
+    put(tmp_path, "text\tlabel\nx\t1\n", "mine")
+    labels = {"dev": [0, 1], "dev_b": [1, 1, 0], "dev_c": [0]}
+    for split, values in labels.items():
+        rows = "".join(f"low\t{value}\n" for value in values)
+        (tmp_path / "m" / TASKS["mine"].files[split]).write_text("text\tlabel\n" + rows)
+    for split, values in labels.items():
+        examples = data.load_task("mine", tmp_path, split, toy, 128)
+        assert [example.label for example in examples] == values
+        ones = [1] * len(values)
+        assert data.score(TASKS["mine"], ones, values) == {
+            "accuracy": data.accuracy(ones, values), "f1": data.f1(ones, values)}
+
+    paths = {data.write_submission(TASKS["mine"], split, [0], tmp_path).name
+             for split in ("test", "test_b")}
+    assert paths == {"m.tsv", "m-b.tsv"}
+
+
+GOOD_ROW = Task("mine", "m", ("review",), "stars", ("accuracy",))
+BAD_ROWS_OF_TASKS = {    # case: (what is wrong with the row, what the message must say)
+    "a metric misspelt": (dict(metrics=("acuracy",)), "unknown metric 'acuracy', expected one of "),
+    "a second metric unknown": (dict(metrics=("accuracy", "precision")), "unknown metric 'precis"),
+    "no metric": (dict(metrics=()), "metrics is empty"),
+    "metrics a string": (dict(metrics=("f1")), "metrics = 'f1', expected a tuple of strings"),
+    "texts a string": (dict(texts=("review")), "texts = 'review', expected a tuple of strings"),
+    "labels a string": (dict(labels="01"), "labels = '01', expected a tuple of strings"),
+    "columns a string": (dict(columns="review"), "columns = 'review', expected a tuple of strings"),
+    "labels are numbers": (dict(labels=(0, 1)), "labels = (0, 1), expected a tuple of strings"),
+    "labels a dict": (dict(labels={"bad": 0}), "labels = {'bad': 0}, expected a tuple"),
+    "a label twice": (dict(labels=("bad", "bad")), "has a duplicate"),
+    "one label": (dict(labels=("bad",)), "expected at least two"),
+    "no text": (dict(texts=()), "expected one or two columns"),
+    "three texts": (dict(texts=("a", "b", "c")), "expected one or two columns"),
+    "the label is a text": (dict(texts=("stars",)), "is also a text"),
+    "no label column": (dict(label=""), "label = '', expected a string"),
+    "a column that is not in columns": (dict(columns=("review", "star")), "lacks stars"),
+    "matthews of three": (dict(metrics=("matthews",), labels=("a", "b", "c")), "is for two labels"),
+    "f1 of three": (dict(metrics=("f1",), labels=("a", "b", "c")), "f1 is for two labels"),
+    "matthews of numbers": (dict(metrics=("matthews",), labels=()), "is for two labels"),
+    "accuracy of numbers": (dict(labels=()), "accuracy is for classes"),
+    "no dev file": (dict(files={"train": "train.tsv", "test": "test.tsv"}), "no 'dev'"),
+    "no plain dev file": (dict(files={"train": "t.tsv", "dev_a": "a.tsv"}), "no 'dev'"),
+    "an unknown split": (dict(files={"train": "t", "dev": "d", "valid": "v"}), "names start with"),
+    "submissions a string": (dict(submissions="m"), "submissions = 'm', expected a dict"),
+    "one name for two submissions": (dict(submissions={"test": "m", "test_b": "m"}, files={
+        "train": "t", "dev": "d", "test": "e", "test_b": "f"}), "two test files have the"),
+    "no files": (dict(files={}), "files = {}, expected a dict"),
+    "a file without a name": (dict(files={"train": "t", "dev": None}), "expected a dict such as"),
+    "files a string": (dict(files="train.tsv"), "files = 'train.tsv', expected a dict"),
+    "top is zero": (dict(labels=(), metrics=("pearson",), top=0), "top = 0, expected a positive"),
+    "top is NaN": (dict(labels=(), metrics=("pearson",), top=math.nan), "top = nan, expected"),
+    "bad_rows below 0": (dict(bad_rows=-1), "bad_rows = -1, expected a whole number"),
+    "not a Task": (None, "expected a Task, found tuple"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS_OF_TASKS)
+def test_bad_rows_of_tasks(case, tmp_path, toy, monkeypatch):
+    """T4: a row of TASKS that cannot work is one line that names it, when it is looked up: before a
+    file is read, so before anything is trained."""
+    changes, says = BAD_ROWS_OF_TASKS[case]
+    row = tuple(GOOD_ROW) if changes is None else GOOD_ROW._replace(**changes)
+    monkeypatch.setitem(TASKS, "mine", row)
+    for use in (lambda: data.find_task("mine"), lambda: data.find_task("mine", "train"),
+                lambda: data.load_task("mine", tmp_path, "train", toy, 128)):
+        with pytest.raises(DataError, match=re.escape(says)) as caught:
+            use()
+        message = str(caught.value)
+        assert message.startswith("TASKS['mine']: ") and message.endswith("; fix the row")
+        assert "\n" not in message
+
+
+def test_good_rows_of_tasks(monkeypatch):
+    """T4: all rows of TASKS pass the checks, with AX's Matthews of three labels, which has no dev
+    file to be scored on, among them; so do lists and a metric of your own."""
+    for name in TASKS:
+        assert data.find_task(name) is TASKS[name]
+    assert TASKS["ax"].metrics == ("matthews",) and len(TASKS["ax"].labels) == 3
+    monkeypatch.setitem(data.METRICS, "mine", data.accuracy)
+    monkeypatch.setitem(TASKS, "mine", GOOD_ROW._replace(
+        metrics=["mine"], texts=["review"], labels=["a", "b", "c"]))
+    assert data.find_task("mine", "dev").num_labels == 3
 
 
 @needs_glue
@@ -339,6 +502,73 @@ def test_merges_in_the_order_of_the_file(roberta):
 
 
 @needs_model
+def test_a_long_word_takes_linear_time(roberta):
+    """T5: words of 16,000 and 64,000 random letters: the longer one takes less than eight times the
+    time of the shorter (16 times would be quadratic), which takes less than a second; and tokens of
+    400 letters equal all merges applied one after the other."""
+    rng = random.Random(0)
+    seconds = []
+    for n in (16_000, 64_000):
+        word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=n))
+        start = time.process_time()
+        tokens = roberta.merged(word)
+        seconds.append(time.process_time() - start)
+        assert "".join(tokens) == word
+    assert seconds[0] < 1 and seconds[1] < 8 * seconds[0] + 0.1
+    for letters in ("abcdefghijklmnopqrstuvwxyz", "ab", "a"):
+        word = "".join(rng.choices(letters, k=400))
+        assert roberta.merged(word) == naive_tokens(word, roberta.ranks)
+
+
+def test_no_more_is_encoded_than_max_len_can_need(toy, monkeypatch):
+    """T5: of a text of 5,000 words only about max_len are merged; ids are the start of all ids."""
+    met = []
+    monkeypatch.setattr(toy, "merged", lambda piece: met.append(piece) or BPE.merged(toy, piece))
+    words = [f"w{i}" for i in range(5000)]
+    text = "".join(words)
+    ids = data.encode_row(toy, [text], 32)
+    assert len(ids) == 32 and len(met) <= 62
+    rest = toy.encode(text)
+    assert ids[1:-1] == rest[:30]
+    assert [toy.encode(text, limit) for limit in (1, 7, 10**6)] == [rest[:1], rest[:7], rest]
+
+
+def test_encode_row_cuts_as_join_ids_does(toy):
+    """T5: for pairs and single texts of all lengths around the limit, and far beyond it, ids of
+    texts that were encoded in part equal the cut of all their ids."""
+    for max_len in range(5, 14):
+        for n in (*range(max_len + 3), 40, 41):
+            for m in (*range(max_len + 3), 40, 41):
+                texts = ["q" * n, "xy" * m]
+                ids = [toy.encode(text) for text in texts]
+                assert data.encode_row(toy, texts, max_len) == data.join_ids(ids, max_len), (n, m)
+            assert data.encode_row(toy, texts[:1], max_len) == data.join_ids(ids[:1], max_len)
+    with pytest.raises(DataError, match="no room for text"):
+        data.encode_row(toy, ["a", "b"], 4)
+
+
+def test_characters_newer_than_python(toy):
+    """T6: a character that Python's Unicode tables do not know counts as punctuation, as the
+    docstring says; its bytes are kept."""
+    assert unicodedata.category("\U0003fffd") == "Cn"      # unassigned in every version
+    assert BPE.pieces("a\U0003fffd's") == ["a", "\U0003fffd'", "s"]
+    assert toy.decode(toy.encode("a\U0003fffd's")) == "a\U0003fffd's"
+    assert "newer than Python's Unicode tables" in " ".join(data.ascii_like.__doc__.split())
+
+
+@pytest.mark.parametrize("text", ["\ud83d", "low \udc00 low", "a\ude00\ud83d", "\udcff"])
+def test_a_lone_surrogate_is_refused(text, toy, tmp_path):
+    """T7: half of a character, which UTF-8 cannot write, is one DataError in ASCII, whether a text
+    is encoded or learned from."""
+    for use in (lambda: toy.encode(text),
+                lambda: data.train_bpe([text], 3, tmp_path / "v.json", tmp_path / "m.txt")):
+        with pytest.raises(DataError, match=r"'\\ud[0-9a-f]{3}' is a lone surrogate") as caught:
+            use()
+        assert str(caught.value).isascii()
+    assert os.listdir(tmp_path) == []
+
+
+@needs_model
 def test_special_tokens_in_a_text_are_text(roberta):
     """The names of special tokens, written in a text, give no special id."""
     for name in ("<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|endoftext|>"):
@@ -352,6 +582,13 @@ def test_decode_of_half_a_character(toy):
     ids = toy.encode("é")
     assert len(ids) == 2 and toy.decode(ids) == "é" and toy.decode(ids[:1]) == "\ufffd"
     assert toy.decode([0, *toy.encode("low"), 2]) == "<s>low</s>"
+
+
+@pytest.mark.parametrize("i", [-1, 265, 10**9])
+def test_decode_of_an_id_that_does_not_exist(i, toy):
+    """Ids below 0 and from the vocabulary's size on are refused, not taken from its end."""
+    with pytest.raises(DataError, match=f"token id {i}: expected 0 to 264"):
+        toy.decode([5, i])
 
 
 def test_train_bpe_by_hand(toy_files, toy):
@@ -465,6 +702,164 @@ def test_good_variants_of_vocab_and_merges(toy_files, tmp_path, toy):
         assert BPE(tmp_path / "v", tmp_path / "m").ranks == toy.ranks
 
 
+def tokenizer_json(toy_files, as_text=False, **changes):
+    """What transformers 5 saves instead of the two files; changes by dotted name, with __."""
+    vocab = json.loads(toy_files[0].read_text())
+    merges = toy_files[1].read_text().splitlines()[1:]
+    special = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 264}
+    content = {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": token, "special": True}
+                         for token, i in special.items()],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                  "continuing_subword_prefix": "", "end_of_word_suffix": "",
+                  "byte_fallback": False, "ignore_merges": False, "vocab": vocab,
+                  "merges": merges if as_text else [line.split(" ") for line in merges]}}
+    for name, value in changes.items():
+        *outer, last = name.split("__")
+        place = content
+        for key in outer:
+            place = place[key]
+        place[last] = value
+    return content
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tokenizer_json(as_text, toy_files, toy, tmp_path):
+    """T8: a folder with tokenizer.json alone, or with one of the two older files, gives the same
+    tokenizer as vocab.json and merges.txt, however merges are written."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(tokenizer_json(toy_files, as_text)))
+    for bpe in (BPE(tmp_path), BPE.from_folder(tmp_path)):
+        assert bpe.vocab == toy.vocab and bpe.ranks == toy.ranks and bpe.tokens == toy.tokens
+    (tmp_path / "vocab.json").write_text("not read without merges.txt")
+    assert BPE(tmp_path).ranks == toy.ranks
+    for source, name in zip(toy_files, ("vocab.json", "merges.txt")):
+        (tmp_path / name).write_bytes(source.read_bytes())
+    path.write_text("not read beside the two")
+    assert BPE(tmp_path).ranks == toy.ranks
+
+
+USER = [{"id": 265, "content": "[USER]", "special": False}]
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(model__type="WordPiece"), "model.type is 'WordPiece', expected 'BPE'"),
+    (dict(model__type="Unigram"), "model.type is 'Unigram'"),
+    (dict(model=None), "model.type is None"),
+    (dict(model__ignore_merges=True), "model.ignore_merges is True"),
+    (dict(model__byte_fallback=True), "model.byte_fallback is True"),
+    (dict(model__end_of_word_suffix="</w>"), "model.end_of_word_suffix is '</w>'"),
+    (dict(normalizer={"type": "Lowercase"}), "normalizer is {'type': 'Lowercase'}"),
+    (dict(pre_tokenizer={"type": "Sequence"}), "pre_tokenizer.type is 'Sequence'"),
+    (dict(pre_tokenizer=None), "pre_tokenizer.type is None"),
+    (dict(pre_tokenizer__add_prefix_space=True), "add_prefix_space is True"),
+    (dict(added_tokens=USER), r"added token '[USER]', and a text that contains it"),
+    (dict(added_tokens=[3]), "added token 3"), (dict(added_tokens={"a": 1}), "added_tokens"),
+    (dict(model__vocab=[["a", 0.5]]), "token: id"), (dict(model__vocab=None), "token: id"),
+    (dict(model__merges={}), "expected lists"), (dict(model__merges=[3]), "merge 1: 3"),
+    (dict(model__merges=[]), "no merge makes 'lo'"),
+    (dict(model__merges=[["l", "o"], ["q", "u"]]), "merge 2: ['q', 'u']"),
+    (dict(model__merges=[["l", 3]]), "merge 1: ['l', 3]"), (dict(model__merges=["lo"]), "merge 1")])
+def test_tokenizers_of_other_kinds(changes, says, toy_files, tmp_path):
+    """T8: a tokenizer.json that would give other ids, or is damaged: one line with the reason."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(tokenizer_json(toy_files, **changes)))
+    with pytest.raises(DataError, match=re.escape(says)) as caught:
+        BPE(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and "\n" not in message and len(message) < 600
+
+
+@pytest.mark.parametrize("present", [(), ("vocab.txt",), ("vocab.json", "merges.txt"),
+                                     ("tokenizer.json",)])
+def test_a_folder_of_another_architecture(present, toy_files, tmp_path):
+    """T8: config.json names BERT or GPT-2: that is the reason, whichever file is there or not."""
+    for name in present:
+        (tmp_path / name).write_text("{}")
+    for kind in ("bert", "gpt2", None):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(DataError, match=f"model_type is {kind!r}, expected 'roberta'"):
+            BPE(tmp_path)
+
+
+def test_a_tokenizer_that_adds_a_space(toy_files, tmp_path):
+    """T8: tokenizer_config.json asks for a space before each text, which would give other ids than
+    ours: refused beside vocab.json and merges.txt as in tokenizer.json."""
+    for source, name in zip(toy_files, ("vocab.json", "merges.txt")):
+        (tmp_path / name).write_bytes(source.read_bytes())
+    for text, good in (('{"add_prefix_space": true}', False), ('{"add_prefix_space": false}', True),
+                       ('{"model_max_length": 512}', True), ("[]", True)):
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        if good:
+            assert len(BPE(tmp_path).vocab) == 265
+        else:
+            with pytest.raises(DataError, match="add_prefix_space is True, expected False"):
+                BPE(tmp_path)
+
+
+@pytest.mark.parametrize("present, says", [
+    ((), "has no vocab.json and no merges.txt, nor a tokenizer.json"),
+    (("vocab.json",), "has no merges.txt, nor a tokenizer.json"),
+    (("merges.txt",), "has no vocab.json, nor a tokenizer.json")])
+@pytest.mark.parametrize("config", [None, "{", "[]", '{"model_type": "roberta"}', "{}"])
+def test_missing_tokenizer_files(present, says, config, toy_files, tmp_path):
+    """T8: the message names the files that are missing, whatever is in config.json."""
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    for source, name in zip(toy_files, ("vocab.json", "merges.txt")):
+        if name in present:
+            (tmp_path / name).write_bytes(source.read_bytes())
+    with pytest.raises(DataError, match=says):
+        BPE(tmp_path)
+
+
+def test_added_tokens(toy_files, toy, tmp_path):
+    """T8: [USER] at the end of vocab.json is accepted, since no text becomes it, and decodes; in
+    added_tokens.json, where texts would become it, it is refused."""
+    vocab, merges = (path.read_text() for path in toy_files)
+    for token in ("[USER]", "[\u65b0 x]"):
+        (tmp_path / "vocab.json").write_text(vocab[:-1] + f', "{token}": 265}}', "utf-8")
+        (tmp_path / "merges.txt").write_text(merges)
+        bpe = BPE(tmp_path)
+        assert bpe.encode(f"low {token}") == toy.encode(f"low {token}")
+        assert bpe.decode([*bpe.encode("low "), 265]) == f"low {token}"
+    (tmp_path / "added_tokens.json").write_text('{"<mask>": 264}')
+    assert BPE(tmp_path).ranks == toy.ranks
+    (tmp_path / "added_tokens.json").write_text('{"<mask>": 264, "[USER]": 265}')
+    with pytest.raises(DataError, match=r"added_tokens.json: has the added token '\[USER\]'"):
+        BPE(tmp_path)
+    for text in ("3", "[]", "null", "{"):
+        (tmp_path / "added_tokens.json").write_text(text)
+        with pytest.raises(DataError, match="added_tokens.json: "):
+            BPE(tmp_path)
+
+
+def test_cut_merges_are_seen_wherever_mask_is(toy_files, tmp_path):
+    """T8: with <mask> as id 4, before all merges, no token is taken for an added one: a missing
+    last merge is still an error."""
+    vocab = json.loads(toy_files[0].read_text())
+    tokens = sorted(vocab, key=vocab.get)
+    tokens.insert(4, tokens.pop())
+    merges = toy_files[1].read_text()
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (tmp_path / "merges.txt").write_text(merges)
+    assert BPE(tmp_path).vocab["<mask>"] == 4
+    (tmp_path / "merges.txt").write_text(merges.removesuffix("e s\n"))
+    with pytest.raises(DataError, match="line 5: the merges end, but no merge makes 'es'"):
+        BPE(tmp_path)
+
+
+@pytest.mark.parametrize("end", ["\n", "\n\n", "\r\n", "\r\n\r\n"])
+def test_blank_lines_end_merges(end, toy_files, toy, tmp_path):
+    """T8: blank lines at the end of merges.txt change nothing."""
+    path = tmp_path / "merges.txt"
+    path.write_bytes((toy_files[1].read_text() + end).encode())
+    assert BPE(toy_files[0], path).ranks == toy.ranks
+
+
 # ---- Batches -----------------------------------------------------------------------------------
 
 def some_examples(n=203, seed=0, regression=False):
@@ -518,6 +913,37 @@ def test_skip_resumes():
     for skip in (0, 1, 5, 12, 13, 14):
         rest = list(data.batches(examples, 16, 7, 2, skip=skip))
         assert len(rest) == len(whole[skip:]) and all(map(same, rest, whole[skip:]))
+
+
+@pytest.mark.parametrize("n, size", [(203, 16), (203, 203), (3, 8), (32, 16)])
+def test_endless_batches(n, size):
+    """From any step on, the batches equal those of the epochs, one after another."""
+    examples = some_examples(n)
+    expected = [batch for epoch in range(4) for batch in data.batches(examples, size, 7, epoch)]
+    for step in (0, 1, 2, len(expected) // 4, len(expected) // 4 + 1, len(expected) - 1):
+        stream = data.endless_batches(examples, size, 7, step)
+        assert all(same(batch, next(stream)) for batch in expected[step:])
+
+
+def test_never_more_parts_than_examples():
+    """T16: of a batch of three in 1,000 parts, the first three hold an example each, and the rest
+    nothing."""
+    batch = next(data.batches(some_examples(3), 8, 1, 0))
+    parts = batch.split(1000)
+    assert [len(part.rows) for part in parts[:5]] == [1, 1, 1, 0, 0]
+    assert sum(len(part.rows) for part in parts) == 3
+    assert [part.rows.tolist() for part in batch.split(3)] == [p.rows.tolist() for p in parts[:3]]
+
+
+@pytest.mark.parametrize("device, skips_waiting", [
+    ("cuda", True), ("cuda:1", True), (torch.device("cuda"), True), ("cpu", False), ("mps", False),
+    ("xpu", False)])
+def test_copies_wait_except_on_cuda(device, skips_waiting):
+    """D2: a batch goes to a device with non_blocking only if that is CUDA."""
+    class Fake:
+        def to(self, device, non_blocking):
+            return device, non_blocking
+    assert data.Batch(*[Fake()] * 4).to(device) == ((device, skips_waiting),) * 4
 
 
 @pytest.mark.parametrize("regression", [False, True])
@@ -607,7 +1033,7 @@ def test_recorded_metrics():
 
 
 def test_constant_predictions_score_nothing():
-    """Predictions or labels all equal: correlation and Matthews are 0, not NaN, also for a constant
+    """Predictions or labels all equal: correlation and Matthews are 0, not NaN, even for a constant
     whose mean rounds; F1 without a positive is 0."""
     y = [0, 1, 1, 0, 1, 1, 0]
     for constant in (0, 1):
@@ -619,10 +1045,27 @@ def test_constant_predictions_score_nothing():
     assert data.pearson([1e-200, 2e-200, 3e-200], [1e200, 2e200, 3e200]) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("name", ["accuracy", "f1", "matthews", "pearson", "spearman"])
+def test_nan_in_nan_out(name):
+    """T9: a NaN among predictions or labels makes each metric NaN, even if the other is constant;
+    an infinite number makes pearson NaN, and is the last in rank for spearman."""
+    nan, metric = math.nan, data.METRICS[name]
+    for p, y in (([1, 0, nan], [1, 0, 1]), ([1, 0, 1], [nan, 0, 1]), ([nan] * 3, [0, 1, 1]),
+                 ([nan, 1, 1], [1, 1, 1]), ([1, 1, 1], [1, nan, 1]), ([nan], [nan])):
+        assert math.isnan(metric(p, y)) and math.isnan(metric(torch.tensor(p), y))
+    if name == "pearson":
+        assert math.isnan(metric([1, 2, math.inf], [1, 2, 3]))
+        assert math.isnan(metric([1, 1, 1], [1, -math.inf, 3]))
+    if name == "spearman":
+        assert metric([1, 2, math.inf], [1, 2, 3]) == 1 == -metric([1, 2, -math.inf], [2, 1, 3])
+
+
 def test_metrics_take_two_vectors():
-    """Shapes that would broadcast silently, and empty vectors, are refused; tensors are taken."""
+    """Shapes that would broadcast silently, empty vectors and entries that are not numbers, such as
+    the labels of a test file, are refused; tensors are taken."""
     for metric in data.METRICS.values():
-        for p, y in (([[1], [0]], [1, 0]), ([1], [1, 0]), ([], [])):
+        for p, y in (([[1], [0]], [1, 0]), ([1], [1, 0]), ([], []), ([1, 0], [None, None]),
+                     (["1", "0"], [1, 0])):
             with pytest.raises(ValueError, match="two vectors"):
                 metric(p, y)
         assert isinstance(metric(torch.tensor([1, 0, 1]), torch.tensor([1, 0, 0])), float)
@@ -683,6 +1126,23 @@ def test_atomic_file(tmp_path):
         file.write(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_checksum(tmp_path):
+    """T15: the checksum of a file is CRC-32 (of "123456789", by its definition, cbf43926), changes
+    with one byte of a file of 3 MB, and does not with its name; a missing file is named."""
+    path, other = tmp_path / "a", tmp_path / "b"
+    path.write_bytes(b"123456789")
+    assert data.checksum(path) == "cbf43926" == data.checksum(str(path))
+    path.write_bytes(b"")
+    assert data.checksum(path) == "00000000"
+    path.write_bytes(bytes(3_000_000))
+    other.write_bytes(bytes(3_000_000))
+    assert data.checksum(path) == data.checksum(other)
+    other.write_bytes(bytes(2_999_999) + b"\1")
+    assert data.checksum(path) != data.checksum(other)
+    with pytest.raises(DataError, match="none: No such file"):
+        data.checksum(tmp_path / "none")
 
 
 # ---- The file itself ---------------------------------------------------------------------------

@@ -321,8 +321,8 @@ METHOD_TABLE = {        # of ../shared/design.md; "dora" is chosen by evidence
                     importance="triplet", beta1=0.85, beta2=0.85, schedule="fast_first",
                     dropout_on="input"),
     "paper": dict(init="kaiming", gate=True, scale="start_rank", penalty="dem", importance="norm",
-                  beta1=0.9, beta2=None, schedule="slow_first", dropout_on="input", alpha=8, dropout=0.1,
-                  initial_phase=0.15, final_phase=0.5),
+                  beta1=0.9, beta2=None, schedule="slow_first", dropout_on="input", alpha=8,
+                  dropout=0.1, initial_phase=0.15, final_phase=0.5),
 }
 
 
@@ -379,7 +379,8 @@ def test_rank_map_of_uneven_layers():
 
 
 def test_rank_map_of_two_stacks():
-    """Matrices of one name in layers of one number, of encoder and decoder, have their own cells."""
+    """Matrices of one name in layers of one number, of encoder and decoder, have their own
+    cells."""
     rows = rank_map({"encoder.0.q": 2, "decoder.0.q": 3, "encoder.0.k": 0}).splitlines()
     assert [row.split() for row in rows[1:]] == [
         ["encoder.0", "2", "0", "2"], ["decoder.0", "3", ".", "3"], ["total", "5", "0", "5"]]

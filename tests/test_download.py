@@ -83,7 +83,7 @@ def refused(file, path):
     return message
 
 
-def test_whole_file(server, tmp_path):
+def test_complete_file(server, tmp_path):
     """A plain download, an empty file and one without a Content-Length, against their bytes."""
     server.answers = {"/a": [BODY], "/empty": [b""], "/c": [(200, {"chunked": 1}, BODY)]}
     for file, body in (("a", BODY), ("empty", b""), ("c", BODY)):

@@ -1,9 +1,10 @@
 """Every file format, 2,000 damaged files each (hypothesis, the same ones in each run): a file loads
 and can be used, or is refused by one line that names it; nothing else is ever raised.
 
-What fuzzing found stands as a case of its own in test_hostile, test_safetensors, test_data and
+What fuzzing found is a case of its own in test_hostile, test_safetensors, test_data and
 test_download.
 """
+import json
 import resource
 import shutil
 import zipfile
@@ -60,13 +61,28 @@ def model_file(name, legacy=False):
             (folder / "model.safetensors").unlink()
         if name in ("vocab.json", "merges.txt"):
             return path, lambda: encoded(folder)
+        if name == "tokenizer.json":
+            write_tokenizer_json(folder)
+            return path, lambda: encoded(folder)
         return path, lambda: load_roberta(folder, 2)
     return make
 
 
+def write_tokenizer_json(folder):
+    """Replace the two files of a tokenizer by the one that transformers 5 saves."""
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    pairs = [line.split(" ") for line in merges.read_text("utf-8").splitlines()[1:]]
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "normalizer": None, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+        "added_tokens": [{"id": 0, "content": "<s>"}],
+        "model": {"type": "BPE", "merges": pairs, "vocab": json.loads(vocab.read_text("utf-8"))}}))
+    vocab.unlink()
+    merges.unlink()
+
+
 def encoded(folder):
     """A tokenizer that could be made gives ids that turn back into the text."""
-    bpe, text = data.BPE(folder / "vocab.json", folder / "merges.txt"), "low newest <s> é² "
+    bpe, text = data.BPE(folder), "low newest <s> é² "
     assert bpe.decode(bpe.encode(text)) == text and min(bpe.encode(text)) > 3
 
 
@@ -85,8 +101,7 @@ ROWS = {"rte": "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n1\tc\td
 
 def task_file(name):
     def make(folder):
-        task, bpe = data.TASKS[name], data.BPE(*(files()[1] / f for f in ("vocab.json",
-                                                                          "merges.txt")))
+        task, bpe = data.TASKS[name], data.BPE(files()[1])
         path = folder / task.folder / "train.tsv"
         path.parent.mkdir()
         path.write_text(ROWS[name], encoding="utf-8")
@@ -120,6 +135,7 @@ FORMATS = {
     "pytorch_model.bin": model_file("pytorch_model.bin"),
     "pytorch_model.bin, before torch 1.6": model_file("pytorch_model.bin", legacy=True),
     "vocab.json": model_file("vocab.json"), "merges.txt": model_file("merges.txt"),
+    "tokenizer.json": model_file("tokenizer.json"),
     "adapter_model.safetensors": adapter_file("adapter_model.safetensors"),
     "adapter_config.json": adapter_file("adapter_config.json"),
     "rte": task_file("rte"), "cola": task_file("cola"), "stsb": task_file("stsb"), "zip": archive}
@@ -134,7 +150,7 @@ def test_damaged_files(tmp_path, monkeypatch, name):
     path, use = FORMATS[name](tmp_path)
     original, found = path.read_bytes(), Counter()
 
-    def fake_fetch(url, target):
+    def fake_fetch(source, file, target):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
     monkeypatch.setattr(data, "fetch", fake_fetch)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import files, flags, run, settings
+from test_safetensors import HOSTILE, file_of, write_hostile
+from tiny import files, flags, run, run_settings
 
 from dora import read_safetensors, write_safetensors
 from train_glue import main
@@ -45,7 +46,7 @@ def refused(capsys, place, path, *words):
     before = path.read_bytes() if path.exists() else None
     out = data_dir.parent / "out"
     capsys.readouterr()
-    code = main([*flags(**settings(out, data_dir=data_dir, model_dir=model_dir)), *words])
+    code = main([*flags(**run_settings(out, data_dir=data_dir, model_dir=model_dir)), *words])
     error = capsys.readouterr().err.strip()
     assert code == 2 and "\n" not in error and len(error) < 1200
     assert error.startswith("train_glue.py: error: ")
@@ -57,33 +58,15 @@ def refused(capsys, place, path, *words):
 
 # ---- the model's folder -------------------------------------------------------------------------
 
-def header(text, length=None):
-    raw = text.encode()
-    return (len(raw) if length is None else length).to_bytes(8, "little") + raw
-
-
-def entry(shape, offsets, dtype="F32"):
-    return json.dumps({"dtype": dtype, "shape": shape, "data_offsets": offsets})
-
-
-SAFETENSORS = {
-    "empty": b"", "short": b"\0" * 7, "2^60": header("{}", 2**60), "text": b"<html>404</html>",
-    "2^63": header("{}", 2**63 + 5), "no JSON": header("{x"), "a list": header("[1, 2]"),
-    "deep": header("[" * 100_000), "out of range": header('{"w": ' + entry([2], [0, 8]) + "}"),
-    "overlap": header('{"v": ' + entry([1], [0, 4]) + ', "w": ' + entry([1], [0, 4]) + "}")
-    + b"1234",
-    "negative": header('{"w": ' + entry([-1], [0, -4]) + "}"),
-    "huge shape": header('{"w": ' + entry([2**40, 2**40], [0, 8]) + "}") + b"12345678",
-    "type": header('{"w": ' + entry([1], [0, 4], "F99") + "}") + b"1234",
-    "twice": header('{"w": ' + entry([1], [0, 4]) + ', "w": ' + entry([1], [0, 4]) + "}") + b"1234",
-    "no tensor": header("{}"), "null": header("null"), "UTF-8": header("{}")[:8] + b"\xff\xff"}
-
-
-@pytest.mark.parametrize("case", SAFETENSORS)
+@pytest.mark.parametrize("case", [*HOSTILE, "no tensor"])
 def test_hostile_safetensors(place, capsys, case):
-    """Each through the whole program (test_safetensors.py has the reader alone, and its memory)."""
+    """Each file of the table in test_safetensors.py, and one without tensors, through the whole
+    program."""
     path = place[1] / "model.safetensors"
-    path.write_bytes(SAFETENSORS[case])
+    if case == "no tensor":
+        file_of(path, "{}")
+    else:
+        write_hostile(path, case)
     refused(capsys, place, path)
 
 
@@ -165,6 +148,15 @@ def test_absurd_configurations(place, capsys, changes):
     refused(capsys, place, path)
 
 
+@pytest.mark.parametrize("missing", ["vocab.json", "merges.txt", "model.safetensors", "none"])
+def test_a_folder_of_another_architecture(place, capsys, missing):
+    """T8: a BERT folder is refused as BERT, whatever file is missing beside config.json."""
+    path = place[1] / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "bert"}))
+    (place[1] / missing).unlink(missing_ok=True)
+    assert "model_type is 'bert'" in refused(capsys, place, path)
+
+
 def test_a_tokenizer_of_another_model(place, capsys):
     """vocab.json with two ids swapped; merges.txt whose products are not in it."""
     path = place[1] / "vocab.json"
@@ -206,9 +198,10 @@ def test_bad_files(place, capsys, split, content):
 
 @pytest.mark.parametrize("edit", [
     lambda raw: raw.replace(b"\n", b"\r\n"), lambda raw: raw.removesuffix(b"\n"),
-    lambda raw: b"\xef\xbb\xbf" + raw], ids=["CRLF", "no final newline", "byte order mark"])
+    lambda raw: b"\xef\xbb\xbf" + raw, lambda raw: raw + b"\n"],
+    ids=["CRLF", "no final newline", "byte order mark", "a blank line at the end"])
 def test_harmless_forms(place, tmp_path, edit):
-    """CRLF, no final newline and a byte order mark give the same run."""
+    """CRLF, no final newline, a byte order mark and a blank line at the end give the same run."""
     path = place[0] / "toy" / "train.tsv"
     path.write_bytes(edit(path.read_bytes()))
     changes = dict(max_steps=5, interval=1)

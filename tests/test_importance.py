@@ -268,7 +268,8 @@ def test_no_gradient_is_an_error_that_says_so(method):
 
 @pytest.mark.parametrize("importance", ["sensitivity", "triplet"])
 def test_a_matrix_without_gradient_has_importance_0(importance):
-    """M10: a matrix that took no part in this step scores 0; the others score as they would alone."""
+    """M10: a matrix that took no part in this step scores 0; the others score as they would
+    alone."""
     config = net_config(importance=importance)
     model, layers = adapted(config)
     randomize(layers)

@@ -1,4 +1,4 @@
-"""train_glue.py in two processes (gloo, on the CPU) against one: same losses, masks and scores."""
+"""Two processes (gloo, on the CPU) have the losses, masks and scores of one, and end together."""
 import json
 import math
 import os
@@ -7,7 +7,7 @@ import socket
 import time
 
 import pytest
-from tiny import ROOT, command, flags, lines, newest, result, run, same_runs, settings
+from tiny import ROOT, command, flags, lines, newest, result, run, run_settings, same_runs
 
 pytestmark = pytest.mark.slow
 FLOAT64 = dict(dropout=False, dtype="float64")
@@ -17,8 +17,8 @@ FLOAT64 = dict(dropout=False, dtype="float64")
 RECORDING = """
 import json, os, pathlib, sys, train_glue
 class Recorder(train_glue.Pruner):
-    def _prune(self, k):
-        super()._prune(k)
+    def _prune(self):
+        super()._prune()
         with open(os.environ["MASKS"] + "." + os.environ.get("RANK", "0"), "a") as f:
             f.write(json.dumps([self.t, self.mask.tolist()]) + "\\n")
 train_glue.Pruner = Recorder
@@ -57,8 +57,9 @@ def test_two_processes(tmp_path, changes):
     examples are 5 * 12 + 1: of the last batch one process has nothing."""
     changes = {**FLOAT64, "max_steps": 50, **changes}
     alone, pair = tmp_path / "alone", tmp_path / "pair"
-    found = ends(start(flags(**settings(alone, **changes)), alone.with_suffix(".masks"), world=1))
-    found += ends(start(flags(**settings(pair, **changes)), pair.with_suffix(".masks")))
+    words = flags(**run_settings(alone, **changes))
+    found = ends(start(words, alone.with_suffix(".masks"), world=1))
+    found += ends(start(flags(**run_settings(pair, **changes)), pair.with_suffix(".masks")))
     assert [code for code, _, _ in found] == [0, 0, 0], found
     a, b = lines(alone), lines(pair)
     assert len(a) == len(b) == 50
@@ -90,7 +91,7 @@ if os.environ["RANK"] == "1":
 import train_glue
 sys.exit(train_glue.main(sys.argv[1:]))"""
     out = tmp_path / "guarded-run"
-    words = flags(**settings(out, max_steps=12, save_every=2))
+    words = flags(**run_settings(out, max_steps=12, save_every=2))
     assert [code for code, _, _ in ends(start(words, tmp_path / "m", code=guarded))] == [0, 0]
     assert (out / "result.json").exists() and newest(out)["step"] == 12
 
@@ -114,7 +115,7 @@ for part in (examples, examples[:1], examples[:3]):
 if train_glue.process()[1] > 1:
     torch.distributed.destroy_process_group()"""
     code = "import sys; sys.path.insert(0, 'tests')" + code
-    words = [settings(tmp_path)[name] for name in ("data_dir", "model_dir")]
+    words = [run_settings(tmp_path)[name] for name in ("data_dir", "model_dir")]
     found = ends(start(words, "", 1, code)) + ends(start(words, "", 2, code))
     assert [code for code, _, _ in found] == [0, 0, 0], found
     numbers = [[json.loads(line) for line in text.splitlines()] for _, text, _ in found]
@@ -129,7 +130,7 @@ def test_a_killed_process_ends_all(tmp_path, victim):
     """kill -9 for one of two: the other ends within a minute with exit code 1 and one line that
     names the run folder and --resume; the newest checkpoint is whole, and two processes go on from
     it to the same end as two that nothing disturbed."""
-    given = settings(tmp_path / "out", epochs=200, save_every=1)
+    given = run_settings(tmp_path / "out", epochs=200, save_every=1)
     processes = start(flags(**given), tmp_path / "m")
     while len([*(tmp_path / "out").glob("checkpoints/step-*.pt")]) < 2:
         assert processes[0].poll() is None, processes[0].communicate()
@@ -144,12 +145,33 @@ def test_a_killed_process_ends_all(tmp_path, victim):
     assert newest(tmp_path / "out")["step"] > 1
 
 
+def test_an_error_of_one_process(tmp_path):
+    """D6: one of two runs out of memory: it shows its traceback, and the other says that another
+    process died. Both end with exit code 1."""
+    failing = """
+import os, sys, train_glue
+real, steps = train_glue.task_loss, []
+def task_loss(*args):
+    steps.append(1)
+    if os.environ["RANK"] == "1" and len(steps) == 5:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    return real(*args)
+train_glue.task_loss = task_loss
+sys.exit(train_glue.main(sys.argv[1:]))"""
+    words = flags(**run_settings(tmp_path / "out"))
+    (code, _, other), (failed_code, _, error) = ends(start(words, "m", code=failing), timeout=60)
+    assert (code, failed_code) == (1, 1)
+    assert "Traceback" in error and "can't allocate memory" in error.strip().splitlines()[-1]
+    assert "Traceback" not in other and "another process died" in other.strip().splitlines()[-1]
+
+
 def test_two_processes_resume(tmp_path):
     """SIGTERM for the second alone: both stop after the same step, the first saves, both return
     143; resumed, losses, masks, scores and weights are those of an undisturbed pair."""
     changes = dict(epochs=12, **FLOAT64)
     for name in ("whole", "cut"):
-        processes = start(flags(**settings(tmp_path / name, **changes)), tmp_path / f"{name}-masks")
+        words = flags(**run_settings(tmp_path / name, **changes))
+        processes = start(words, tmp_path / f"{name}-masks")
         if name == "whole":
             assert [code for code, _, _ in ends(processes)] == [0, 0]
             continue
@@ -159,7 +181,7 @@ def test_two_processes_resume(tmp_path):
         found = ends(processes)
         assert [code for code, _, _ in found] == [143, 143], found
         assert newest(tmp_path / name)["step"] < 96
-    words = [*flags(**settings(tmp_path / "cut", **changes)), "--resume"]
+    words = [*flags(**run_settings(tmp_path / "cut", **changes)), "--resume"]
     assert [code for code, _, _ in ends(start(words, tmp_path / "cut-masks"))] == [0, 0]
     for a, b in zip(lines(tmp_path / "cut"), lines(tmp_path / "whole")):
         assert a == b
@@ -170,15 +192,15 @@ def test_bad_input_ends_both(tmp_path):
     """A folder that holds a run: the first process refuses, and the second does not wait for it
     for ever."""
     run(tmp_path / "out", max_steps=5, interval=1)
-    found = ends(start(flags(**settings(tmp_path / "out")), tmp_path / "m"), timeout=60)
-    assert found[0][0] == 2 and "holds a run already" in found[0][2]
+    found = ends(start(flags(**run_settings(tmp_path / "out")), tmp_path / "m"), timeout=60)
+    assert found[0][0] == 2 and "already contains a run" in found[0][2]
     assert found[1][0] in (1, 2) and "Traceback" not in found[1][2]
 
 
 def test_the_toy_is_for_one_process(tmp_path):
     """The toy in two processes: both refuse, in one line that says what to name instead."""
     for code, _, error in ends(start(["--out", tmp_path / "toy"], tmp_path / "m"), timeout=60):
-        assert code == 2 and "the toy is for one process" in error and "Traceback" not in error
+        assert code == 2 and "the toy runs in one process" in error and "Traceback" not in error
 
 
 def test_torchrun_itself(tmp_path):
@@ -187,7 +209,7 @@ def test_torchrun_itself(tmp_path):
     assert "\ntorchrun --nproc_per_node=2 train_glue.py" in readme
     code = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
     process = command("--nproc_per_node=2", f"--master_port={free_port()}", "train_glue.py",
-                      *flags(**settings(tmp_path / "out", max_steps=12)), code=code)
+                      *flags(**run_settings(tmp_path / "out", max_steps=12)), code=code)
     out, error = process.communicate(timeout=240)
     assert process.returncode == 0, error
     assert out.count("layer by matrix") == 1 and os.path.exists(tmp_path / "out" / "result.json")

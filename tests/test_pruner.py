@@ -216,8 +216,8 @@ def test_a_score_that_is_not_finite_names_the_layer(importance, bad):
 @pytest.mark.parametrize("importance", ["sensitivity", "triplet"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_overflowed_is_not_observed(importance, bad):
-    """M11: under a GradScaler some steps have gradients that are not finite, and the optimizer skips
-    them. The averages after such a step equal those before it, bit for bit."""
+    """M11: under a GradScaler some steps have gradients that are not finite, and the optimizer
+    skips them. The averages after such a step equal those before it, bit for bit."""
     config = net_config(importance=importance)
     model, layers = adapted(config)
     randomize(layers)

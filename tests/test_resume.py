@@ -1,4 +1,5 @@
-"""train_glue.py: an interrupted run goes on bit for bit, and a failed write loses nothing."""
+"""An interrupted run, resumed, ends bit for bit as one that nothing stopped, and a failed write
+loses nothing that was complete."""
 import errno
 import json
 import math
@@ -10,7 +11,7 @@ import time
 
 import pytest
 import torch
-from tiny import GLUE, MINILM, command, flags, lines, newest, run, same, same_runs, settings
+from tiny import GLUE, MINILM, command, flags, lines, newest, run, run_settings, same, same_runs
 
 import dora
 import train_glue
@@ -19,7 +20,7 @@ from train_glue import Interrupted, main, make_config, train
 
 
 def resume(out, **changes):
-    """Go on with a run."""
+    """Continue a run."""
     return run(out, resume=True, **changes)
 
 
@@ -56,15 +57,15 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("step", [1, 3, 7, 8, 9, 11, 12, 13, 16, 23, 24])
 def test_interrupted_and_resumed(tmp_path, capsys, monkeypatch, whole, step):
-    """SIGTERM in a step: the step is finished and saved, main says how to go on and returns 143;
+    """SIGTERM in a step: the step is finished and saved, main says how to continue, returns 143;
     with --resume the run's end equals the uninterrupted one's. An epoch ends at 8, 16 and 24,
     prunings are at 7, 10 and 12, at 12 the dead components leave."""
-    words = flags(**settings(tmp_path / "out"))
+    words = flags(**run_settings(tmp_path / "out"))
     with monkeypatch.context() as patch:
         stop_at(patch, step)
         assert main(words) == 143
     text = capsys.readouterr().out
-    assert f"stopped at step {step} of 24, saved in {tmp_path / 'out'}; go on with" in text
+    assert f"stopped at step {step} of 24, saved in {tmp_path / 'out'}; continue with" in text
     assert "--resume" in text
     assert newest(tmp_path / "out")["step"] == step
     assert not (tmp_path / "out" / "result.json").exists()
@@ -76,7 +77,7 @@ def test_ctrl_c(tmp_path, monkeypatch):
     """SIGINT is told apart by its exit code, 130; afterwards the old handlers are back."""
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     stop_at(monkeypatch, 5, signal.SIGINT)
-    assert main(flags(**settings(tmp_path))) == 130
+    assert main(flags(**run_settings(tmp_path))) == 130
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
@@ -161,22 +162,22 @@ def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch, whole, value, 
     or before the evaluation at an epoch's end (16): exit code 2, one line with step, learning rate
     and weight; the state is saved aside; checkpoints, adapter and log hold finite numbers only,
     and the resumed run ends as the one that never broke."""
-    words = flags(**settings(tmp_path, log_every=log_every, save_every=4))
+    words = flags(**run_settings(tmp_path, log_every=log_every, save_every=4))
     seen = step if log_every == 1 else 16
     with monkeypatch.context() as patch:
         each_loss(patch, lambda n, loss: loss * (value if n >= step else 1))
         assert main(words) == 2
     error = capsys.readouterr().err.strip()
-    lr = train_glue.learning_rate(seen - 1, 24, make_config(**settings(tmp_path)))
+    lr = train_glue.learning_rate(seen - 1, 24, make_config(**run_settings(tmp_path)))
     loss = value if seen == step else math.nan      # later steps start from weights that are NaN
     for part in (f"step {seen}: loss {loss}", "first bad weight roberta.encoder.layer.0.attention",
-                 f"was {lr:.3g} (--lr)", "not-finite.pt", str(tmp_path / "checkpoints")):
+                 f"(--lr), which was {lr:.3g}.", "not-finite.pt", str(tmp_path / "checkpoints")):
         assert part in error, (part, error)
     assert "\n" not in error
     aside = torch.load(tmp_path / "checkpoints" / "not-finite.pt", weights_only=True)
     assert aside["step"] == seen and aside["best"] is None
     good = sorted(tmp_path.glob("checkpoints/step-*.pt"))
-    assert f"the last good one there is {good[-1].stem if good else 'none yet'}" in error
+    assert f"last good checkpoint there is {good[-1].stem if good else 'none yet'}" in error
     for path in good:
         weights = torch.load(path, weights_only=True)["weights"]
         assert all(tensor.isfinite().all() for tensor in weights.values())
@@ -188,25 +189,25 @@ def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch, whole, value, 
         same_runs(tmp_path, whole)
 
 
-@pytest.mark.parametrize("method, function", [("dora", "sensitivity"), ("paper", "norm_score"),
-                                              ("adalora", "triplet")])
-def test_a_score_that_is_not_finite(tmp_path, capsys, monkeypatch, method, function):
+@pytest.mark.parametrize("method, importance", [("dora", "sensitivity"), ("paper", "norm"),
+                                                ("adalora", "triplet")])
+def test_a_score_that_is_not_finite(tmp_path, capsys, monkeypatch, method, importance):
     """The scores of one matrix are NaN from the start: the first pruning, at step 7, stops with
     its name and the learning rate, and the state is saved aside."""
-    real = getattr(dora, function)
+    real = dora.Pruner.scores
 
-    def score(layer):
-        found = real(layer)
-        if layer.name.endswith("0.attention.self.key"):
-            return [t * math.nan for t in found] if method == "adalora" else found * math.nan
-        return found
+    def scores(pruner):
+        bad = [name.endswith("0.attention.self.key") for name in pruner.layers]
+        factors = torch.tensor([math.nan if b else 1.0 for b in bad])
+        assert pruner.config.importance == importance
+        return real(pruner) * factors.repeat_interleave(pruner.config.r_prime)
 
-    monkeypatch.setattr(dora, function, score)
-    assert main(flags(**settings(tmp_path, method=method))) == 2
+    monkeypatch.setattr(dora.Pruner, "scores", scores)
+    assert main(flags(**run_settings(tmp_path, method=method))) == 2
     error = capsys.readouterr().err
-    lr = train_glue.learning_rate(6, 24, make_config(**settings(tmp_path, method=method)))
+    lr = train_glue.learning_rate(6, 24, make_config(**run_settings(tmp_path, method=method)))
     for part in ("step 7: a score of ", "layer.0.attention.self.key is not finite",
-                 f"was {lr:.3g} (--lr)", "saved as not-finite.pt"):
+                 f"(--lr), which was {lr:.3g}.", "not-finite.pt"):
         assert part in error, (part, error)
     assert torch.load(tmp_path / "checkpoints" / "not-finite.pt", weights_only=True)["step"] == 6
 
@@ -217,7 +218,7 @@ def test_ctrl_c_while_loading(tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_glue.data, "load_task", interrupted)
-    assert main(flags(**settings(tmp_path / "out"))) == 130
+    assert main(flags(**run_settings(tmp_path / "out"))) == 130
     assert "nothing to save" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
@@ -264,13 +265,13 @@ def test_a_damaged_checkpoint(tmp_path, capsys, monkeypatch, whole, damage):
 
 
 def test_all_checkpoints_damaged(tmp_path, monkeypatch):
-    """None is whole: an error, and the files stay as they are."""
+    """None is intact: an error, and the files stay as they are."""
     stop_at(monkeypatch, 3)
     with pytest.raises(Interrupted):
         run(tmp_path)
     for path in (tmp_path / "checkpoints").iterdir():
         empty(path)
-    with pytest.raises(DoRAError, match="no checkpoint is whole"):
+    with pytest.raises(DoRAError, match="all checkpoints are damaged"):
         resume(tmp_path)
     assert len(lines(tmp_path)) == 3
 
@@ -279,7 +280,7 @@ def test_all_checkpoints_damaged(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(rank=1.5), ["rank = 2.0", "1.5"]),
-    (dict(schedule="dora"), ["schedule = adalora", "dora"]),
+    (dict(schedule="slow_first"), ["schedule = fast_first", "slow_first"]),
     (dict(start_rank=5), ["start_rank = None", "5"]), (dict(epochs=4), ["epochs = 3", "4"]),
     (dict(max_steps=30), ["max_steps = None", "30"]), (dict(seed=2), ["seed = 1", "2"]),
     (dict(interval=4), ["interval = 3", "4"]), (dict(lr=0.1), ["lr = 0.003", "0.1"]),
@@ -301,7 +302,7 @@ def test_another_run_is_not_resumed(tmp_path, whole, changes, words):
 def test_another_task_or_model_is_not_resumed(tmp_path, whole):
     """Another task, other data or another model in the same folder's place: refused by name."""
     shutil.copytree(whole, tmp_path / "out")
-    given = settings(tmp_path / "out", resume=True)
+    given = run_settings(tmp_path / "out", resume=True)
     with pytest.raises(DoRAError, match="task = toy, not toy-pretrain"):
         train(make_config(**{**given, "task": "toy-pretrain"}))
     shutil.copytree(given["model_dir"], tmp_path / "m")
@@ -317,19 +318,46 @@ def test_another_task_or_model_is_not_resumed(tmp_path, whole):
         train(make_config(**{**given, "data_dir": str(tmp_path / "d")}))
 
 
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_other_data_of_the_same_size_is_not_resumed(tmp_path, whole, split):
+    """T15: train.tsv or dev.tsv with one word changed, as many rows as before: refused by name."""
+    shutil.copytree(whole, tmp_path / "out")
+    given = run_settings(tmp_path / "out", resume=True, epochs=3)
+    shutil.copytree(given["data_dir"], tmp_path / "d")
+    path = tmp_path / "d" / "toy" / f"{split}.tsv"
+    path.write_bytes(path.read_bytes().replace(b"dog", b"cat", 1))
+    with pytest.raises(DoRAError, match=rf"{split}.tsv = \w+, not \w+; resume with the same"):
+        train(make_config(**{**given, "data_dir": str(tmp_path / "d")}))
+
+
+def test_random_states_of_other_devices(tmp_path, monkeypatch, whole):
+    """D3: a checkpoint holds the CPU's random state and its own device's, and resuming restores
+    only what this run uses: one that was saved on a GPU is continued on the CPU."""
+    assert list(newest(whole)["rng"]) == ["cpu"]
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(patch, 9)
+        run(tmp_path)
+    path = max((tmp_path / "checkpoints").iterdir())
+    state = torch.load(path, weights_only=True)
+    state["rng"] = {**state["rng"], "cuda": torch.zeros(16, dtype=torch.uint8)}
+    torch.save(state, path)
+    resume(tmp_path)
+    same_runs(tmp_path, whole)
+
+
 def test_a_run_is_not_overwritten(tmp_path, whole, capsys):
     """Without --resume a folder with a run is refused, also where its checkpoints were thrown away,
     and nothing in it changes."""
     shutil.copytree(whole, tmp_path / "out")
-    says = "holds a run already; use another --out"
-    assert main(flags(**settings(tmp_path / "out"))) == 2
-    assert f"{says}, or go on with it by --resume\n" in capsys.readouterr().err
+    says = "already contains a run; use another --out"
+    assert main(flags(**run_settings(tmp_path / "out"))) == 2
+    assert f"{says}, or continue it with --resume\n" in capsys.readouterr().err
     same_runs(tmp_path / "out", whole)
     shutil.rmtree(tmp_path / "out" / "checkpoints")
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     for words in ([], ["--resume"]):
-        assert main([*flags(**settings(tmp_path / "out")), *words]) == 2
-        assert f"{says}\n" in capsys.readouterr().err         # there is nothing to go on from
+        assert main([*flags(**run_settings(tmp_path / "out")), *words]) == 2
+        assert f"{says}\n" in capsys.readouterr().err         # there is nothing to continue from
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
 
 
@@ -351,8 +379,9 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_run_that_died_before_its_first_checkpoint(tmp_path, capsys, whole, again):
-    """Nothing to go on from but a few lines of a log: the same command starts anew, with --resume
-    it says so, and the run is as any other. What a killed process left half-written is removed."""
+    """Nothing to continue from but a few lines of a log: the same command starts again (with
+    --resume it says so), and the run is as any other. A killed process's half file is removed.
+    """
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / ".step-00000008.pt.abc.part").write_bytes(b"half")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "l')
@@ -365,7 +394,7 @@ def test_a_run_that_died_before_its_first_checkpoint(tmp_path, capsys, whole, ag
 def test_several_seeds_resume(tmp_path, monkeypatch, whole):
     """Stopped in the second of three seeds: the same command with --resume finishes the second,
     does the third, and leaves the first as it is."""
-    words = [*flags(**settings(tmp_path / "out")), "--seeds", "2", "1", "3"]
+    words = [*flags(**run_settings(tmp_path / "out")), "--seeds", "2", "1", "3"]
     with monkeypatch.context() as patch:
         stop_at(patch, 30)
         assert main(words) == 143
@@ -384,7 +413,7 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch, whole):
     """The disk is full from step 11 on: one line, exit code 2, no half file, the checkpoint of
     step 10 is whole, and with room again the run goes on to the same end."""
     real = train_glue.torch.save
-    words = flags(**settings(tmp_path, save_every=1))
+    words = flags(**run_settings(tmp_path, save_every=1))
 
     def save(state, buffer):
         if state["step"] == 11:
@@ -394,7 +423,8 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch, whole):
     monkeypatch.setattr(train_glue.torch, "save", save)
     assert main(words) == 2
     error = capsys.readouterr().err.strip()
-    assert "\n" not in error and "No space left on device" in error and "intact" in error
+    assert "\n" not in error and f"{tmp_path}: No space left on device" in error
+    assert "intact" in error
     monkeypatch.undo()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "step-00000009.pt", "step-00000010.pt"]
@@ -426,7 +456,7 @@ def test_a_full_disk_at_the_end(tmp_path, monkeypatch, whole, path):
 def test_a_file_size_limit(tmp_path, whole):
     """A real limit of the system, 60 kB a file, in a process of its own: exit code 2, one line,
     no half file."""
-    words = flags(**settings(tmp_path / "out", max_steps=9))
+    words = flags(**run_settings(tmp_path / "out", max_steps=9))
     limited = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
                "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
                "import train_glue; sys.exit(train_glue.main(sys.argv[1:]))")
@@ -447,7 +477,7 @@ def test_a_read_only_folder(tmp_path, capsys, monkeypatch):
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(train_glue.Path, "mkdir", mkdir)
-    assert main(flags(**settings(tmp_path / "out"))) == 2
+    assert main(flags(**run_settings(tmp_path / "out"))) == 2
     error = capsys.readouterr().err.strip()
     assert f"{tmp_path / 'out'}: Read-only file system" in error and "\n" not in error
 
@@ -455,7 +485,7 @@ def test_a_read_only_folder(tmp_path, capsys, monkeypatch):
 def test_a_file_in_the_folders_place(tmp_path, capsys):
     """--out is a file: one line that names it, and it stays as it is."""
     (tmp_path / "out").write_text("mine")
-    assert main(flags(**settings(tmp_path / "out"))) == 2
+    assert main(flags(**run_settings(tmp_path / "out"))) == 2
     assert str(tmp_path / "out") in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"
 
@@ -497,7 +527,7 @@ def test_kill_at_random_moments(tmp_path):
     duration = time.monotonic() - started
     kills = 0
     for i in range(20):
-        words, folder = flags(**settings(tmp_path / f"{i}", **changes)), tmp_path / f"{i}"
+        words, folder = flags(**run_settings(tmp_path / f"{i}", **changes)), tmp_path / f"{i}"
         kills += killed(words, rng.uniform(0, duration), folder)
         finish(words, folder)
         same_runs(folder, tmp_path / "whole")
@@ -515,7 +545,7 @@ def test_the_toy_goes_on(tmp_path, capsys, monkeypatch):
         stop_at(patch, 400)                     # the pretraining has 375 steps
         assert main([]) == 143
     text = capsys.readouterr().out
-    assert f"saved in {tmp_path / 'cut' / 'adapted'}; go on with the same command, " in text
+    assert f"saved in {tmp_path / 'cut' / 'adapted'}; continue with the same command, " in text
     assert f"--out {tmp_path / 'cut'} and --resume" in text
     assert main(["--out", str(tmp_path / "cut"), "--resume"]) == 0
     found = capsys.readouterr().out.split("Matthews correlation on the adaptation task")[1]
@@ -527,18 +557,21 @@ def test_the_toy_goes_on(tmp_path, capsys, monkeypatch):
 def test_kill_inside_a_write(tmp_path, whole):
     """A process dies between the two halves of the write of the checkpoint of step 14: the one of
     step 13 is the newest, and the run ends equal."""
-    words = flags(**settings(tmp_path / "out", save_every=1))
+    words = flags(**run_settings(tmp_path / "out", save_every=1))
     dying = """
-import os, signal, sys, dora, train_glue
-def write_whole(path, chunks, real=dora.write_whole):
-    if path.name == "step-00000014.pt":
-        raw = bytes(chunks[0])
-        def halves():
-            yield raw[:len(raw) // 2]
-            os.kill(os.getpid(), signal.SIGKILL)
-        chunks = halves()
-    real(path, chunks)
-train_glue.write_whole = write_whole
+import contextlib, os, signal, sys, dora, train_glue
+@contextlib.contextmanager
+def atomic_file(path, real=dora.atomic_file):
+    with real(path) as file:
+        if path.name == "step-00000014.pt":
+            class Half:
+                def write(self, raw):
+                    file.write(raw[:len(raw) // 2])
+                    file.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            yield Half()
+        yield file
+train_glue.atomic_file = atomic_file
 sys.exit(train_glue.main(sys.argv[1:]))"""
     process = command(*words, code=dying)
     process.communicate(timeout=120)

@@ -1,5 +1,6 @@
-"""train_glue.py: the encoder by hand and the loader of its weights (live peers:
-peers/test_transformers.py)."""
+"""The encoder by hand computes what RoBERTa computes, and its loader gives the file's weights in
+float32 or refuses the file in one line. (peers/test_transformers.py compares with transformers.)
+"""
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from tiny import MINILM, tiny_config, tiny_model
 
+import data
 from dora import DoRAError, read_safetensors, write_safetensors
 from train_glue import (
     RobertaConfig, RobertaForSequenceClassification, load_roberta, read_config, save_model)
@@ -38,7 +40,7 @@ def logits(model):
 
 
 def rewrite(folder, edit, form="safetensors"):
-    """Save the folder's weights anew after edit(weights), in either format."""
+    """Save the folder's weights again after edit(weights), in either format."""
     weights = {k: t.clone() for k, t in read_safetensors(folder / "model.safetensors").items()}
     weights = edit(weights) or weights
     if form == "safetensors":
@@ -150,18 +152,14 @@ def test_it_needs_one_token_type():
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 @pytest.mark.parametrize("prefix", [True, False])
-@pytest.mark.parametrize("old_names", [True, False])
-def test_forms_of_a_checkpoint(folder, form, prefix, old_names):
+def test_forms_of_a_checkpoint(folder, form, prefix):
     """Logits of a loaded checkpoint against those of the model that was saved: both formats, with
-    and without `roberta.`, LayerNorm.weight/bias and gamma/beta, with keys that are ignored."""
+    and without `roberta.`, with keys that are ignored."""
     def edit(weights):
         found = {"lm_head.bias": torch.ones(3), "lm_head.dense.weight": torch.ones(2, 2)}
         for key, tensor in weights.items():
             if not prefix:
                 key = key.removeprefix("roberta.")
-            if old_names:
-                key = key.replace("LayerNorm.weight", "LayerNorm.gamma")
-                key = key.replace("LayerNorm.bias", "LayerNorm.beta")
             found[key] = tensor
         start = "roberta." if prefix else ""
         found[f"{start}pooler.dense.weight"] = torch.ones(32, 32)
@@ -266,6 +264,10 @@ def test_no_weights(folder):
         load_roberta(folder, 2)
     with pytest.raises(DoRAError, match="config.json not found"):
         load_roberta(folder / "nowhere", 2)
+    with pytest.raises(DoRAError, match="did you mean .*m/model?"):
+        save_model(tiny_model(), folder / "model")
+        (folder / "config.json").unlink()
+        load_roberta(folder, 2)
 
 
 @pytest.mark.parametrize("content", [
@@ -276,6 +278,157 @@ def test_a_pickle_of_something_else(folder, content):
     torch.save(content, folder / "pytorch_model.bin")
     with pytest.raises(DoRAError, match="not a dictionary of tensors"):
         load_roberta(folder, 2)
+
+
+# ---- other architectures, shards, pointers ------------------------------------------------------
+
+def shard(folder, suffix="safetensors", edit=dict):
+    """Cut the folder's weights into two files and an index, as transformers saves large models."""
+    weights = {k: t.clone() for k, t in read_safetensors(folder / "model.safetensors").items()}
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    names, places = sorted(weights), {}
+    for i, part in enumerate((names[:20], names[20:]), 1):
+        file = f"{stem}-{i:05d}-of-00002.{suffix}"
+        places.update(dict.fromkeys(part, file))
+        save = write_safetensors if suffix == "safetensors" else lambda path, w: torch.save(w, path)
+        save(folder / file, {name: weights[name] for name in part})
+    (folder / "model.safetensors").unlink()
+    index = folder / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": edit(places)}))
+    return index
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards(folder, suffix):
+    """T8: weights in two files with an index give the logits of the model in one file."""
+    shard(folder, suffix)
+    assert torch.equal(logits(load_roberta(folder, 2)), logits(tiny_model()))
+
+
+@pytest.mark.parametrize("edit, words", [
+    (lambda places: {**places, "x": "model-00003-of-00002.safetensors"}, "but .* lists it"),
+    (lambda places: {**places, "x": "model-00001-of-00002.safetensors"}, "'x' is not in"),
+    (lambda places: {**places, "x": "../model-00001-of-00002.safetensors"}, "no weight_map"),
+    (lambda places: {**places, "x": 3}, "no weight_map"), (lambda places: [], "no weight_map"),
+    (lambda places: {k: p for k, p in places.items() if KEY != k}, f"{KEY} is missing")])
+def test_a_broken_index(folder, edit, words):
+    """T8: an index that names what is not there, or files elsewhere, is refused by name."""
+    shard(folder, edit=edit)
+    with pytest.raises(DoRAError, match=words):
+        load_roberta(folder, 2)
+
+
+@pytest.mark.parametrize("head", [
+    {"qa_outputs.weight": (2, 32), "qa_outputs.bias": (2,)},                 # question answering
+    {"classifier.weight": (9, 32), "classifier.bias": (9,)},                 # token classification
+    {"classifier.weight": (1, 32), "classifier.bias": (1,)},                 # multiple choice
+    {"lm_head.dense.weight": (32, 32), "lm_head.decoder.weight": (437, 32)}], ids=lambda h: [*h][0])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_heads_of_other_kinds(folder, head, prefix):
+    """T8: RobertaForQuestionAnswering and others give their encoder, with a new head."""
+    rewrite(folder, lambda w: {
+        **{k if prefix else k.removeprefix("roberta."): t for k, t in w.items()
+           if k.startswith("roberta.")}, **{k: torch.ones(shape) for k, shape in head.items()}})
+    model = load_roberta(folder, 2)
+    assert not model.trained_head and not model.classifier.out_proj.bias.any()
+    for a, b in zip(model.roberta.parameters(), tiny_model().roberta.parameters()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_names_of_another_time(folder, form):
+    """LayerNorm.gamma and beta, as the first BERT files have them, are refused by name."""
+    rewrite(folder, lambda w: {k.replace("LayerNorm.weight", "LayerNorm.gamma"): t
+                               for k, t in w.items()}, form)
+    with pytest.raises(DoRAError, match="LayerNorm.gamma' is .*, expected no such weight"):
+        load_roberta(folder, 2)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json",
+                                  "model.safetensors.index.json"])
+def test_git_lfs_pointers(folder, name):
+    """T8: a file that git-lfs has not fetched is named as that."""
+    if name != "config.json":
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(DoRAError, match=f"{name}: .*git-lfs pointer.*git lfs pull"):
+        load_roberta(folder, 2)
+
+
+# ---- the labels of a checkpoint's head ----------------------------------------------------------
+
+def with_config(folder, **fields):
+    """Change fields of the folder's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return folder
+
+
+NLI3 = {"0": "CONTRADICTION", "1": "NEUTRAL", "2": "ENTAILMENT"}     # roberta-large-mnli's
+
+
+@pytest.mark.parametrize("task, names, order", [
+    ("rte", {"0": "entailment", "1": "not_entailment"}, [0, 1]),
+    ("rte", {"0": "not_entailment", "1": "entailment"}, [1, 0]),
+    ("rte", {"0": "Not Entailment", "1": "Entailment"}, [1, 0]),
+    ("rte", {"0": "LABEL_0", "1": "LABEL_1"}, [0, 1]), ("rte", None, [0, 1]),
+    ("cola", {"0": "1", "1": "0"}, [1, 0]), ("mnli", NLI3, [2, 1, 0])])
+def test_the_order_of_labels(tmp_path, task, names, order):
+    """T1: logits of a checkpoint are in the order of the task's labels, whatever its id2label's."""
+    model = tiny_model(len(order))
+    save_model(model, tmp_path)
+    with_config(tmp_path, id2label=names)
+    loaded = load_roberta(tmp_path, len(order), data.TASKS[task])
+    assert torch.equal(logits(loaded), logits(model)[:, order]) and loaded.trained_head
+    assert torch.equal(logits(load_roberta(tmp_path, len(order))), logits(model))
+
+
+@pytest.mark.parametrize("task, classes, fields", [
+    ("rte", 2, {"id2label": {"0": "negative", "1": "positive"}}),
+    ("sst2", 2, {"id2label": {"0": "bad", "1": "good"}}),
+    ("rte", 2, {"id2label": {"0": "entailment", "1": "neutral", "2": "contradiction"}}),
+    ("rte", 2, {"id2label": {"0": "LABEL_1", "1": "LABEL_0"}}),
+    ("rte", 2, {"finetuning_task": "qnli"}), ("stsb", 1, {}), ("stsb", 1, {"label_top": 4.0}),
+    ("rte", 2, {"problem_type": "multi_label_classification"})])
+def test_a_head_for_other_labels(tmp_path, task, classes, fields):
+    """T1: a head of the right size for other labels, another task or another unit is not used."""
+    save_model(tiny_model(classes), tmp_path)
+    model = load_roberta(with_config(tmp_path, **fields), classes, data.TASKS[task])
+    assert not model.trained_head and not model.classifier.out_proj.bias.any()
+
+
+@pytest.mark.parametrize("task", ["cola", "rte", "mnli", "stsb"])
+def test_a_saved_model_knows_its_task(tmp_path, task):
+    """T1: save_model names task and labels: its head is loaded for that task, for no other."""
+    task = data.TASKS[task]
+    model = tiny_model(task.num_labels)
+    save_model(model, tmp_path, task)
+    loaded = load_roberta(tmp_path, task.num_labels, task)
+    assert loaded.trained_head
+    assert torch.equal(loaded.classifier.out_proj.weight, model.classifier.out_proj.weight)
+    assert not load_roberta(tmp_path, task.num_labels, task._replace(name="mine")).trained_head
+
+
+@pytest.mark.parametrize("names", [3, ["a", "b"], {"a": "b", "c": "d"}, {"1": "a", "2": "b"}])
+def test_a_damaged_table_of_labels(folder, names):
+    """T1: an id2label that is no table from 0 on is refused."""
+    with pytest.raises(DoRAError, match="id2label is"):
+        load_roberta(with_config(folder, id2label=names), 2, data.TASKS["rte"])
+
+
+def test_the_dropout_of_the_head(folder):
+    """T1: classifier_dropout is the head's dropout; without it the encoder's is."""
+    assert load_roberta(folder, 2).classifier.dropout.p == 0.1
+    assert load_roberta(with_config(folder, classifier_dropout=0.5), 2).classifier.dropout.p == 0.5
+    assert load_roberta(with_config(folder, classifier_dropout=0), 2).classifier.dropout.p == 0
+    assert load_roberta(folder, 2).roberta.embeddings.dropout.p == 0.1
+
+
+@pytest.mark.parametrize("field", ["is_decoder", "add_cross_attention"])
+def test_a_decoder(folder, field):
+    """T1: a decoder, whose attention looks only back, is refused."""
+    with pytest.raises(DoRAError, match=f"{field} is True, expected False"):
+        load_roberta(with_config(folder, **{field: True}), 2)
 
 
 # ---- config.json --------------------------------------------------------------------------------
@@ -303,7 +456,7 @@ def test_absurd_fields(folder, field, value):
     with pytest.raises(DoRAError) as caught:
         load_roberta(folder, 2)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    assert field in str(caught.value) or "heads make no model" in str(caught.value)
+    assert field in str(caught.value) or "not divisible by 5 heads" in str(caught.value)
 
 
 @pytest.mark.parametrize("field", [

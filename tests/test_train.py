@@ -1,21 +1,23 @@
-"""train_glue.py: the training loop, its run folder, evaluation, accumulation, compaction."""
+"""A run is a function of its settings, bit for bit; accumulation, compaction and evaluation give
+what one batch, masks and single examples give."""
 import json
 import math
 import statistics
+import sys
 from collections import Counter
 
 import pytest
 import torch
 from tiny import (
-    NO_DROPOUT, files, lines, newest, result, run, same, same_runs, settings, tiny_model)
+    NO_DROPOUT, files, lines, newest, result, run, same, same_runs, run_settings, tiny_model)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train_glue
 from dora import METHODS, Pruner, budget, load_adapter, read_safetensors
 from train_glue import (
-    TrainConfig, adapt, evaluate, evaluate_dev, learning_rate, load_roberta, make_config, predict,
-    prepare, task_loss)
+    TrainConfig, adapt, backward, connection_lost, evaluate, evaluate_dev, learning_rate,
+    load_roberta, make_config, predict, prepare, task_loss)
 
 FLOAT64 = dict(dropout=False, dtype="float64")
 
@@ -26,8 +28,8 @@ def masks(monkeypatch):
     found = []
 
     class Recorder(Pruner):
-        def _prune(self, k):
-            super()._prune(k)
+        def _prune(self):
+            super()._prune()
             found.append((self.t, self.mask.tolist()))
 
     monkeypatch.setattr(train_glue, "Pruner", Recorder)
@@ -78,10 +80,8 @@ def test_config_of_a_run(finished):
     """config.json holds all settings: TrainConfig made from them is the run's own."""
     folder, _ = finished
     values = json.loads((folder / "config.json").read_text())
-    dora = values.pop("dora")
-    dora["targets"] = tuple(dora["targets"])
-    assert TrainConfig(**values, dora=train_glue.DoRAConfig(**dora)) == make_config(
-        **settings(folder))
+    values["targets"] = tuple(values["targets"])
+    assert TrainConfig(**values) == make_config(**run_settings(folder))
 
 
 def test_metrics_of_a_run(finished):
@@ -89,16 +89,16 @@ def test_metrics_of_a_run(finished):
     the budget Eq. 9's, live is the budget of the last pruning, all the rest finite; the penalty is
     0 once pruning has ended."""
     folder, _ = finished
-    config, found = make_config(**settings(folder)), lines(folder)
+    config, found = make_config(**run_settings(folder)), lines(folder)
     assert [line["step"] for line in found] == [*range(1, 25)]
     for line in found:
         t = line["step"]
         assert list(line) == ["step", "lr", "loss", "penalty", "grad_norm", "live", "budget"]
         assert all(math.isfinite(value) for value in line.values())
         assert line["lr"] == learning_rate(t - 1, 24, config)
-        assert line["budget"] == budget(t, 24, config.dora, 12)
+        assert line["budget"] == budget(t, 24, config, 12)
         pruned = [s for s in (7, 10, 12) if s <= t]             # first is 4, interval 3, last 12
-        assert line["live"] == (budget(pruned[-1], 24, config.dora, 12) if pruned else 36)
+        assert line["live"] == (budget(pruned[-1], 24, config, 12) if pruned else 36)
         assert (line["penalty"] > 0) == (t <= 12)
 
 
@@ -141,10 +141,10 @@ def test_the_budget_is_live_at_the_end(finished):
 
 @pytest.mark.parametrize("method", [*METHODS, "bitfit", "full", "head"])
 def test_every_method_runs(tmp_path, method):
-    """Five steps of each: what trains has moved, what is frozen has not, the log is finite, and
+    """Eight steps of each: what trains has moved, what is frozen has not, the log is finite, and
     the saved adapter or model scores as the result says."""
-    found = run(tmp_path, method=method, max_steps=5, interval=1)
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    found = run(tmp_path, method=method, max_steps=8)
+    assert [line["step"] for line in lines(tmp_path)] == [*range(1, 9)]
     model, before = load_roberta(files()[1], 2), load_roberta(files()[1], 2)
     if method in METHODS:
         load_adapter(model, tmp_path / "adapter")
@@ -231,10 +231,46 @@ def test_a_collapsed_model_says_so(capsys):
     model.classifier.out_proj.bias.data = torch.tensor([0.0, 1.0])
     assert evaluate(model, dev(), data.TASKS["toy"]) == {"matthews": 0.0}
     assert "all 40 predictions are '1': the model collapsed to one class" in capsys.readouterr().out
+    model = tiny_model(1)
+    model.classifier.out_proj.weight.data.mul_(1e-6)
+    model.classifier.out_proj.bias.data.fill_(0.25)
+    evaluate(model, dev(), data.TASKS["stsb"])
+    assert "predictions are 0.250: the model collapsed to one value" in capsys.readouterr().out
+
+
+class OnMPS(torch.Tensor):
+    """A tensor on a device without float64, until .cpu()."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(found, torch.Tensor) and found.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return found
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_float64_stays_on_the_cpu(classes):
+    """D1: predictions of a model whose outputs are on a device without float64, as mps."""
+    model = tiny_model(classes)
+    expected = predict(model, dev())
+
+    class Elsewhere(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, ids, mask):
+            return self.inner(ids, mask).as_subclass(OnMPS)
+
+    found = predict(Elsewhere(), dev())
+    assert found.dtype == "float64" and found.tolist() == expected.tolist()
 
 
 def test_the_mean_of_mnlis_two():
-    """Two dev files: each accuracy, and their mean as the headline."""
+    """T3: two dev files: each accuracy, and their mean as the headline."""
     task = data.TASKS["mnli"]
     first = [e._replace(label=i % 3) for i, e in enumerate(dev())]
     second = [e._replace(label=0) for e in dev()[:10]]
@@ -255,6 +291,24 @@ def test_accumulation(tmp_path, masks, whole, parts):
     close(lines(tmp_path / "whole"), lines(tmp_path / "parts"))
     half = len(masks) // 2
     assert masks[:half] == masks[half:] and len(masks) == 2 * len({t for t, _ in masks}) > 10
+
+
+@pytest.mark.parametrize("rows, parts, passes", [(5, 100_000, 5), (5, 2, 2), (1, 4, 1)])
+def test_never_more_parts_than_examples(rows, parts, passes):
+    """T16: forward passes of one step whose batch has fewer examples than --accumulate; their
+    gradients are those of the batch's mean loss."""
+    model, calls = tiny_model().double(), []
+    batch = data.collate(dev(), range(rows))
+    model.register_forward_hook(lambda *a: calls.append(1))
+    loss = backward(model, batch, torch.zeros(()), parts, torch.device("cpu"))
+    grads = [p.grad.clone() for p in model.parameters()]
+    assert len(calls) == passes
+    model.zero_grad()
+    expected = task_loss(model(batch.ids, batch.mask), batch.labels)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-9, atol=1e-9)
+    for p, grad in zip(model.parameters(), grads):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("rank", [2.0, 0.5])
@@ -281,7 +335,7 @@ def test_compaction_in_training(tmp_path, masks, monkeypatch, rank):
 def test_bf16(tmp_path, method):
     """--dtype bf16: frozen weights are bfloat16; A, B, c and the head are float32, also in the
     checkpoint, and five steps run."""
-    config = make_config(**settings(tmp_path, dtype="bf16", method=method, max_steps=5, interval=1))
+    config = make_config(**run_settings(tmp_path, dtype="bf16", method=method, max_steps=8))
     _, model, _, _ = prepare(config)
     adapt(model, config)
     for name, p in model.named_parameters():
@@ -289,6 +343,36 @@ def test_bf16(tmp_path, method):
     train_glue.train(config)
     assert {w.dtype for w in newest(tmp_path)["weights"].values()} == {torch.float32}
     assert all(math.isfinite(line["loss"]) for line in lines(tmp_path))
+
+
+@pytest.mark.parametrize("method", ["dora", "full", "bitfit", "head"])
+def test_logits_are_float32(tmp_path, method):
+    """D4: with --dtype bf16 the logits, and so loss and predictions, are float32 for each method,
+    the whole model's training included; the encoder's products are bfloat16."""
+    config = make_config(**run_settings(tmp_path, dtype="bf16", method=method))
+    _, model, _, _ = prepare(config)
+    adapt(model, config)
+    dtypes = []
+    query = model.roberta.encoder.layer[0].attention["self"].query
+    query.register_forward_hook(lambda module, x, y: dtypes.append(y.dtype))
+    batch = data.collate(dev(), range(4))
+    logits = model(batch.ids, batch.mask)
+    assert logits.dtype == torch.float32 and dtypes == [torch.bfloat16]
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
+@pytest.mark.parametrize("abilities, warns", [
+    ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, True),
+    ({"avx2": True, "avx512_bf16": True}, False), ({"amx_bf16": True}, False),
+    ({"architecture": "aarch64", "bf16": True}, False)])
+def test_bf16_on_a_cpu_without_it(tmp_path, capsys, monkeypatch, abilities, warns):
+    """D5: one line of warning, and none on a CPU that has bfloat16 or for another dtype."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
+    for dtype in ("bf16", "float32"):
+        prepare(make_config(**run_settings(tmp_path, dtype=dtype)))
+        text = capsys.readouterr().out
+        assert ("no bfloat16 instructions" in text) == (warns and dtype == "bf16")
+        assert len(text.splitlines()) == (warns and dtype == "bf16")
 
 
 @pytest.mark.parametrize("method", ["full", "bitfit"])
@@ -315,6 +399,21 @@ def test_deterministic(tmp_path):
 
 
 @pytest.mark.slow
+def test_compile_of_many_seeds(tmp_path, monkeypatch):
+    """D7: six runs in one process are compiled to their ends: torch's limit of recompilations,
+    here an error, is not reached. (Without code generation, which takes minutes.)"""
+    import torch._dynamo
+    real, compiled = torch.compile, []
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile_limit", True, raising=False)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True, raising=False)
+    monkeypatch.setattr(torch, "compile", lambda net, **options: compiled.append(options) or real(
+        net, backend="eager", **options))
+    for seed in range(1, 7):
+        run(tmp_path / f"{seed}", seed=seed, compile=True, max_steps=10, batch_size=12)
+    assert compiled == [{"dynamic": True}] * 12           # again after each compaction
+
+
+@pytest.mark.slow
 def test_compile(tmp_path):
     """--compile: the same losses as without, to 1e-5, before and after the compaction."""
     changes = dict(max_steps=12, **{**FLOAT64, "dtype": "float32"})
@@ -327,9 +426,16 @@ def test_compile(tmp_path):
 @pytest.mark.parametrize("method", [*METHODS, "full"])
 def test_a_step_does_not_wait_for_the_device(tmp_path, monkeypatch, method):
     """Numbers taken out of tensors (.item(), bool(), float()) in each of 24 steps, found by
-    watching every operation: none but in log steps, every fifth, at an epoch's end, and one at a
-    pruning, which looks if the scores are finite."""
+    watching every operation: none but in log steps, every fifth, at an epoch's end, and at a
+    pruning, which moves scores and gates to the CPU and decides there."""
     real, steps, taken = train_glue.task_loss, [], Counter()
+    cpu, moved = torch.Tensor.cpu, Counter()
+
+    def watched_cpu(tensor):
+        moved[len(steps)] += sys._getframe(1).f_globals["__name__"] == "dora"
+        return cpu(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", watched_cpu)
     monkeypatch.setattr(train_glue, "task_loss", lambda *a: steps.append(1) or real(*a))
 
     class Watch(TorchDispatchMode):
@@ -344,11 +450,25 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, monkeypatch, method):
     del taken[0]                                                    # before the first step
     prunings = set() if method in ("lora", "full") else {7, 10, 12}
     assert {step for step, n in taken.items() if n} == {5, 10, 15, 20, 8, 16, 24} | prunings
-    assert not prunings or taken[7] == 1
+    assert {step for step in moved if moved[step] and step % 8} == prunings  # 8, ...: checkpoints
+    assert not prunings or moved[7] == moved[10] == 2       # scores and gates; 12 has compact_, too
+
+
+@pytest.mark.parametrize("text, lost", [
+    ("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234", True),
+    ("Read error [127.0.0.1]:7: Connection reset by peer", True), ("writev: Broken pipe", True),
+    ("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)", True),
+    ("NCCL error: remote process exited or there was a network error", True),
+    ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+    ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes", False),
+    ("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)", False)])
+def test_what_a_lost_connection_is(text, lost):
+    """D6: messages of gloo and NCCL about another process, and errors of this process's own."""
+    assert connection_lost(RuntimeError(text)) == lost
 
 
 def test_no_dropout_is_really_off():
     """The folder for float64 comparisons has every dropout at 0, or those would compare noise."""
     config = load_roberta(files(False)[1], 2).config
     assert {getattr(config, name) for name in NO_DROPOUT} == {0.0}
-    assert make_config(**settings("x", False)).dora.dropout == 0.0
+    assert make_config(**run_settings("x", False)).dropout == 0.0

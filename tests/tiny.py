@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 MINILM = ROOT / "../shared/models/minilm-l6-roberta"
 GLUE = ROOT / "../shared/data/glue"
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-ROWS = {"train": 61, "dev": 40}         # 61 is no multiple of a batch: the last one is short
+ROWS = {"train": 61, "dev": 40}         # 61 is not a multiple of a batch: the last one is short
+PRUNING = ("dora", "paper", "adalora")  # the methods that use `interval`
 EXAMPLES = functools.cache(lambda: tempfile.TemporaryDirectory(prefix="dora-test-"))
 
 
@@ -50,23 +51,27 @@ def files(dropout=True):
     return root, model_dir
 
 
-def settings(out, dropout=True, **changes):
-    """make_config's arguments for a run of 24 steps, 8 an epoch, whose last pruning is at 12."""
+def run_settings(out, dropout=True, **changes):
+    """make_config's arguments for a run of 24 steps, 8 per epoch. It prunes at 7, 10 and 12."""
     data_dir, model_dir = files(dropout)
-    return {**dict(task="toy", data_dir=str(data_dir), model_dir=str(model_dir), out=str(out),
-                   device="cpu", batch_size=8, epochs=3, max_len=48, interval=3, log_every=1,
-                   **({} if dropout else {"dropout": 0.0})), **changes}
+    given = dict(task="toy", data_dir=str(data_dir), model_dir=str(model_dir), out=str(out),
+                 device="cpu", batch_size=8, epochs=3, max_len=48, log_every=1)
+    if changes.get("method", "dora") in PRUNING:
+        given.update(interval=3, budget_unit="components")  # so that 12 matrices end with 24
+    if not dropout:
+        given["dropout"] = 0.0
+    return {**given, **changes}
 
 
 def run(out, dropout=True, **changes):
     """The result of one such run."""
-    return train(make_config(**settings(out, dropout, **changes)))
+    return train(make_config(**run_settings(out, dropout, **changes)))
 
 
-def flags(**settings):
+def flags(**given):
     """The same settings as flags of the command line."""
     words = []
-    for name, value in settings.items():
+    for name, value in given.items():
         flag = "--" + name.replace("_", "-")
         words += [flag] if value is True else [f"--no{flag[1:]}"] if value is False else \
             [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]

@@ -70,3 +70,18 @@ def test_confusion_tables():
         labels = np.repeat([0, 1, 0, 1], cells)
         if len(labels):
             compare("matthews", predictions, labels)
+
+
+def test_nan():
+    """T9: NaN and infinite predictions give what scipy gives: NaN, but for the ranks of an infinite
+    one."""
+    labels = np.array([1.0, 3.0, 2.0, 5.0])
+    for name in REALS:
+        for odd in (np.nan, np.inf, -np.inf):
+            predictions = np.array([1.0, odd, 2.0, 3.0])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                expected = REFERENCES[name](predictions, labels)
+            found = data.METRICS[name](predictions, labels)
+            assert found == pytest.approx(expected, abs=1e-12, nan_ok=True), (name, odd)
+            assert np.isnan(found) or (name == "spearman" and np.isinf(odd))

@@ -390,7 +390,7 @@ def test_gpt2_has_no_linear():
     GPT-2 lacks lists its one nn.Linear."""
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=60, n_embd=16, n_layer=2, n_head=2))
-    with pytest.raises(DoRAError, match=r"h\.0\.attn\.c_attn is a Conv1D, not an nn\.Linear"):
+    with pytest.raises(DoRAError, match=r"h\.0\.attn\.c_attn is a Conv1D, and only an nn\.Linear"):
         inject(model, DoRAConfig(targets=("c_attn",)))
     with pytest.raises(DoRAError, match=r"q_proj.*candidates: lm_head"):
         inject(model, DoRAConfig(targets=("q_proj",)))

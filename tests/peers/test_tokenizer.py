@@ -1,4 +1,5 @@
-"""data.BPE against the tokenizers library: ids, piece boundaries, truncation."""
+"""data.BPE against the tokenizers library: ids, piece boundaries, truncation, tokenizer.json."""
+import json
 import random
 import re
 import sys
@@ -9,6 +10,7 @@ import pytest
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, RobertaTokenizerFast
 
 import data
 
@@ -121,6 +123,84 @@ def test_truncation(bpe, reference, max_len):
                 ids = [bpe.encode(a), bpe.encode(b)]
                 assert data.join_ids(ids, max_len) == reference.encode(a, b).ids, (n, m)
                 assert data.join_ids(ids[:1], max_len) == reference.encode(a).ids, n
+                assert data.encode_row(bpe, [a, b], max_len) == reference.encode(a, b).ids, (n, m)
+                assert data.encode_row(bpe, [a], max_len) == reference.encode(a).ids, n
     finally:
         reference.no_truncation()
         reference._tokenizer.post_processor = None
+
+
+@pytest.mark.parametrize("max_len", [16, 17])
+def test_truncation_of_long_texts(bpe, reference, max_len):
+    """T5: pairs of texts that are far longer than the limit, of equal and of other lengths: the
+    library's longest_first, which gives the odd place of max_len 17 to the longer one."""
+    reference.enable_truncation(max_len, strategy="longest_first")
+    reference._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)])
+    try:
+        for n, m in ((500, 500), (500, 501), (501, 500), (500, 3), (3, 500), (13, 14), (14, 13)):
+            a, b = "a" + " a" * n, "b" + " b" * m
+            assert data.encode_row(bpe, [a, b], max_len) == reference.encode(a, b).ids, (n, m)
+    finally:
+        reference.no_truncation()
+        reference._tokenizer.post_processor = None
+
+
+def test_long_words(bpe, reference):
+    """T5: words of 1 to 16,000 letters, random or repeated, which one piece holds: the ids equal
+    the library's."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(letters, k=n)) for n in (1, 2, 3, 50, 1000, 16_000)
+             for letters in ("abcdefghijklmnopqrstuvwxyz", "ab", "a", "éè日本", "01", "!?-")]
+    assert differences(bpe, reference, texts) == []
+
+
+def test_characters_newer_than_python(bpe, reference):
+    """T6: the characters that the library cuts otherwise are unassigned in Python's tables, all of
+    them, and their bytes are kept: the docstring of ascii_like says so."""
+    chars = [chr(i) for i in range(128, sys.maxunicode + 1) if not 0xD800 <= i < 0xE000]
+    other = [char for char in chars if bpe.pieces(f"{char}'s") != reference_pieces(f"{char}'s")]
+    assert {unicodedata.category(char) for char in other} <= {"Cn"}
+    assert all(bpe.decode(bpe.encode(char)) == char for char in other)
+    if unicodedata.unidata_version == "14.0.0":
+        assert "\u1c89" in other and len(other) > 9000
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """What transformers saves for this tokenizer: without and with an added token [USER]."""
+    folder = tmp_path_factory.mktemp("saved")
+    tokenizer = RobertaTokenizerFast.from_pretrained(MODEL)
+    tokenizer.save_pretrained(folder / "plain")
+    tokenizer.add_tokens(["[USER]"])
+    tokenizer.save_pretrained(folder / "user")
+    return folder
+
+
+def test_tokenizer_json(bpe, saved):
+    """T8: the folder that transformers saves holds no vocab.json, and gives the same tokenizer; ids
+    of mixed strings equal those of the library with this file."""
+    assert not (saved / "plain" / "merges.txt").exists()
+    loaded = data.BPE(saved / "plain")
+    assert loaded.vocab == bpe.vocab and loaded.ranks == bpe.ranks
+    peer = PreTrainedTokenizerFast(tokenizer_file=str(saved / "plain" / "tokenizer.json"))
+    special = re.compile("</?s>|<mask>")  # text here, tokens there
+    for text in mixed(500, seed=1):
+        text = special.sub("", text)
+        assert loaded.encode(text) == peer.encode(text, add_special_tokens=False)
+
+
+def test_added_token(bpe, saved, tmp_path):
+    """T8: in the saved tokenizer.json a text becomes [USER], so it is refused. At the end of
+    vocab.json no text becomes it, with the library either: accepted, with the library's ids."""
+    peer = PreTrainedTokenizerFast(tokenizer_file=str(saved / "user" / "tokenizer.json"))
+    assert 50265 in peer.encode("a [USER] b")
+    with pytest.raises(data.DataError, match=r"added token '\[USER\]'"):
+        data.BPE(saved / "user")
+
+    vocab = {**bpe.vocab, "[USER]": 50265}
+    path = tmp_path / "vocab.json"
+    path.write_text(json.dumps(vocab))
+    theirs = ByteLevelBPETokenizer(str(path), FILES[1], add_prefix_space=False)
+    assert data.BPE(path, FILES[1]).encode("a [USER] b") == theirs.encode("a [USER] b").ids

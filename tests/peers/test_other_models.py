@@ -1,0 +1,283 @@
+"""dora.py's adapters in PEFT, and PEFT's here, on models with unusual names, tied weights, running
+statistics, and on T5, GPT-2 and DistilBERT. (RoBERTa, BERT, Llama: test_peft.py.)"""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from small import randomize  # noqa: E402
+from test_models import (  # noqa: E402
+    IDS, NAMES, Instance, Named, Tied, X, cfg, chain, close, fit, refused)
+
+from dora import (  # noqa: E402
+    Pruner, inject, load_adapter, merge_, read_safetensors, save_adapter)
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in (
+    "FutureWarning", "RuntimeWarning", "UserWarning")]
+transformers.utils.logging.set_verbosity_error()
+
+
+def config_of(folder):
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def both_load(model, make, folder, call=lambda model: model(X)):
+    """Save; PEFT and load_adapter on new models give the outputs; so does merge_."""
+    expected = call(model.eval())
+    save_adapter(model, folder)
+    assert (call(make().eval()) - expected).abs().max() > 1e-3
+    close(call(PeftModel.from_pretrained(make().eval(), folder).eval()), expected)
+    ours = make().eval()
+    load_adapter(ours, folder)
+    close(call(ours.eval()), expected)
+    close(call(merge_(model)), expected)
+
+
+def train(model, config, call, steps=10):
+    """A short run that prunes, whose loss is the mean square of what call returns."""
+    torch.manual_seed(3)
+    layers = inject(model, config)
+    return layers, lambda: run(model, layers, config, call, steps)
+
+
+def run(model, layers, config, call, steps):
+    pruner = Pruner(layers, config, steps)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (call(model).square().mean() + pruner.penalty()).backward()
+        pruner.observe()
+        optimizer.step()
+        pruner.step()
+    return pruner
+
+
+# ---- names, ties, statistics ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("matrix, head", NAMES)
+def test_odd_names(tmp_path, matrix, head):
+    """M12, M13: PEFT loads an adapter whose names are its own words, end like its own modules, or
+    hold characters of regular expressions; outputs equal."""
+    def make():
+        return Named(matrix, head)
+
+    model, config = make(), cfg(matrix)
+    layers = inject(model, config)
+    model.get_submodule(head).requires_grad_(True)
+    fit(model, config, layers)
+    both_load(model, make, tmp_path)
+
+
+@pytest.mark.parametrize("matrix, head", [("up", "out"), ("block.classifier", "classifier"),
+                                          ("pre_classifier", "classifier"), ("up", "dropout"),
+                                          ("up", "A"), ("up", "weight"), ("a.t", "t")])
+def test_heads_whose_names_end_like_others(tmp_path, matrix, head):
+    """M12: the head's name is the end of another module's or of one of PEFT's own: it is written
+    with PEFT's prefix, and PEFT's outputs equal."""
+    test_odd_names(tmp_path, matrix, head)
+    names = config_of(tmp_path)["modules_to_save"]
+    assert names == ["base_model.model." + head if head not in ("weight",) else head]
+
+
+def test_a_tied_weight_of_peft(tmp_path):
+    """M1: PEFT's adapter with modules_to_save=["proj"], which is tied to the embedding: our outputs
+    equal PEFT's, and the embedding is as it was."""
+    reference = get_peft_model(Tied(), LoraConfig(r=2, target_modules=["mid"],
+                                                  modules_to_save=["proj"]))
+    torch.manual_seed(5)
+    for p in reference.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.5)
+    reference.save_pretrained(tmp_path)
+    model = Tied()
+    load_adapter(model, tmp_path)
+    close(model(IDS), reference(IDS))
+    assert torch.equal(model.emb.weight, Tied().emb.weight)
+
+
+def test_our_tied_weight_in_peft(tmp_path):
+    """M1: both modules that share a trained weight are saved, and PEFT's outputs equal."""
+    model = Tied()
+    _, go = train(model, cfg("mid"), lambda model: model(IDS) - 1)
+    model.proj.requires_grad_(True)
+    go()
+    both_load(model, Tied, tmp_path, lambda model: model(IDS))
+
+
+def test_a_shared_module_of_peft(tmp_path):
+    """M1: PEFT trains one name of a module that is used under two, and gives that name a copy of
+    its own; loaded here both would change, so it is refused."""
+    def make():
+        model = chain(nn.Linear, nn.Tanh, nn.Linear, nn.Linear)
+        model[3] = model[2]
+        return nn.ModuleDict({"net": model})
+
+    model = get_peft_model(make(), LoraConfig(r=2, target_modules=["net.0"],
+                                              modules_to_save=["net.2"]))
+    model.save_pretrained(tmp_path)
+    refused("net.2 and net.3", load_adapter, make(), tmp_path)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(8), nn.BatchNorm1d(8, affine=False), Instance()],
+                         ids=["affine", "plain", "instance"])
+def test_running_statistics(tmp_path, norm):
+    """M4: statistics that moved go into the adapter with their module; PEFT's outputs equal."""
+    import copy
+
+    def make():
+        return chain(nn.Linear, copy.deepcopy(norm), nn.Linear)
+
+    model, config = make(), cfg("2")
+    layers = inject(model, config)
+    fit(model, config, layers)
+    both_load(model, make, tmp_path)
+
+
+def test_a_lone_parameter_in_peft(tmp_path):
+    """M2: only the bias of a module trained: PEFT's outputs equal."""
+    def make():
+        return chain(nn.Linear, nn.Tanh, nn.Linear)
+
+    model, config = make(), cfg("0")
+    layers = inject(model, config)
+    model[2].bias.requires_grad_(True)
+    fit(model, config, layers)
+    both_load(model, make, tmp_path)
+
+
+# ---- transformers --------------------------------------------------------------------------------
+
+TOKENS = torch.arange(2, 26).view(2, 12)
+
+
+def logits(model):
+    names = {"decoder_input_ids": TOKENS} if "T5" in type(
+        getattr(model, "base_model", model)).__name__ + str(model.config.model_type).upper() else {}
+    return model(input_ids=TOKENS, **names).logits
+
+
+def new_t5(dtype=torch.float32):
+    torch.manual_seed(0)
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+        dropout_rate=0.0)).to(dtype).eval()
+
+
+def new_gpt2():
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=60, n_embd=16, n_layer=2, n_head=2, attn_pdrop=0, embd_pdrop=0,
+        resid_pdrop=0)).eval()
+
+
+def new_distilbert():
+    torch.manual_seed(0)
+    return transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(
+        vocab_size=60, dim=16, n_layers=2, n_heads=2, hidden_dim=32, num_labels=3, dropout=0,
+        attention_dropout=0, seq_classif_dropout=0)).eval()
+
+
+@pytest.mark.parametrize("targets", [("q", "k", "v", "o", "wi", "wo"), ("wo", "lm_head")])
+def test_t5(tmp_path, targets):
+    """A4, M8: T5 with all its matrices, whose code reads wo.weight.dtype, and with its head: a run,
+    saved; the outputs in PEFT, through load_adapter and merged equal."""
+    model = new_t5()
+    layers, go = train(model, cfg(*targets), logits)
+    go()
+    assert len(layers) == (32 if "q" in targets else 5)
+    both_load(model, new_t5, tmp_path, logits)
+
+
+def test_t5_in_bfloat16():
+    """A4: T5 keeps wo in float32 in half precision and asks for its dtype: with the update the
+    outputs are close to those in float32."""
+    outputs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = new_t5(dtype)
+        layers = inject(model, cfg("wo", importance=None, schedule=None))
+        for layer in layers.values():
+            layer.A.data.fill_(0.1)
+            layer.B.data.fill_(0.01)
+        outputs.append(logits(model).float())
+    close(*outputs, 0.1)
+
+
+def to_linear(model):
+    """The lines of the README: GPT-2's Conv1D, W (d_in, d_out), as an nn.Linear."""
+    for name, old in list(model.named_modules()):
+        if isinstance(old, transformers.pytorch_utils.Conv1D):
+            new = nn.Linear(*old.weight.shape)
+            new.weight.data, new.bias.data = old.weight.data.T.contiguous(), old.bias.data
+            model.set_submodule(name, new)
+    return model
+
+
+def test_gpt2(tmp_path):
+    """A4: GPT-2 with its Conv1D turned into nn.Linear gives the original's logits; adapted, trained
+    and saved, its outputs equal in PEFT, on the turned model and on GPT-2 as it was."""
+    close(logits(to_linear(new_gpt2())), logits(new_gpt2()))
+    model = to_linear(new_gpt2())
+    layers, go = train(model, cfg("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"), logits)
+    go()
+    assert len(layers) == 8
+    expected = logits(model.eval())
+    both_load(model, lambda: to_linear(new_gpt2()), tmp_path, logits)
+    close(logits(PeftModel.from_pretrained(new_gpt2(), tmp_path).eval()), expected)
+
+
+@pytest.mark.parametrize("heads", [("classifier",), ("pre_classifier", "classifier"),
+                                   ("pre_classifier",)])
+def test_distilbert(tmp_path, heads):
+    """M12: DistilBERT's `classifier` beside `pre_classifier`, one of them trained or both: PEFT's
+    outputs equal."""
+    model = new_distilbert()
+    _, go = train(model, cfg("q_lin", "v_lin", "lin1", "lin2"), logits)
+    for head in heads:
+        model.get_submodule(head).requires_grad_(True)
+    go()
+    both_load(model, new_distilbert, tmp_path, logits)
+
+
+@pytest.mark.parametrize("new", [new_t5, new_gpt2])
+def test_lora_on_the_head_of_peft(tmp_path, new):
+    """M23: PEFT's LoRA on lm_head, beside whose components it stores the frozen base: loaded here
+    the outputs equal PEFT's."""
+    reference = get_peft_model(new(), LoraConfig(r=2, lora_alpha=4, target_modules=["lm_head"]))
+    torch.manual_seed(5)
+    for name, p in reference.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p, std=0.5)
+    reference.save_pretrained(tmp_path, save_embedding_layers=True)
+    keys = read_safetensors(tmp_path / "adapter_model.safetensors")
+    assert "base_model.model.lm_head.base_layer.weight" in keys
+    model = new()
+    load_adapter(model, tmp_path)
+    close(logits(model), logits(reference.eval()))
+    both = [name for name in keys if "lora_" not in name]
+    assert both and (logits(model) - logits(new())).abs().max() > 1e-2
+
+
+def test_a_model_of_peft_is_refused():
+    """A12: inject() on a model that PEFT wrapped names PEFT's class."""
+    model = get_peft_model(new_gpt2(), LoraConfig(r=2, target_modules=["lm_head"]))
+    refused(r"lm_head is a peft\.tuners\.lora\.layer\.Linear", inject, model, cfg("lm_head"))
+
+
+def test_an_embedding_adapter_of_peft(tmp_path):
+    """A12: PEFT's adapter of an embedding is refused by what it is."""
+    get_peft_model(Tied(), LoraConfig(r=2, target_modules=["emb"])).save_pretrained(tmp_path)
+    refused("adapts an embedding", load_adapter, Tied(), tmp_path)
+
+
+def test_random_update_in_peft(tmp_path):
+    """A method without pruning and a random update: what PEFT gives equals W0 + the update."""
+    model = chain(nn.Linear, nn.Tanh, nn.Linear)
+    randomize(inject(model, cfg("0", "2", importance=None, schedule=None)))
+    both_load(model, lambda: chain(nn.Linear, nn.Tanh, nn.Linear), tmp_path)
