@@ -404,7 +404,10 @@ def plot() -> None:
                              sorted(line["best"] for line in lines)) for lines in found if lines)
             if not points:
                 continue
-            x = [max(place, 1) for place, _ in points]
+            if not points[0][0]:  # the head alone: no place on a logarithmic axis
+                ax.axhline(statistics.median(points[0][1]), color=color, ls=":", label=family)
+                continue
+            x = [place for place, _ in points]
             y = [statistics.median(scores) for _, scores in points]
             low = [middle - scores[0] for middle, (_, scores) in zip(y, points)]
             high = [scores[-1] - middle for middle, (_, scores) in zip(y, points)]
