@@ -91,6 +91,18 @@ def test_two_halves():
     assert sections[1] - sections[0] - 2 < 170
 
 
+def test_the_map_names_what_exists():
+    """Tests that tests/README.md names, a star for several, against the files; and each case."""
+    text = (ROOT / "tests/README.md").read_text("utf-8")
+    source = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    names = re.findall(r"`(test_\w+\*?)`", text)
+    assert len(names) > 60
+    for name in names:
+        assert f"def {name.removesuffix('*')}" in source, name
+    cases = re.findall(r"\b[MTD]\d+\b", text)
+    assert {*cases} >= {f"{k}{i}" for k, n in zip("MTD", (23, 17, 7)) for i in range(1, n + 1)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [
     ["ruff", "check", "."], ["mypy", "--ignore-missing-imports", "--disallow-untyped-defs",
