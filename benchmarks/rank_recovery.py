@@ -461,8 +461,10 @@ def markdown(result: dict[str, list[dict[str, Any]]], seeds: int) -> str:
                  else name for name, n in zip(names, seen, strict=True)]
         text += f"\n| {head} | {' | '.join(heads)} |\n|---|{'---|' * len(names)}\n"
         for row, *lines in zip(rows, wrong, loss, sizes, strict=True):
-            figures = [f"{100 * a:.1f} / {b:.3f}" + (f" / {100 * c:.0f}" if title == "Budget unit"
-                                                     else "") for a, b, c in zip(*lines)]
+            figures = [f"{100 * a:.1f} / {b:.3f}" for a, b, _ in zip(*lines)]
+            if title == "Budget unit":
+                kept = [f" / {100 * c:.0f}" for c in lines[2][:-1]] + [""]
+                figures = [figure + more for figure, more in zip(figures, kept, strict=True)]
             text += f"| {row} | {' | '.join(figures)} |\n"
     return text
 
