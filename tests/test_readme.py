@@ -57,6 +57,13 @@ def test_python_blocks_run(code, tmp_path, monkeypatch):
         data.TASKS.pop("mine", None)
 
 
+def test_the_printed_map(tmp_path, monkeypatch, capsys):
+    """What the README's own-model block prints, compared with the map below it."""
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks("python")[0], "README.md", "exec"), {})
+    assert f"```\n{capsys.readouterr().out}```" in TEXT
+
+
 def test_shell_blocks_name_what_exists():
     """Flags and files in the shell blocks, compared with --help and the checkout."""
     usage = subprocess.run([sys.executable, "train_glue.py", "--help"], cwd=ROOT, text=True,
