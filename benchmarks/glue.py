@@ -17,6 +17,7 @@ they take different runs. Everything is float32.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import platform
@@ -33,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import report  # noqa: E402
 import train_glue  # noqa: E402
-from dora import DoRAError, compact_  # noqa: E402
+from dora import IMPORTANCE, DoRAError, compact_  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 LOG = HERE / "results" / "budget_curve.jsonl"
@@ -108,8 +109,9 @@ def run(c: dict[str, Any], args: argparse.Namespace) -> dict[str, Any] | None:
 
     kind, row, more = CONTROLS.get(c["row"], ("dora", c["row"], {}))
     method, settings, _ = ROWS[row]
-    if kind in ("same", "shuffled"):
-        method = "lora"
+    if kind in ("same", "shuffled"):  # plain LoRA, later cut to the ranks that dora found
+        top = max(ranks_of(row, c["task"], c["seed"]))
+        method, settings = "lora", dict(rank=float(top), alpha=8.0 * top / max(1, settings["rank"]))
     data_dir = held_out(args.data_dir) if c["split"] == "held out" else args.data_dir
     out = ROOT / "runs" / "budget-curve" / key
     config = train_glue.make_config(
@@ -197,21 +199,17 @@ def control(kind: str, c: dict[str, Any], config: Any) -> tuple[Any, Callable[[]
 
     def undo() -> None:
         train_glue.adapt = adapt
-        train_glue.dora.IMPORTANCE.pop("measured", None)
+        IMPORTANCE.pop("measured", None)
 
     if kind in ("same", "shuffled"):
         ranks = ranks_of(CONTROLS[c["row"]][1], c["task"], c["seed"])
-        scale = config.alpha / max(1, ROWS[CONTROLS[c["row"]][1]][1]["rank"])
-        top = max(ranks)
-        config = train_glue.dataclasses.replace(
-            config, rank=float(top), start_rank=top, alpha=scale * top)
         train_glue.adapt = lambda model, cfg: fixed_ranks(
             adapt(model, cfg), model, ranks, c["seed"] if kind == "shuffled" else None)
     elif kind == "measured":
         from measured import Measured  # what closing each gate does to the loss
         measured = Measured(config)
-        train_glue.dora.IMPORTANCE["measured"] = (measured, "weights", torch.cat)
-        config = train_glue.dataclasses.replace(
+        IMPORTANCE["measured"] = (measured, "weights", torch.cat)
+        config = dataclasses.replace(
             config, importance="measured", beta1=0.0, beta2=None)
         train_glue.adapt = lambda model, cfg: measured.watch(model, adapt(model, cfg))
     return config, undo
