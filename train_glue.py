@@ -1259,7 +1259,7 @@ class Run:
     def __enter__(self) -> Run:
         refuse_overwriting(self.folder, self.config)
         with ExitStack() as stack:
-            stack.enter_context(naming(self.metrics))
+            stack.enter_context(naming(self.folder))
             if self.writes:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.folder))
@@ -1335,13 +1335,14 @@ class Run:
     def note(self, text: str) -> None:
         """Write a text to log.txt."""
         if self.writes:
-            with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+            path = self.folder / "log.txt"
+            with naming(path), open(path, "a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
     def write_line(self, path: Path, line: dict[str, Any]) -> None:
         """Append a line to a file of JSON lines."""
         if self.writes:
-            with open(path, "a") as file:
+            with naming(path), open(path, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def log(self, line: dict[str, Any]) -> None:
@@ -1459,7 +1460,7 @@ class Run:
         sizes = {}
         for path in (self.metrics, self.history):
             if path.exists():
-                with open(path, "ab") as f, naming(path):
+                with naming(path), open(path, "ab") as f:
                     os.fsync(f.fileno())
                     sizes[path.name] = f.tell()
         state = {"identity": self.identity,
@@ -1510,7 +1511,7 @@ class Run:
         self.losses.extend(loss.to(self.device) for loss in state["losses"])
 
     def stop_after_a_signal(self, total: int) -> None:
-        """Raise Interrupted if a signal arrived. Call this when the state is saved."""
+        """Stop if a signal arrived: raises Interrupted. Call this when the state is saved."""
         if number := self.signals.arrived(self.device):
             text = f"stopped at step {self.step} of {total}, saved in {self.folder}"
             raise Interrupted(text, number)
