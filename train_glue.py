@@ -284,8 +284,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                                   weight_decay=config.weight_decay, fused=True)
 
     with Run(config, identity, model, optimizer, pruner) as run:
-        run.say(introduction(config, run, total, len(train_set), dev_sets, counts, model_dir))
-        run.start(total)
+        run.start(total, introduction(config, run, total, len(train_set), dev_sets, counts,
+                                      model_dir))
         if run.owes_scores(per_epoch, total):  # it was interrupted while it evaluated
             run.record(run.step / per_epoch, evaluate_dev(model, dev_sets, task, run.watch),
                        model_dir)
@@ -1288,17 +1288,20 @@ class Run:
                     f"{good[-1]}") from None
         finally:
             if not isinstance(error, OSError):  # such as a full disk
-                if isinstance(error, Exception):
+                if isinstance(error, Exception) and self.calls:
                     self.note(str(error.args[0] if error.args else error))
                 self.note_call(seconds=round(time.monotonic() - self.started, 1),
                                last_step=self.step, peak_memory_mb=peak_memory(self.device))
             self.open.__exit__(kind, error, trace)
 
-    def start(self, total: int) -> None:
-        """Resume from the newest checkpoint if there is one, and show the progress bar."""
+    def start(self, total: int, introduction: str) -> None:
+        """Resume from the newest checkpoint if there is one; say what the run does, and show the
+        progress bar."""
         rank = process()[0]
         if self.checkpoints:
             self.restore()
+        self.say(introduction)
+        if self.checkpoints:
             self.say(f"continuing after step {self.step:,}")
         elif self.config.resume:
             self.say(f"{self.folder}: no checkpoint yet, starting from the beginning")
