@@ -100,9 +100,10 @@ def draw_loss(axis: Any, runs: list[Saved]) -> None:
 def draw_dev(axis: Any, runs: list[Saved]) -> None:
     """Draw the headline score of each evaluation."""
     for run, color in zip(runs, COLORS):
-        name = headline(run)
-        axis.plot([line["step"] for line in run.dev], [line[name] for line in run.dev],
-                  marker="o", markersize=4, color=color, label=run.name, clip_on=False)
+        name = headline(run) if run.dev else ""
+        if name:  # an empty line that is not clipped would break the layout
+            axis.plot([line["step"] for line in run.dev], [line[name] for line in run.dev],
+                      marker="o", markersize=4, color=color, label=run.name, clip_on=False)
     names = sorted({headline(run) for run in runs if run.dev})
     axis.set(title="score on dev" if names else "score on dev (not evaluated yet)",
              xlabel="optimizer step", ylabel=" or ".join(names))
@@ -112,7 +113,7 @@ def headline(run: Saved) -> str:
     """Return the name of a run's first metric."""
     if run.config["task"] in TASKS:
         return TASKS[run.config["task"]].metrics[0]
-    return next(name for name in [*run.dev[0], "none"] if name not in ("epoch", "step"))
+    return next(name for name in run.dev[0] if name not in ("epoch", "step"))
 
 
 def draw_budget(axis: Any, runs: list[Saved], unit: str) -> None:
@@ -178,7 +179,7 @@ def draw(runs: list[Saved]) -> Any:
     """Return the figure of the runs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    mapped = [run for run in runs if run.history]
+    mapped = [run for run in runs if len(run.history) > 1]  # those whose ranks changed
     heights = [3.0, 3.0, *(max(2.5, 0.4 + 0.11 * min(60, len(run.matrices))) for run in mapped)]
     figure = Figure(figsize=(11, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -196,6 +197,8 @@ def draw(runs: list[Saved]) -> Any:
         axis.spines[["top", "right"]].set_visible(False)
     for i, run in enumerate(mapped):
         draw_ranks(figure, figure.add_subplot(grid[2 + i, :]), run)
+    if len(runs) > 1 and runs[0].config["schedule"]:
+        axes[2].set_title("live components (shaded: the phases of the first run)")
     if len(runs) == 1:
         figure.suptitle(runs[0].name)
     else:

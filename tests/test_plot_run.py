@@ -21,6 +21,7 @@ def folders(tmp_path_factory):
     run(root / "dora", budget_unit="parameters")
     run(root / "paper", method="paper")
     run(root / "head", method="head")
+    run(root / "lora", method="lora")
     return root
 
 
@@ -62,15 +63,16 @@ def test_the_picture_of_a_run(folders):
 
 
 def test_several_runs(folders):
-    """Three runs in the same axes, each named once; a run without an adapter has no ranks, and a
-    budget is drawn where its unit is."""
-    runs = [plot_run.read_run(folders / name) for name in ("dora", "paper", "head")]
+    """Four runs in the same axes, each named once; a run without an adapter has no components, a
+    budget is drawn where its unit is, and ranks that never change have no map."""
+    runs = [plot_run.read_run(folders / name) for name in ("dora", "paper", "head", "lora")]
     figure = plot_run.draw(runs)
     loss, score, live, parameters = figure.axes[:4]
-    assert (len(loss.lines), len(score.lines)) == (6, 3)
-    assert (len(live.lines), len(parameters.lines)) == (2 + 1, 2 + 1)
+    assert (len(loss.lines), len(score.lines)) == (8, 4)
+    assert (len(live.lines), len(parameters.lines)) == (3 + 1, 3 + 1)
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == ["toy, dora, seed 1", "toy, paper, seed 1", "toy, head, seed 1"]
+    assert names == ["toy, dora, seed 1", "toy, paper, seed 1", "toy, head, seed 1",
+                     "toy, lora, seed 1"]
     assert [axis.get_title() for axis in figure.axes if axis.get_title().startswith("rank")] == [
         "rank of each matrix: toy, dora, seed 1", "rank of each matrix: toy, paper, seed 1"]
 
