@@ -156,6 +156,30 @@ def test_transformers_loads_our_adapter(tiny, tmp_path):
     close(logits(loaded), logits(model))
 
 
+@pytest.mark.parametrize("method, labels", [("dora", 2), ("paper", 3), ("lora", 1)])
+def test_pefts_auto_class_loads_a_run(tmp_path, monkeypatch, method, labels):
+    """AutoPeftModelForSequenceClassification.from_pretrained(RUN/adapter) finds the base model by
+    itself and gives the logits of the run's model; so does the Python that the card prints."""
+    from tiny import files, run_settings
+    monkeypatch.setitem(train_glue.TASKS, "toy", train_glue.TASKS["toy"]._replace(
+        labels=tuple("012"[:labels]) if labels > 1 else (),
+        metrics=("accuracy",) if labels > 1 else ("pearson",)))
+    train_glue.train(train_glue.make_config(**run_settings(tmp_path / "out", method=method)))
+    folder = tmp_path / "out" / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS"
+    assert config["base_model_name_or_path"] == str(files()[1].resolve())
+
+    model = train_glue.load_roberta(files()[1], labels).eval()
+    load_adapter(model, folder)
+    loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=labels)
+    close(logits(loaded), logits(model))
+    names = {}
+    code = (folder / "README.md").read_text().split("Load it with PEFT")[1].split("```python\n")[1]
+    exec(code.split("```")[0], names)
+    close(logits(names["model"]), logits(model))
+
+
 def test_peft_merges_our_adapter(tiny, tmp_path):
     """PEFT's merge_and_unload of our adapter equals our merge_, weight by weight."""
     model, _ = pruned(tiny)
