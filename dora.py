@@ -139,7 +139,7 @@ class DoRALinear(nn.Module):
         # float32 even over a half-precision base, which would round small updates away
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         self.A = nn.Parameter(base.weight.new_empty((r, d_in), dtype=dtype))
-        self.B = nn.Parameter(base.weight.new_empty((d_out, r), dtype=dtype))
+        self.B = nn.Parameter(base.weight.new_empty((r, d_out), dtype=dtype).T)  # see forward
         self.c = nn.Parameter(base.weight.new_empty((r,), dtype=dtype), requires_grad=config.gate)
         self.mask: Tensor  # (r',) bool, True = live: kept by the last pruning
         self.register_buffer("mask", torch.ones_like(self.c, dtype=torch.bool))
@@ -160,10 +160,10 @@ class DoRALinear(nn.Module):
             self.B.zero_()
         elif self.config.init == "kaiming":  # the paper: bounds sqrt(6 / d_in) and sqrt(6 / r')
             nn.init.kaiming_uniform_(self.A)
-            nn.init.kaiming_uniform_(self.B)
+            self.B.copy_(nn.init.kaiming_uniform_(self.B.contiguous()))
         else:  # as AdaLoRA
             self.A.normal_(std=0.02)
-            self.B.normal_(std=0.02)
+            self.B.copy_(self.B.contiguous().normal_(std=0.02))
         self.c.fill_(1.0 if self.config.init == "zero_b" else 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,8 +175,8 @@ class DoRALinear(nn.Module):
         else:
             h = self.dropout(rows @ A.T)  # (N, r')
 
-        # B^T is made contiguous: backward through a (d_out, r') layout is 4 to 8 times slower
-        B = (self.scale * self.c * self.B).T.contiguous()  # (r', d_out)
+        # B is stored by columns: backward through a (d_out, r') layout is 4 to 8 times slower
+        B = (self.scale * self.c * self.B).T.contiguous()  # (r', d_out), copied only if replaced
         y = self.base(rows)  # (N, d_out)
         h, B = h.to(y.dtype), B.to(y.dtype)
         y = y.addmm(h, B) if is_watched(self.base) else y.addmm_(h, B)
@@ -242,14 +242,15 @@ def sensitivity(layers: Layers) -> Tensor:
 
 def norm_score(layers: Layers) -> Tensor:
     """s_i = ||c_i b_i a_i^T||_F / ||sum_j c_j b_j a_j^T||_F, within each matrix, (n,) (Eq. 7)."""
-    shares = []
-    for layer in layers:
-        A, B, c = layer.A, layer.B, layer.c  # (r', d_in), (d_out, r'), (r',)
+    shares: dict[DoRALinear, Tensor] = {}
+    for group in alike(layers, lambda layer: (layer.A, layer.B)):
+        A, B, c = (torch.stack(list(w)) for w in zip(*[(m.A, m.B.T, m.c) for m in group]))
         # no (d_out, d_in) matrix is built: <b_i a_i^T, b_j a_j^T> = (a_i . a_j)(b_i . b_j)
-        squared = ((A @ A.T) * (B.T @ B) * torch.outer(c, c)).sum()
+        squared = ((A @ A.mT) * (B @ B.mT) * c[:, :, None] * c[:, None, :]).sum((1, 2))
         norm = squared.clamp(min=0).sqrt()  # where components cancel, rounding may go below 0
-        shares.append(c.abs() * A.norm(dim=1) * B.norm(dim=0) / (norm + layer.config.eps))
-    return concatenate(shares)
+        share = c.abs() * A.norm(dim=2) * B.norm(dim=2) / (norm[:, None] + group[0].config.eps)
+        shares.update(zip(group, share))
+    return concatenate(shares[layer] for layer in layers)
 
 
 # To add an importance, write its function and its row: function, moment ("gradients", before
@@ -407,22 +408,20 @@ class Pruner:
         if moment != self.moment:
             return
 
-        I = self.function(list(self.layers.values()))
-        I = [I] if isinstance(I, Tensor) else I
+        I = as_list(self.function(list(self.layers.values())))
         if not self.I_bar:
             check_shape(self, self.total(I))
             self.I_bar, self.U_bar = ([torch.zeros_like(part) for part in I] for _ in range(2))
-        for i, part in enumerate(I):  # a restored average goes where its layer is
-            self.I_bar[i], self.U_bar[i] = (v[i].to(part.device) for v in (self.I_bar, self.U_bar))
-            self._smooth(part, self.I_bar[i], self.U_bar[i])
+        averages = self._smooth(*(join(v, I) for v in (I, self.I_bar, self.U_bar)))
+        self.I_bar, self.U_bar = (cut(average, I) for average in averages)
 
-    def _smooth(self, I: Tensor, I_bar: Tensor, U_bar: Tensor) -> None:
+    def _smooth(self, I: Tensor, I_bar: Tensor, U_bar: Tensor) -> tuple[Tensor, Tensor]:
         """Ī <- β1 Ī + (1 - β1) I,  Ū <- β2 Ū + (1 - β2) |I - Ī|  (Eq. 8; AdaLoRA Eq. 9-10)."""
-        seen = I.isfinite()  # a gradient that overflowed (GradScaler) is not observed
-        I_bar.copy_(torch.where(seen, I_bar.lerp(I, 1 - self.config.beta1), I_bar))
+        seen = I.abs() < math.inf  # a gradient that overflowed (GradScaler) is not observed
+        I_bar = I_bar.lerp(torch.where(seen, I, I_bar), 1 - self.config.beta1)
         if self.config.beta2 is not None:
-            U = (I - I_bar).abs()
-            U_bar.copy_(torch.where(seen, U_bar.lerp(U, 1 - self.config.beta2), U_bar))
+            U_bar = U_bar.lerp(torch.where(seen, (I - I_bar).abs(), U_bar), 1 - self.config.beta2)
+        return I_bar, U_bar
 
     def scores(self) -> Tensor:
         """Return the score of every component, (n,): Ī Ū, or Ī if beta2 is None."""
@@ -545,7 +544,8 @@ def triplet(layers: Layers) -> list[Tensor]:
     """|w dL/dw| of every entry of c (r',), A (r', d_in) and B^T (r', d_out), per layer: AdaLoRA's
     Eq. 8."""
     weights = [w for layer in layers for w in (layer.c, layer.A, layer.B)]
-    I = [(w * gradient(w)).abs() for w in weights]
+    gradients: Any = [gradient(w) for w in weights]
+    I: Any = torch._foreach_abs(torch._foreach_mul(weights, gradients))
     I[2::3] = [B.T for B in I[2::3]]
     return I
 
@@ -562,10 +562,12 @@ IMPORTANCE["triplet"] = (triplet, "gradients", triplet_total)
 def orthogonal_penalty(layers: Layers) -> Tensor:
     """Mean of ||A A^T - I||_F and ||B^T B - I||_F over all layers, scalar (AdaLoRA's code)."""
     norms = []
-    for layer in layers:
-        eye = torch.eye(len(layer.c), device=layer.c.device, dtype=layer.c.dtype)
-        norms += [(layer.A @ layer.A.T - eye).norm(), (layer.B.T @ layer.B - eye).norm()]
-    return stack(norms).mean()
+    vectors = [*(layer.A for layer in layers), *(layer.B.T for layer in layers)]
+    for rows in alike(vectors, lambda rows: (rows,)):
+        X = torch.stack(rows)  # (matrices, r', d_in) or (matrices, r', d_out)
+        eye = torch.eye(X.shape[1], device=X.device, dtype=X.dtype)
+        norms.append((X @ X.mT - eye).norm(dim=(1, 2)))
+    return concatenate(norms).mean()
 
 
 PENALTIES["orthogonal"] = orthogonal_penalty
@@ -582,7 +584,32 @@ def dora_layers(model: nn.Module) -> dict[str, DoRALinear]:
 def concatenate(tensors: Iterable[Tensor]) -> Tensor:
     """Join vectors end to end, on the device of the first (layers may be on several)."""
     found = list(tensors)
-    return torch.cat([tensor.to(found[0].device) for tensor in found])
+    return torch.cat([tensor.to(found[0].device) for tensor in found]) if found[1:] else found[0]
+
+
+def alike(items: Iterable[Any], tensors: Callable[[Any], tuple[Tensor, ...]]) -> list[list[Any]]:
+    """Put items together whose tensors have the same shapes, so that torch.stack can join them."""
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        key = tuple((tensor.shape, tensor.device, tensor.dtype) for tensor in tensors(item))
+        groups.setdefault(key, []).append(item)
+    return list(groups.values())
+
+
+def as_list(I: Tensor | list[Tensor]) -> list[Tensor]:
+    """Return what an importance returned, as a list."""
+    return [I] if isinstance(I, Tensor) else I
+
+
+def join(parts: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
+    """Make one vector of tensors of any shape, on the device of the first of `like`."""
+    return concatenate([part.flatten().to(like[0].device) for part in parts])
+
+
+def cut(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Cut what `join` made into views of the shapes of `like`."""
+    parts = vector.split([part.numel() for part in like])
+    return [part.view(other.shape) for part, other in zip(parts, like)]
 
 
 def stack(numbers: Sequence[Tensor]) -> Tensor:
@@ -678,8 +705,11 @@ def as_bytes(tensor: Tensor) -> Any:
 
 def shrink_(p: nn.Parameter, dim: int, live: Tensor, state: dict[str, Any]) -> None:
     """Keep the indices `live` (rank,) of one dimension of p, of its gradient and its moments."""
-    shape, kept = p.shape, p.index_select(dim, live)
-    grad = None if p.grad is None else p.grad.index_select(dim, live)
+    def keep(tensor: Tensor) -> Tensor:  # B stays stored by columns
+        return tensor.movedim(dim, 0).index_select(0, live).movedim(0, dim)
+
+    shape, kept = p.shape, keep(p)
+    grad = None if p.grad is None else keep(p.grad)
     p.grad = None
 
     # A graph of an earlier step may still hold p's gradient node, which checks the old shape.
@@ -689,7 +719,7 @@ def shrink_(p: nn.Parameter, dim: int, live: Tensor, state: dict[str, Any]) -> N
     p.grad = grad if len(live) else None
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == shape:
-            state[key] = value.index_select(dim, live)
+            state[key] = keep(value)
 
 
 def row_and_column(name: str) -> tuple[str, str]:

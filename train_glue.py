@@ -29,7 +29,7 @@ import traceback
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -239,7 +239,7 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     return config.lr * ((step + 1) / warm if step < warm else (total - step) / (total - warm))
 
 
-def backward(net: nn.Module, batch: data.Batch, penalty: Tensor, parts: int,
+def backward(net: Any, batch: data.Batch, penalty: Tensor, parts: int,
              device: torch.device) -> Tensor:
     """Add up the gradients of the batch's mean loss + the penalty; return that loss, a scalar.
 
@@ -248,15 +248,17 @@ def backward(net: nn.Module, batch: data.Batch, penalty: Tensor, parts: int,
     """
     rank, world = process()
     losses = []
-    for i, part in enumerate(batch.split(min(parts, len(batch.labels)))):
+    cuts = batch.split(min(parts, len(batch.labels)))
+    for i, part in enumerate(cuts):
         piece = part.split(world)[rank].to(device)
         share = len(piece.labels) / len(batch.labels)
         if not share:  # too few examples for all processes, but each has to call backward:
             piece = batch.split(len(batch.labels))[0].to(device)  # run one, with weight 0
 
-        loss = task_loss(net(piece.ids, piece.mask), piece.labels) * share
-        # DistributedDataParallel averages the processes' gradients
-        (loss * world + (0 if i else penalty)).backward()
+        with nullcontext() if world == 1 or part is cuts[-1] else net.no_sync():
+            loss = task_loss(net(piece.ids, piece.mask), piece.labels) * share
+            # after the last part, DistributedDataParallel averages the processes' gradients
+            (loss * world + (0 if i else penalty)).backward()
         losses.append(loss.detach())
     return torch.stack(losses).sum()
 
@@ -280,25 +282,27 @@ def train(config: TrainConfig) -> dict[str, Any]:
     per_epoch = math.ceil(len(train_set) / batch_size)
     total = config.max_steps or config.epochs * per_epoch
     pruner = Pruner(layers, config, total)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr,
-                                  weight_decay=config.weight_decay, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay,
+                                  fused=True)
 
     with Run(config, identity, model, optimizer, pruner) as run:
         run.start(total, introduction(config, run, total, len(train_set), dev_sets, counts,
                                       model_dir))
+        net, evaluated = wrap(model, config)
         if run.owes_scores(per_epoch, total):  # it was interrupted while it evaluated
-            run.record(run.step / per_epoch, evaluate_dev(model, dev_sets, task, run.watch),
+            run.record(run.step / per_epoch, evaluate_dev(evaluated, dev_sets, task, run.watch),
                        model_dir)
             run.save()
         stream = data.endless_batches(train_set, batch_size, config.seed, run.step)
-        net = wrap(model, config)
         while run.step < total:
             # ---- one optimizer step; DoRA is the three lines that call pruner
-            model.train()
+            if not model.training:  # at the start, and after an evaluation
+                model.train()
             penalty = pruner.penalty()
             loss = backward(net, next(stream), penalty, config.accumulate, device)
             pruner.observe()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            norm = nn.utils.clip_grad_norm_(trained, config.clip)
             lr = learning_rate(run.step, total, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -310,7 +314,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             # ---- the rest is bookkeeping
             if run.step == pruner.last and layers:  # the mask is final: remove pruned components
                 compact_(model, optimizer)
-                net = wrap(model, config)
+                net, evaluated = wrap(model, config)
             run.bar.update()
             run.losses.append(loss)
             run.note_ranks()
@@ -329,7 +333,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if logging:
                 run.log(line)
             if epoch_ends:
-                run.record(run.step / per_epoch, evaluate_dev(model, dev_sets, task, run.watch),
+                run.record(run.step / per_epoch, evaluate_dev(evaluated, dev_sets, task, run.watch),
                            model_dir)
             if saving:
                 run.save()
@@ -370,7 +374,8 @@ def compute_logits(model: nn.Module, examples: list[Example], watch: Watch = unw
     for batch in watch(batches, len(examples)):
         if len(batch.rows):
             rows.append(batch.rows)
-            logits.append(model(batch.ids.to(device), batch.mask.to(device)))  # (B, classes)
+            batch = batch.to(device)
+            logits.append(model(batch.ids, batch.mask))  # (B, classes)
 
     classes = torch.tensor(logits[0].shape[1] if logits else 0, device=device)
     classes = reduced(classes, "MAX")  # a process may have no example
@@ -695,10 +700,10 @@ class TrainConfig(DoRAConfig):
     max_len: int = 128  # tokens per example; longer texts are cut
     log_every: int = 10  # optimizer steps between lines of metrics.jsonl
     save_every: int = 500  # optimizer steps between checkpoints
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto = cuda if there is one
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto = cuda or mps if there is one
     dtype: Literal["float32", "bf16", "float64"] = "float32"  # of the encoder; adapters: >= float32
     compile: bool = False  # torch.compile the model
-    deterministic: bool = False  # only deterministic kernels, slower on a GPU
+    deterministic: bool = False  # only deterministic kernels, and no TF32; slower on a GPU
     resume: bool = False  # continue from the run folder's newest checkpoint
     overwrite: bool = False  # delete the files of the run in the folder, and start again
 
@@ -805,6 +810,8 @@ def seed_torch(config: TrainConfig) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
     torch.use_deterministic_algorithms(config.deterministic)
+    # float32 products on CUDA in TF32, which has 10 bits of mantissa and is several times faster
+    torch.backends.cuda.matmul.allow_tf32 = not config.deterministic
     if config.compile:
         torch.compiler.reset()  # torch gives up after 8 versions of a model: forget earlier runs
     torch.manual_seed(config.seed)
@@ -819,7 +826,7 @@ def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification
     Raises DoRAError or DataError for files that are missing, damaged or of different models.
     """
     task = data.find_task(config.task)
-    device = find_device(config.device)
+    device = find_device(config.device, config.dtype)
     model_dir = Path(config.model_dir) if config.model_dir else data.download_model()
     sizes = read_config(model_dir / "config.json")  # first: a BERT folder is refused as BERT
     bpe = data.BPE.from_folder(model_dir)
@@ -852,14 +859,17 @@ def load_dev(task: Task, load: Loader) -> dict[str, list[Example]]:
     return {split: load(split) for split in splits}
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, dtype: str = "float32") -> torch.device:
     """Return the device of this process. Raises DoRAError if it is not available."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        has_mps = torch.backends.mps.is_available() and dtype != "float64"
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     try:
         if name == "cuda" and process()[1] > 1:
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # or other libraries would put their share on cuda:0
         if device.type in ("cpu", "cuda", "mps"):
             return device
     except (RuntimeError, AssertionError):
@@ -996,7 +1006,8 @@ def device_name(device: torch.device) -> str:
     """Return a device and what it is: cpu (2 threads), cuda:0 (NVIDIA H100)."""
     more = f"{torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     if device.type == "cuda":
-        more = torch.cuda.get_device_name(device)
+        more = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "cuda"
+        more += ", products in TF32" * torch.backends.cuda.matmul.allow_tf32
     return f"{device} ({more})".replace("(1 threads)", "(1 thread)")
 
 
@@ -1626,10 +1637,17 @@ def connection_lost(error: RuntimeError) -> bool:
     return re.search(signs, str(error), re.IGNORECASE) is not None
 
 
-def wrap(model: nn.Module, config: TrainConfig) -> Any:
-    """Return what the loop calls: the model, shared between processes, compiled if asked for."""
-    net = nn.parallel.DistributedDataParallel(model) if process()[1] > 1 else model
-    return torch.compile(net, dynamic=True) if config.compile else net  # batches differ in width
+def wrap(model: nn.Module, config: TrainConfig) -> tuple[Any, Any]:
+    """Return what the loop calls and what evaluation calls: the model, compiled if asked for, and
+    for the loop shared between processes."""
+    if config.compile:
+        say("compiling the model; the next step and the next evaluation may take minutes")
+    # batches differ in width: one graph for all
+    compiled: Any = torch.compile(model, dynamic=True) if config.compile else model
+    if process()[1] == 1:
+        return compiled, compiled
+    # all processes prune alike, so the masks need not be sent before each step
+    return nn.parallel.DistributedDataParallel(compiled, broadcast_buffers=False), compiled
 
 
 # ---- the toy -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import train_glue
 
 ROOT = Path(__file__).parent.parent
 MODULES = (dora, data, train_glue)
-LOUD = "# You can stop reading here: what follows is plumbing (files, checks, downloads, the command"
+LOUD = "# You can stop reading here: what follows is plumbing"
 
 
 def public(module):

@@ -175,7 +175,7 @@ def test_the_adapters_card(finished):
     best = returned["best"]
     for part in ("| task | toy |", "| labels | 0 = 0, 1 = 1 |", "| seed, longest text | 1, 48 ",
                  f"| dev score | matthews {best['matthews']:.4f} (after step {best['step']}, ",
-                 f"| components | 24 in 12 matrices, ",
+                 "| components | 24 in 12 matrices, ",
                  f"python train_glue.py --eval-only --adapter {folder / 'adapter'}\n"):
         assert part in text, part
     code = text.split("Load it here:")[1].split("```python\n")[1].split("```")[0]

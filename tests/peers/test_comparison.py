@@ -1,4 +1,4 @@
-"""The comparison with other implementations in benchmarks/README.md: each cell about PEFT, tried."""
+"""The comparison with others in benchmarks/README.md: each cell about PEFT, tried with PEFT."""
 import json
 import re
 from pathlib import Path

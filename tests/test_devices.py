@@ -1,0 +1,290 @@
+"""Runs on a simulated accelerator (simulated.py) against the same runs on the CPU; waits and the
+operations of a step; cases D1 to D4 and D7 of cases.md.
+
+The simulated device computes with the CPU's kernels, so its runs equal the CPU's bit for bit.
+"""
+import functools
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from simulated import Device, Simulated
+from tiny import files, lines, result, run, tiny_model
+
+import train_glue
+from dora import DoRAError, load_adapter, merge_
+from train_glue import compute_logits, find_device, make_config
+
+KINDS = ("cuda", "mps")
+METHODS = ["dora", "adalora", *(pytest.param(method, marks=pytest.mark.slow) for method in
+                               ("paper", "lora", "bitfit", "full", "head"))]
+SHORT = dict(max_steps=9)  # evaluated after steps 8 and 9; dora prunes until step 5
+ROOT = functools.cache(lambda: tempfile.TemporaryDirectory(prefix="dora-devices-"))
+
+
+def settings(method, **changes):
+    more = dict(interval=1) if method in ("dora", "paper", "adalora") else {}
+    return {**SHORT, "method": method, **more, **changes}
+
+
+@functools.cache
+def folder(kind, method, **changes):
+    """A run's folder. `kind` is cpu, cuda or mps."""
+    out = Path(ROOT().name) / f"{kind}-{method}-{'-'.join(map(str, changes.values()))}"
+    if kind == "cpu":
+        run(out, **settings(method, **changes))
+    else:
+        with Device(kind):
+            run(out, device=kind, **settings(method, **changes))
+    return out
+
+
+def same_files(a, b):
+    """Losses, norms, scores and ranks, and of an adapter the saved file, are equal bit for bit."""
+    assert lines(a) == lines(b) and len(lines(a)) == 9 and result(a) == result(b)
+    adapter = "adapter/adapter_model.safetensors"
+    assert (a / adapter).exists() == (b / adapter).exists()
+    if (a / adapter).exists():
+        assert (a / adapter).read_bytes() == (b / adapter).read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_whole_runs(kind, method):
+    """D1: a run of each method on the device, evaluation, compaction and saving included, equals
+    the run on the CPU."""
+    same_files(folder(kind, method), folder("cpu", method))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method, changes", [
+    ("dora", dict(accumulate=2)), ("dora", dict(dtype="bf16")), ("full", dict(dtype="bf16"))])
+def test_accumulation_and_bf16(kind, method, changes):
+    """D4 among them: the run on the device equals the run on the CPU."""
+    same_files(folder(kind, method, **changes), folder("cpu", method, **changes))
+
+
+@pytest.mark.parametrize("first, then, last", [
+    ("cuda", "cuda", 3), ("cpu", "mps", 7),
+    *(pytest.param(*row, marks=pytest.mark.slow) for row in
+      (("cuda", "cuda", 7), ("cuda", "cpu", 3), ("mps", "mps", 3), ("mps", "mps", 7)))])
+def test_resume(tmp_path, monkeypatch, first, then, last):
+    """D3: a run that ends after step 3 (7), before (after) the compaction, and that another device
+    resumes, equals the run on the CPU that nothing interrupted."""
+    class Cut(Exception):
+        pass
+
+    def log(self, line):
+        real(self, line)
+        if self.step > last:
+            raise Cut
+
+    real = train_glue.Run.log
+    given = settings("dora", save_every=last)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_glue.Run, "log", log)
+        with pytest.raises(Cut):
+            start(first, tmp_path, **given)
+    start(then, tmp_path, resume=True, **given)
+    same_files(tmp_path, folder("cpu", "dora", save_every=last))
+
+
+def start(kind, out, **given):
+    """A run on the CPU or on the device."""
+    if kind == "cpu":
+        return run(out, **given)
+    with Device(kind):
+        return run(out, device=kind, **given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_in_and_out(tmp_path, kind):
+    """An adapter that was trained on the CPU, loaded into a model on the device: the logits equal
+    the CPU's; merged, they equal those of the model merged on the CPU."""
+    saved = folder("cpu", "dora") / "adapter"
+    model_dir = files()[1]
+    config = make_config(data_dir=str(files()[0]), model_dir=str(model_dir), device="cpu",
+                         max_len=48)
+    task, _, _, load = train_glue.prepare(config)
+    examples = train_glue.load_dev(task, load)["dev"]
+    expected, found = [], []
+    for where, logits in (("cpu", expected), (kind, found)):
+        with Device(kind):
+            model = train_glue.load_roberta(model_dir, 2).to(where)
+            load_adapter(model, saved)
+            logits.append(compute_logits(model, examples))
+            logits.append(compute_logits(merge_(model), examples))
+            assert isinstance(next(model.parameters()), Simulated) == (where == kind)
+    assert expected[0].shape == (40, 2) and expected[0].std() > 0
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+# ---- what a step costs ---------------------------------------------------------------------------
+
+
+def steps(monkeypatch, kind, **given):
+    """[(waits, operations)] of every optimizer step, from one call of learning_rate to the next."""
+    found, real = [], train_glue.learning_rate
+    with Device(kind) as device, tempfile.TemporaryDirectory() as out:
+        def learning_rate(*args):
+            found.append((Counter(device.waits), sum(device.operations.values()), device.blocking))
+            return real(*args)
+
+        monkeypatch.setattr(train_glue, "learning_rate", learning_rate)
+        run(out, device=kind, log_every=1000, save_every=1000, **given)
+    return [(after[0] - before[0], after[1] - before[1], after[2] - before[2])
+            for before, after in zip(found, found[1:])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ("dora", "paper", "adalora"))
+def test_waits(monkeypatch, kind, method):
+    """A plain step waits for the device 0 times, and on CUDA no copy to it blocks. A step that
+    prunes waits once, for the scores."""
+    found = steps(monkeypatch, kind, method=method, max_steps=8, interval=2)  # prunes: 3, 4
+    waits = [sum(step[0].values()) for step in found]
+    assert waits[:3] == [0, 0, 1]                       # step 4 is the last pruning: it compacts
+    assert waits[4:7] == [0, 0, 0]
+    if kind == "cuda":
+        assert [step[2] for step in found[:3]] == [0, 0, 0]
+
+
+def test_operations(monkeypatch):
+    """Operations of a plain step of 12 matrices: adalora and paper need at most 1.1 times as many
+    as dora, compacted dora fewer; what grows with the matrices are the layers' own 19 for each."""
+    counts = {method: [step[1] for step in steps(monkeypatch, "cuda", method=method, max_steps=8,
+                                                 **(dict(interval=2) if method != "head" else {}))]
+              for method in ("head", "dora", "paper", "adalora")}
+    plain = {method: count[0] for method, count in counts.items()}
+    assert plain["paper"] <= 1.15 * plain["dora"] and plain["adalora"] <= 1.15 * plain["dora"]
+    assert counts["dora"][5] < plain["dora"]
+    print(counts)
+
+
+# ---- choosing a device, TF32, compile, several processes -----------------------------------------
+
+
+def test_the_device_refuses():
+    """The simulation refuses what a device refuses: mixed devices, float64 on MPS, copies to MPS
+    without blocking; and it counts item, bool, tolist, cpu and masks as waits."""
+    with Device("cuda") as device:
+        x = torch.ones(3).to("cuda")
+        for wrong in (lambda: x + torch.ones(3), lambda: torch.stack([x[0], torch.ones(())]),
+                      lambda: x @ torch.ones(3), lambda: x.to("mps")):
+            with pytest.raises(RuntimeError):
+                wrong()
+        assert (x + torch.tensor(2.0)).device == torch.device("cuda:0")  # one number may join
+        assert device.waits == {}
+        x[0].item(), bool(x[0] > 0), x.tolist(), x.cpu(), x[x > 0]
+        assert sum(device.waits.values()) == 5
+    with Device("mps"):
+        for wrong in (lambda: torch.ones(3, dtype=torch.float64).to("mps"),
+                      lambda: torch.ones(3).to("mps").double(),
+                      lambda: torch.ones(3, dtype=torch.float64, device="mps"),
+                      lambda: torch.ones(3).to("mps", non_blocking=True)):
+            with pytest.raises((TypeError, RuntimeError)):
+                wrong()
+
+
+def test_auto():
+    """--device auto takes CUDA, or else MPS, or else the CPU, which it also takes where MPS would
+    have to compute in float64 (D1). A device that is not there is refused."""
+    assert find_device("auto").type == "cpu"
+    for kind, other in (KINDS, KINDS[::-1]):
+        with Device(kind):
+            assert find_device("auto") == torch.device(kind, 0)
+            with pytest.raises(DoRAError, match=f"{other} is not available"):
+                find_device(other)
+    with Device("mps"):
+        assert find_device("auto", "float64").type == "cpu"
+    with pytest.raises(DoRAError, match="mps has no float64"):
+        make_config(device="mps", dtype="float64")
+
+
+@pytest.mark.parametrize("kind, deterministic", [
+    ("cuda", False), ("cuda", True), ("mps", False), ("cpu", False)])
+def test_tf32(tmp_path, capsys, kind, deterministic):
+    """Products are in TF32 unless the run is deterministic; the first line says so, on CUDA."""
+    flag = torch.backends.cuda.matmul
+    before = flag.allow_tf32
+    try:
+        start(kind, tmp_path, **settings("head", deterministic=deterministic, max_steps=2))
+        assert flag.allow_tf32 is not deterministic
+        says = "products in TF32" in capsys.readouterr().out.splitlines()[0]
+        assert says == (kind == "cuda" and not deterministic)
+    finally:
+        flag.allow_tf32 = before
+        torch.use_deterministic_algorithms(False)
+
+
+def test_graphs(tmp_path, monkeypatch, capsys):
+    """--compile: batches of all widths share one graph for training and one for evaluation, before
+    the compaction and after it. Losses and scores equal the run's that is not compiled, in float64.
+    (The backend of this test calls the graph's operations as they are.)"""
+    real, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: real(
+        model, backend=backend, fullgraph=True, **options))
+    given = settings("dora", dtype="float64")
+    run(tmp_path / "compiled", compile=True, **given)
+    assert capsys.readouterr().out.count("compiling the model") == 2
+    assert len(graphs) == 3                             # the first evaluation is after step 8
+    run(tmp_path / "plain", **given)
+    same_files(tmp_path / "compiled", tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_compile_to_the_last_bit(tmp_path):
+    """--compile with torch's own compiler: in float64 without dropout (a compiled model draws other
+    random numbers), the losses equal the uncompiled run's bit for bit."""
+    given = settings("dora", dtype="float64", dropout=False)
+    run(tmp_path / "compiled", compile=True, **given)
+    run(tmp_path / "plain", **given)
+    assert [line["loss"] for line in lines(tmp_path / "compiled")] == [
+        line["loss"] for line in lines(tmp_path / "plain")]
+
+
+def test_two_processes_send_only_gradients(monkeypatch):
+    """In two processes the masks are not broadcast, and of three accumulated parts only the last
+    averages the gradients. The gradients of one process's part are the plain model's."""
+    options, synchronized = [], []
+
+    class Parallel(torch.nn.Module):
+        def __init__(self, module, **given):
+            super().__init__()
+            self.module, self.on = module, True
+            options.append(given)
+
+        def no_sync(self):
+            parallel = self
+
+            class Context:
+                def __enter__(self):
+                    parallel.on = False
+
+                def __exit__(self, *_):
+                    parallel.on = True
+            return Context()
+
+        def forward(self, *args):
+            synchronized.append(self.on)
+            return self.module(*args)
+
+    monkeypatch.setattr(train_glue, "process", lambda: (0, 2))
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Parallel)
+    model = tiny_model()
+    net, evaluated = train_glue.wrap(model, make_config())
+    assert evaluated is model and options == [dict(broadcast_buffers=False)]
+    batch = train_glue.data.Batch(torch.randint(4, 99, (6, 8)), torch.ones(6, 8, dtype=torch.bool),
+                                  torch.tensor([0, 1] * 3), torch.arange(6))
+    train_glue.backward(net, batch, torch.zeros(()), 3, torch.device("cpu"))
+    assert synchronized == [False, False, True]
+    train_glue.backward(net, batch, torch.zeros(()), 1, torch.device("cpu"))
+    assert synchronized[3:] == [True]
