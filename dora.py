@@ -947,7 +947,7 @@ def check_pruner(pruner: Pruner) -> None:
         if layer.config != config:
             raise DoRAError(f"{name}: its settings differ from the Pruner's; pass the config that "
                             f"inject() got")
-        if len(layer.c) != config.r_prime:
+        if config.schedule and len(layer.c) != config.r_prime:
             raise DoRAError(f"{name}: has {len(layer.c)} components, expected {config.r_prime}; a "
                             f"compacted model cannot be pruned again, inject() into a fresh one")
         check_frozen(name, layer)
@@ -1114,6 +1114,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        if error.filename is None:  # such as that of a full disk
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -1259,9 +1263,12 @@ PEFT_MODULES = ("base_layer", "lora_dropout", "lora_A", "lora_B", "lora_embeddin
                 "lora_embedding_B", "lora_magnitude_vector", "default")
 
 
-def save_adapter(model: nn.Module, folder: str | Path,
-                 metadata: dict[str, str] | None = None) -> None:
+def save_adapter(model: nn.Module, folder: str | Path, metadata: dict[str, str] | None = None,
+                 peft: dict[str, Any] | None = None) -> None:
     """Save the live components and the head as adapter_model.safetensors and adapter_config.json.
+
+    metadata is noted beside the tensors. peft fills fields of adapter_config.json, such as
+    {"task_type": "SEQ_CLS", "base_model_name_or_path": ...} for PEFT's Auto classes.
 
     The format is Hugging Face PEFT's LoRA: scale and c are folded into B, so that alpha / r is 1 in
     every matrix. Matrices without components are left out, since PEFT has no rank 0. Raises
@@ -1288,6 +1295,7 @@ def save_adapter(model: nn.Module, folder: str | Path,
     config = peft_config({name: layer.rank for name, layer in live.items()},
                          peft_names(model, heads),
                          next(iter(live.values())).config.dropout)
+    config.update(peft or {})
     folder = Path(folder)
     check_names(folder, tensors, live)
     write_safetensors(folder / "adapter_model.safetensors", tensors, {**(metadata or {}),

@@ -18,11 +18,12 @@ import io
 import json
 import math
 import os
+import platform
 import re
+import shlex
 import signal
 import statistics
 import sys
-import tempfile
 import time
 import traceback
 import zipfile
@@ -266,7 +267,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Train with one seed. Return what result.json holds, the ranks, and the run's folder.
 
     Raises DoRAError or DataError for bad input, NotFiniteError if the training diverges, and
-    Interrupted after Ctrl-C or SIGTERM, once the state is saved.
+    Interrupted after Ctrl-C, SIGTERM or SIGHUP, once the state is saved.
     """
     started, world = time.monotonic(), process()[1]
     seed_torch(config)
@@ -286,12 +287,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
                                   fused=True)
 
     with Run(config, identity, model, optimizer, pruner) as run:
-        run.start(total)
-        say(f"{config.task}, {config.method}, seed {config.seed}: {len(train_set):,} examples, "
-            f"{total:,} steps, {counts['trainable_parameters']:,} parameters to train on "
-            f"{describe(device)}, files in {run.folder}")
-        stream = data.endless_batches(train_set, batch_size, config.seed, run.step)
+        run.start(total, introduction(config, run, total, len(train_set), dev_sets, counts,
+                                      model_dir))
         net, evaluated = wrap(model, config)
+        if run.owes_scores(per_epoch, total):  # it was interrupted while it evaluated
+            run.record(run.step / per_epoch, evaluate_dev(evaluated, dev_sets, task, run.watch),
+                       model_dir)
+            run.save()
+        stream = data.endless_batches(train_set, batch_size, config.seed, run.step)
         while run.step < total:
             # ---- one optimizer step; DoRA is the three lines that call pruner
             if not model.training:  # at the start, and after an evaluation
@@ -314,6 +317,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 net, evaluated = wrap(model, config)
             run.bar.update()
             run.losses.append(loss)
+            run.note_ranks()
             epoch_ends = run.step % per_epoch == 0 or run.step == total
             logging = run.step % config.log_every == 0 or run.step == total
             # several processes have to agree on a signal, which they do only in these steps
@@ -329,7 +333,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if logging:
                 run.log(line)
             if epoch_ends:
-                run.record(run.step / per_epoch, evaluate_dev(evaluated, dev_sets, task), model_dir)
+                run.record(run.step / per_epoch, evaluate_dev(evaluated, dev_sets, task, run.watch),
+                           model_dir)
             if saving:
                 run.save()
                 run.stop_after_a_signal(total)
@@ -349,14 +354,24 @@ def train(config: TrainConfig) -> dict[str, Any]:
 COLLAPSED = 0.01  # the spread of outputs below which a model has collapsed (benchmarks/README.md)
 
 
+# wraps the batches of an evaluation of n examples: a progress bar, a check for Ctrl-C
+Watch = Callable[[Iterator[data.Batch], int], Iterator[data.Batch]]
+
+
+def unwatched(batches: Iterator[data.Batch], n: int) -> Iterator[data.Batch]:
+    """Return the batches as they are."""
+    return batches
+
+
 @torch.no_grad()
-def compute_logits(model: nn.Module, examples: list[Example]) -> Tensor:
+def compute_logits(model: nn.Module, examples: list[Example], watch: Watch = unwatched) -> Tensor:
     """Return the logits (N, classes), in the order of the examples, in float64 on the CPU."""
     rank, world = process()
     device = next(model.parameters()).device
     rows, logits = [], []
     model.eval()
-    for batch in data.batches(examples, 64, None, 0, rank=rank, world=world):
+    batches = data.batches(examples, 64, None, 0, rank=rank, world=world)
+    for batch in watch(batches, len(examples)):
         if len(batch.rows):
             rows.append(batch.rows)
             batch = batch.to(device)
@@ -378,9 +393,9 @@ def choose(logits: Tensor) -> np.ndarray:
     return (logits[:, 0].clamp(0, 1) if one else logits.argmax(1)).double().numpy()
 
 
-def predict(model: nn.Module, examples: list[Example]) -> np.ndarray:
+def predict(model: nn.Module, examples: list[Example], watch: Watch = unwatched) -> np.ndarray:
     """Return class ids, or scores in 0..1, (N,) in the order of the examples."""
-    return choose(compute_logits(model, examples))
+    return choose(compute_logits(model, examples, watch))
 
 
 def spread(logits: Tensor) -> float:
@@ -391,18 +406,20 @@ def spread(logits: Tensor) -> float:
     return logits.std(0, correction=0).max().item()
 
 
-def evaluate(model: nn.Module, examples: list[Example], task: Task) -> dict[str, float]:
+def evaluate(model: nn.Module, examples: list[Example], task: Task,
+             watch: Watch = unwatched) -> dict[str, float]:
     """Return the task's metrics on labelled examples, the headline first, and the spread."""
-    logits = compute_logits(model, examples)
+    logits = compute_logits(model, examples, watch)
     scores = data.score(task, choose(logits), [example.label for example in examples])
     return {**scores, "spread": spread(logits)}
 
 
-def evaluate_dev(model: nn.Module, sets: dict[str, list[Example]], task: Task) -> dict[str, float]:
+def evaluate_dev(model: nn.Module, sets: dict[str, list[Example]], task: Task,
+                 watch: Watch = unwatched) -> dict[str, float]:
     """Return the metrics and the spread on dev. If there are several dev files, as for MNLI, each
     number is the mean over the files, followed by that of each: accuracy, accuracy_m, accuracy_mm.
     """
-    scores = {split: evaluate(model, examples, task) for split, examples in sets.items()}
+    scores = {split: evaluate(model, examples, task, watch) for split, examples in sets.items()}
     means = {name: statistics.mean(row[name] for row in scores.values())
              for name in (*task.metrics, "spread")}
     if len(scores) == 1:
@@ -688,6 +705,7 @@ class TrainConfig(DoRAConfig):
     compile: bool = False  # torch.compile the model
     deterministic: bool = False  # only deterministic kernels, and no TF32; slower on a GPU
     resume: bool = False  # continue from the run folder's newest checkpoint
+    overwrite: bool = False  # delete the files of the run in the folder, and start again
 
     RANGES: ClassVar[dict[str, str]] = {
         "> 0": "lr clip",
@@ -702,6 +720,8 @@ class TrainConfig(DoRAConfig):
             if getattr(self, name) not in choices:
                 raise DoRAError(f"{name} = {getattr(self, name)}: choose one of "
                                 f"{', '.join(choices)}")
+        if self.resume and self.overwrite:
+            raise DoRAError("resume continues a run, overwrite deletes it; choose one")
         if self.dtype == "float64" and self.device.startswith("mps"):
             raise DoRAError("dtype = float64: mps has no float64; use float32 or --device cpu")
 
@@ -857,12 +877,6 @@ def find_device(name: str, dtype: str = "float32") -> torch.device:
     raise DoRAError(f"device = {name} is not available here; use --device cpu")
 
 
-def describe(device: torch.device) -> str:
-    """Return the device, and how it multiplies float32 matrices if that is not exact."""
-    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    return f"{device} (products in TF32)" if tf32 else str(device)
-
-
 def set_dtype(model: RobertaForSequenceClassification, config: TrainConfig,
               device: torch.device) -> None:
     """Give the model the dtype of --dtype. With bf16 the head stays float32, so logits are, too."""
@@ -921,10 +935,22 @@ def check_targets(model: RobertaForSequenceClassification, config: TrainConfig) 
 
 def parameter_counts(model: RobertaForSequenceClassification,
                      layers: dict[str, DoRALinear]) -> dict[str, int]:
-    """Return how many parameters train, and how many of them are in A and B and in the head."""
-    return {"adapter_parameters": sum(m.A.numel() + m.B.numel() for m in layers.values()),
-            "head_parameters": sum(p.numel() for p in model.classifier.parameters()),
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    """Return how many parameters train. Those of the adapter (A and B), its gates, the head and the
+    encoder itself add up to them."""
+    counts = {"adapter": sum(m.A.numel() + m.B.numel() for m in layers.values()),
+              "gate": sum(m.c.numel() for m in layers.values() if m.c.requires_grad),
+              "head": sum(p.numel() for p in model.classifier.parameters())}
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counts["encoder"] = trainable - sum(counts.values())
+    counts["trainable"] = trainable
+    return {f"{name}_parameters": count for name, count in counts.items()}
+
+
+def sum_in_words(counts: dict[str, int]) -> str:
+    """Return the sum of a run's trained parameters in words, such as "9 = adapter 6 + head 3"."""
+    terms = [f"{name} {counts[f'{name}_parameters']:,}"
+             for name in ("adapter", "gate", "head", "encoder") if counts[f"{name}_parameters"]]
+    return f"{counts['trainable_parameters']:,} = {' + '.join(terms)}".replace("gate ", "gates ")
 
 
 def live_parameters(pruner: Pruner) -> int:
@@ -950,11 +976,128 @@ def identify(config: TrainConfig, model: RobertaForSequenceClassification,
                if split.startswith(("train", "dev"))}}
 
 
+# ---- what a run says about itself ----------------------------------------------------------------
+
+
+def introduction(config: TrainConfig, run: Run, total: int, examples: int,
+                 dev_sets: dict[str, list[Example]], counts: dict[str, int],
+                 model_dir: Path) -> str:
+    """Return the lines that a run prints before it starts."""
+    dev = sum(map(len, dev_sets.values()))
+    per_epoch = math.ceil(examples / (config.batch_size * config.accumulate))
+    return (f"{config.task}, {config.method}, seed {config.seed}: {examples:,} train and {dev:,} "
+            f"dev examples, {total:,} steps, {per_epoch:,} per epoch\n"
+            f"model {base_name(config, model_dir)}, {config.dtype} on {device_name(run.device)}\n"
+            f"trained parameters: {sum_in_words(counts)}{after_pruning(config, run.pruner)}\n"
+            f"files in {run.folder}")
+
+
+def after_pruning(config: TrainConfig, pruner: Pruner) -> str:
+    """Return what pruning will leave of the adapter, in words; "" without pruning."""
+    if config.schedule is None:
+        return ""
+    rest = budget(pruner.total_steps, pruner.total_steps, config, pruner.per_rank)
+    if config.budget_unit == "components":
+        return f"; pruning leaves {rest:,} of the adapter's {len(pruner.mask):,} components"
+    return f"; pruning leaves the adapter at most {rest:,}"
+
+
+def device_name(device: torch.device) -> str:
+    """Return a device and what it is: cpu (2 threads), cuda:0 (NVIDIA H100)."""
+    more = f"{torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    if device.type == "cuda":
+        more = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "cuda"
+        more += ", products in TF32" * torch.backends.cuda.matmul.allow_tf32
+    return f"{device} ({more})".replace("(1 threads)", "(1 thread)")
+
+
+def base_name(config: TrainConfig, model_dir: Path) -> str:
+    """Return the base model's absolute path, or its name on Hugging Face if it was downloaded."""
+    return str(model_dir.resolve()) if config.model_dir else "FacebookAI/roberta-base"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what a run's speed and its last digits depend on, beside the settings."""
+    return {"device": device_name(device), "processes": process()[1],
+            "platform": platform.platform(), "python": platform.python_version(),
+            "torch": torch.__version__, "numpy": np.__version__}
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Return the most memory in MB that the process has held: the GPU's tensors, or all on a CPU;
+    None where the system does not tell."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes, elsewhere kB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+
+
+def model_card(config: TrainConfig, base: str, folder: Path, ranks: dict[str, int],
+               scores: dict[str, Any]) -> str:
+    """Return the README.md of an adapter's folder: what it is, and how to load it."""
+    task = TASKS[config.task]
+    labels = ", ".join(f"{i} = {label}" for i, label in enumerate(task.labels))
+    n = len(set(ranks.values()) - {0}) and f"{sum(ranks.values())} in {len(ranks)} matrices, " \
+        f"{min(ranks.values())} to {max(ranks.values())} each"
+    metrics = in_words({name: scores[name] for name in task.metrics})
+    return f"""---
+base_model: {json.dumps(base)}
+library_name: peft
+pipeline_tag: text-classification
+tags: [lora, dora]
+---
+
+# {config.task}: a LoRA adapter whose ranks were found by {config.method}
+
+The adapter and its classification head, trained by train_glue.py and saved in PEFT's LoRA format.
+
+| | |
+|---|---|
+| base model | {base} |
+| task | {task.name} |
+| labels | {labels or f"a number; the output times {task.top:g} is the score"} |
+| dev score | {metrics} (after step {scores["step"]}, epoch {scores["epoch"]:g}) |
+| components | {n} |
+| seed, longest text | {config.seed}, {config.max_len} tokens |
+
+Load it with PEFT and transformers:
+
+```python
+from peft import AutoPeftModelForSequenceClassification
+
+model = AutoPeftModelForSequenceClassification.from_pretrained(
+    {json.dumps(str(folder))}, num_labels={task.num_labels}).eval()
+```
+
+Load it here:
+
+```python
+from dora import load_adapter
+from train_glue import load_roberta
+
+model = load_roberta({json.dumps(base)}, num_labels={task.num_labels})
+load_adapter(model, {json.dumps(str(folder))})
+```
+
+Score it again:
+
+```sh
+python train_glue.py --eval-only --adapter {shlex.quote(str(folder))}
+```
+"""
+
+
 # ---- the run's folder ----------------------------------------------------------------------------
 
 
 class Signals:
-    """Ctrl-C and SIGTERM: kept until a step is done, when the state can be saved."""
+    """Ctrl-C, SIGTERM and SIGHUP: kept until a step is done, when the state can be saved."""
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
     def __init__(self) -> None:
         self.number = 0  # of the signal that arrived
@@ -963,7 +1106,9 @@ class Signals:
         def handle(number: int, frame: Any) -> None:
             self.number = number
 
-        self.handlers = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
+        self.handlers = {number: signal.signal(number, handle) for number in numbers
+                         if not is_ignored_hangup(number)}
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -975,6 +1120,11 @@ class Signals:
         if process()[1] == 1:
             return self.number
         return int(reduced(torch.tensor(self.number, device=device), "MAX"))
+
+
+def is_ignored_hangup(number: int) -> bool:
+    """Return True for the SIGHUP of a run that nohup started, which is to survive it."""
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN
 
 
 @contextmanager
@@ -996,13 +1146,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def naming(folder: Path) -> Iterator[None]:
-    """Name the folder in an OSError that names no file, such as that of a full disk."""
+def naming(path: Path) -> Iterator[None]:
+    """Name a path in an OSError that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
         if error.filename is None:
-            error.filename = str(folder)
+            error.filename = str(path)
         raise
 
 
@@ -1020,16 +1170,78 @@ def newest_undamaged(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
     raise DoRAError(f"{paths[0].parent}: all checkpoints are damaged; start with another --out")
 
 
-class Run:
-    """A run's progress and its folder.
+def refuse_other_settings(folder: Path, config: TrainConfig) -> None:
+    """Raise DoRAError if the run in a folder was made with other settings."""
+    if other := changed_setting(folder, config):
+        raise DoRAError(f"{folder} contains a run with {other}; replace it with --overwrite, or "
+                        f"use another --out")
 
-    The folder holds config.json, metrics.jsonl, checkpoints/step-N.pt (the newest two), adapter/ or
-    model/ (of the best epoch after the last pruning), result.json and ranks.json. Only the first
-    process writes. All files except metrics.jsonl are written atomically.
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, the oldest first."""
+    return sorted(folder.glob("checkpoints/step-*.pt"))
+
+
+def refuse_overwriting(folder: Path, config: TrainConfig | None = None) -> None:
+    """Raise DoRAError if a folder has a run that this one neither resumes nor overwrites."""
+    saved, finished = checkpoints_in(folder), (folder / "result.json").exists()
+    if not (saved or finished) or config and (config.overwrite or config.resume and saved):
+        return
+    other = changed_setting(folder, config) if config else ""
+    resume = "" if other or not saved else "continue it with --resume, "
+    raise DoRAError(f"{folder} already contains a run{f' with {other}' if other else ''}; {resume}"
+                    f"replace it with --overwrite, or use another --out")
+
+
+def changed_setting(folder: Path, config: TrainConfig) -> str:
+    """Return the first setting that differs from that of the run in a folder, as "lr = 0.1, not
+    0.2"; "" if none does, or if the folder does not tell."""
+    path = folder / "config.json"
+    before = read_json(path) if path.exists() else {}
+    for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():
+        if name not in Run.FREE and before.get(name, value) != value:
+            return f"{name} = {before[name]}, not {value}"
+    return ""
+
+
+def delete_run(folder: Path, config: TrainConfig) -> None:
+    """Delete the files that a run writes, and no other. Raises DoRAError if the run that is to
+    replace it starts from one of them."""
+    if config.model_dir and Path(config.model_dir).resolve() == (folder / "model").resolve():
+        raise DoRAError(f"--overwrite would delete {config.model_dir}, from which this run starts; "
+                        f"use another --out")
+    for pattern in Run.FILES:
+        for path in folder.glob(pattern):
+            path.unlink()
+    for name in {pattern.split("/")[0] for pattern in Run.FILES if "/" in pattern}:
+        if (folder / name).is_dir() and not any((folder / name).iterdir()):
+            (folder / name).rmdir()
+
+
+class Run:
+    """A run's progress and its folder, which holds
+
+        config.json     the settings
+        run.json        the command lines, versions, device, seconds and peak memory
+        log.txt         what was printed, with the time
+        metrics.jsonl   losses every log_every steps, and the dev scores of each evaluation
+        ranks.jsonl     the live components per matrix, after each pruning that changed them
+        checkpoints/    step-N.pt, the newest two
+        adapter/        of the best epoch after the last pruning; model/ if there is no adapter
+        result.json     the scores
+        ranks.json      the live components per matrix at the end
+
+    Only the first process writes. All files except log.txt and *.jsonl are written atomically.
     """
 
     # settings that may change when a run is resumed
-    FREE = ("out", "resume", "device", "save_every", "data_dir", "model_dir", "compile")
+    FREE = ("out", "resume", "overwrite", "device", "save_every", "data_dir", "model_dir",
+            "compile")
+    FILES = ("config.json", "run.json", "log.txt", "metrics.jsonl", "ranks.jsonl", "ranks.json",
+             "result.json", "run.png", "checkpoints/step-*.pt", "checkpoints/not-finite.pt",
+             "checkpoints/.*.part", "adapter/README.md", "adapter/adapter_config.json",
+             "adapter/adapter_model.safetensors", "model/config.json", "model/model.safetensors",
+             "model/vocab.json", "model/merges.txt", "model/tokenizer.json", "submission/*.tsv")
 
     def __init__(self, config: TrainConfig, identity: dict[str, Any],
                  model: RobertaForSequenceClassification, optimizer: torch.optim.Optimizer,
@@ -1037,6 +1249,9 @@ class Run:
         self.config, self.folder = config, run_folder(config)
         self.model, self.optimizer, self.pruner = model, optimizer, pruner
         self.device = next(model.parameters()).device
+        self.started = time.monotonic()
+        self.total = 0  # steps of the whole run
+        self.calls: list[dict[str, Any]] = []  # what run.json says of each call
         self.step = 0  # optimizer steps done
         self.records: list[dict[str, Any]] = []  # the metrics after each epoch
         self.best: dict[str, Any] | None = None  # the best of them since the last pruning
@@ -1047,22 +1262,26 @@ class Run:
 
         settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in self.FREE}
         self.identity = json.loads(json.dumps({**settings, **identity}))
-        self.metrics = self.folder / "metrics.jsonl"
-        self.checkpoints = sorted(self.folder.glob("checkpoints/step-*.pt"))  # of an earlier call
+        self.metrics, self.history = self.folder / "metrics.jsonl", self.folder / "ranks.jsonl"
+        self.checkpoints = [] if config.overwrite else checkpoints_in(self.folder)
         self.writes = process()[0] == 0
         self.signals = Signals()
 
     def __enter__(self) -> Run:
-        self.refuse_overwriting()
+        refuse_overwriting(self.folder, self.config)
         with ExitStack() as stack:
             stack.enter_context(naming(self.folder))
             if self.writes:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.folder))
+                if self.config.overwrite:
+                    delete_run(self.folder, self.config)
                 for part in self.folder.glob("checkpoints/.*.part"):  # left by a killed process
                     part.unlink()
                 if not self.checkpoints:
-                    write_json(self.folder / "config.json", dataclasses.asdict(self.config))
+                    settings = {**dataclasses.asdict(self.config), "resume": False,
+                                "overwrite": False}
+                    write_json(self.folder / "config.json", settings)
                     self.metrics.write_bytes(b"")
             stack.enter_context(self.signals)
             self.open = stack.pop_all()  # closed by __exit__
@@ -1073,42 +1292,111 @@ class Run:
             if isinstance(error, NotFiniteError):
                 self.save("not-finite")  # for inspection; --resume ignores it
                 folder = self.folder / "checkpoints"
-                good = [path.stem for path in sorted(folder.glob("step-*.pt"))] or ["none yet"]
+                good = [path.stem for path in checkpoints_in(self.folder)] or ["none yet"]
                 raise NotFiniteError(
                     f"{error} (--lr), which was {self.optimizer.param_groups[0]['lr']:.3g}. The "
                     f"state is in {folder}/not-finite.pt, the last good checkpoint there is "
                     f"{good[-1]}") from None
         finally:
+            if not isinstance(error, OSError):  # such as a full disk
+                if isinstance(error, Exception) and self.calls:
+                    self.note(str(error.args[0] if error.args else error))
+                self.note_call(seconds=round(time.monotonic() - self.started, 1),
+                               last_step=self.step, peak_memory_mb=peak_memory(self.device))
             self.open.__exit__(kind, error, trace)
 
-    def refuse_overwriting(self) -> None:
-        """Raise DoRAError if the folder has a run and this one does not resume it."""
-        finished = (self.folder / "result.json").exists()
-        if self.checkpoints and not self.config.resume:
-            raise DoRAError(f"{self.folder} already contains a run; use another --out, or continue "
-                            f"it with --resume")
-        if finished and not self.checkpoints:
-            raise DoRAError(f"{self.folder} already contains a run; use another --out")
-
-    def start(self, total: int) -> None:
-        """Resume from the newest checkpoint if there is one, and show the progress bar."""
+    def start(self, total: int, introduction: str) -> None:
+        """Resume from the newest checkpoint if there is one; say what the run does, and show the
+        progress bar."""
         rank = process()[0]
         if self.checkpoints:
             self.restore()
+        self.say(introduction)
+        if self.checkpoints:
+            self.say(f"continuing after step {self.step:,}")
         elif self.config.resume:
-            say(f"{self.folder}: no checkpoint yet, starting from the beginning")
+            self.say(f"{self.folder}: no checkpoint yet, starting from the beginning")
         if rank:
             torch.manual_seed(self.config.seed + rank + self.step)  # each draws its own dropout
-        self.bar = self.open.enter_context(tqdm(
-            total=total, initial=self.step, unit="step", disable=True if rank else None))
+        if not self.checkpoints and self.pruner.layers:
+            self.history.unlink(missing_ok=True)
+            self.write_line(self.history, {"matrices": [*self.pruner.layers]})
+            self.write_line(self.history, {"step": 0, "live": self.live_components()})
+        self.mask = self.pruner.mask  # that of the last line in ranks.jsonl
+        self.live = self.live_components()
+
+        if self.checkpoints and (self.folder / "run.json").exists():
+            self.calls = read_json(self.folder / "run.json").get("calls", [])
+        self.calls.append({"command": shlex.join(["python", *sys.argv]),
+                           "started": time.strftime("%Y-%m-%d %H:%M:%S"), "first_step": self.step,
+                           **environment(self.device)})
+        self.total = total
+        self.note_call()
+        self.bar = self.open.enter_context(progress_bar(
+            total, "step", initial=self.step, leave=True))
+
+    def note_call(self, **found: Any) -> None:
+        """Write run.json, with what has been found about this call."""
+        if self.writes and self.calls:
+            self.calls[-1].update(found)
+            write_json(self.folder / "run.json", {"steps": self.total, "calls": self.calls})
+
+    def say(self, text: str) -> None:
+        """Print a text and write it to log.txt."""
+        say(text)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Write a text to log.txt."""
+        if self.writes:
+            path = self.folder / "log.txt"
+            with naming(path), open(path, "a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+
+    def write_line(self, path: Path, line: dict[str, Any]) -> None:
+        """Append a line to a file of JSON lines."""
+        if self.writes:
+            with naming(path), open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
         self.bar.set_postfix({key: line[key] for key in ("loss", "live", "parameters")})
         self.warn_of_a_rising_loss(line["lr"])
-        if self.writes:
-            with open(self.metrics, "a") as f:
-                f.write(json.dumps(line) + "\n")
+        self.write_line(self.metrics, line)
+
+    def live_components(self) -> list[int]:
+        """Return the live components of each matrix, after the last pruning."""
+        return [int(part.sum()) for part in self.pruner.mask.split(self.config.r_prime)]
+
+    def note_ranks(self) -> None:
+        """Append a line to ranks.jsonl if a pruning has changed the live components."""
+        if self.pruner.mask is self.mask:  # each pruning makes a new one
+            return
+        self.mask, before, self.live = self.pruner.mask, self.live, self.live_components()
+        if self.live != before:
+            self.write_line(self.history, {"step": self.step, "live": self.live})
+
+    def watch(self, batches: Iterator[data.Batch], n: int) -> Iterator[data.Batch]:
+        """Show the progress of an evaluation of n examples, which counts no time in the bar of the
+        steps. After Ctrl-C, save the state as it was before the evaluation, and stop."""
+        started = time.time()
+        with progress_bar(n, "example", desc="evaluation") as bar:
+            for batch in batches:
+                yield batch
+                bar.update(min(len(batch.rows) * process()[1], n - bar.n))
+                if self.signals.arrived(self.device):
+                    self.save()
+                    self.stop_after_a_signal(self.total)
+        if not self.bar.disable:
+            took = time.time() - started
+            self.bar.start_t += took
+            self.bar.last_print_t += took
+
+    def owes_scores(self, per_epoch: int, total: int) -> bool:
+        """Return True if the last step ended an epoch whose evaluation was interrupted."""
+        ended = self.step and (self.step % per_epoch == 0 or self.step == total)
+        return bool(ended and self.step not in [record["step"] for record in self.records])
 
     def warn_of_a_rising_loss(self, lr: float) -> None:
         """Say once that the mean of the last 50 losses is 1.5 times the lowest that it has been.
@@ -1121,9 +1409,9 @@ class Run:
         self.lowest_loss = min(self.lowest_loss, mean)
         if mean > 1.5 * self.lowest_loss:
             self.warned = True
-            say(f"step {self.step}: the training loss has risen from {self.lowest_loss:.3g} to "
-                f"{mean:.3g} (means of 50 steps), at learning rate {lr:.3g}; if it does not fall "
-                f"again, start with a lower --lr")
+            self.say(f"step {self.step}: the training loss has risen from {self.lowest_loss:.3g} "
+                     f"to {mean:.3g} (means of 50 steps), at learning rate {lr:.3g}; if it does "
+                     f"not fall again, start with a lower --lr")
 
     def check(self, loss: float, norm: float) -> None:
         """Raise NotFiniteError if the loss, the gradient or a weight is not finite, and DoRAError
@@ -1145,6 +1433,7 @@ class Run:
         headline = next(iter(scores))
         best = self.best if self.pruner.done else self.best_above_budget
         self.records.append({"epoch": round(epoch, 3), "step": self.step, **scores})
+        self.write_line(self.metrics, self.records[-1])
         if best is None or scores[headline] > best[headline]:
             if self.pruner.done:
                 self.best = self.records[-1]
@@ -1152,18 +1441,24 @@ class Run:
             else:
                 self.best_above_budget = self.records[-1]
 
-        say(f"epoch {round(epoch, 3):g}  {in_words(scores)}")
+        self.say(f"step {self.step:,}, epoch {epoch:.3g}: {in_words(scores)}")
         if scores["spread"] < COLLAPSED:
             lr = self.optimizer.param_groups[0]["lr"]
-            say(f"step {self.step}: {collapse(scores['spread'])}, at learning rate {lr:.3g}; start "
-                f"again with a lower --lr, such as {self.config.lr / 4:.2g}")
+            self.say(f"step {self.step}: {collapse(scores['spread'])}, at learning rate {lr:.3g}; "
+                     f"start again with a lower --lr, such as {self.config.lr / 4:.2g}")
 
     def save_best(self, model_dir: Path) -> None:
-        """Save the adapter with its head, or the whole model if there is no adapter."""
+        """Save the adapter with its head and its card, or the whole model if there is no adapter.
+        """
         task = TASKS[self.config.task]
         if self.writes and self.pruner.layers:
+            folder, base = self.folder / "adapter", base_name(self.config, model_dir)
             about = {**adapter_labels(task), "max_len": str(self.config.max_len)}
-            save_adapter(self.model, self.folder / "adapter", metadata=about)
+            save_adapter(self.model, folder, metadata=about, peft={
+                "task_type": "SEQ_CLS", "base_model_name_or_path": base})
+            card = model_card(self.config, base, folder, self.pruner.ranks(), self.records[-1])
+            with atomic_file(folder / "README.md") as file:
+                file.write(card.encode())
         elif self.writes:
             save_model(self.model, self.folder / "model", task)
             for name in ("vocab.json", "merges.txt", "tokenizer.json"):
@@ -1176,9 +1471,12 @@ class Run:
         continues exactly; several processes redraw dropout."""
         if not self.writes:
             return
-        with open(self.metrics, "ab") as f:
-            os.fsync(f.fileno())
-            metrics_size = f.tell()
+        sizes = {}
+        for path in (self.metrics, self.history):
+            if path.exists():
+                with naming(path), open(path, "ab") as f:
+                    os.fsync(f.fileno())
+                    sizes[path.name] = f.tell()
         state = {"identity": self.identity,
                  "step": self.step,
                  "records": self.records,
@@ -1191,7 +1489,7 @@ class Run:
                  "optimizer": self.optimizer.state_dict(),
                  "pruner": self.pruner.state_dict(),
                  "rng": random_states(self.device),
-                 "metrics_size": metrics_size}
+                 "sizes": sizes}
         buffer = io.BytesIO()  # torch.save into a file would hide why a write failed
         torch.save(state, buffer)
 
@@ -1199,7 +1497,7 @@ class Run:
         folder.mkdir(exist_ok=True)
         with atomic_file(folder / f"{name or f'step-{self.step:08d}'}.pt") as file:
             file.write(buffer.getbuffer())
-        for old in sorted(folder.glob("step-*.pt"))[:-2]:
+        for old in checkpoints_in(self.folder)[:-2]:
             old.unlink()
 
     def restore(self) -> None:
@@ -1220,17 +1518,17 @@ class Run:
                 parameters[key].copy_(tensor)
         self.optimizer.load_state_dict(state["optimizer"])
         set_random_states(state["rng"], self.device)
-        if self.writes:
-            os.truncate(self.metrics, state["metrics_size"])  # later steps will be repeated
+        for name, size in state["sizes"].items() if self.writes else []:
+            os.truncate(self.folder / name, size)  # later steps will be repeated
         for name in ("step", "records", "best", "best_above_budget", "lowest_loss", "warned"):
             setattr(self, name, state[name])
         self.losses.extend(loss.to(self.device) for loss in state["losses"])
 
     def stop_after_a_signal(self, total: int) -> None:
-        """Raise Interrupted if Ctrl-C or SIGTERM arrived. Call this when the state is saved."""
+        """Stop if a signal arrived: raises Interrupted. Call this when the state is saved."""
         if number := self.signals.arrived(self.device):
-            raise Interrupted(f"stopped at step {self.step} of {total}, saved in {self.folder}",
-                              number)
+            text = f"stopped at step {self.step} of {total}, saved in {self.folder}"
+            raise Interrupted(text, number)
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write ranks.json and result.json; return the result with the ranks and the folder."""
@@ -1238,7 +1536,17 @@ class Run:
         if self.writes:
             write_json(self.folder / "ranks.json", ranks)
             write_json(self.folder / "result.json", result)
-        return {**result, "ranks": ranks, "folder": str(self.folder)}
+        result = {**result, "ranks": ranks, "folder": str(self.folder)}
+        self.note(summary(result))
+        return result
+
+
+def finished_result(folder: Path) -> dict[str, Any] | None:
+    """Return what train returned for the run in a folder; None if it is not finished."""
+    if not (folder / "result.json").exists():
+        return None
+    return {**read_json(folder / "result.json"), "ranks": read_json(folder / "ranks.json"),
+            "folder": str(folder)}
 
 
 def in_words(scores: dict[str, float]) -> str:
@@ -1290,6 +1598,12 @@ def say(text: str) -> None:
     """Print from the first process, without breaking the progress bar."""
     if process()[0] == 0:
         tqdm.write(text)
+
+
+def progress_bar(total: int, unit: str, **options: Any) -> Any:
+    """Return a progress bar, which only the first process shows, and only on a terminal."""
+    return tqdm(total=total, unit=unit, disable=True if process()[0] else None,
+                **{"leave": False, **options})
 
 
 def connect() -> None:
@@ -1352,7 +1666,10 @@ def toy(config: TrainConfig) -> dict[str, Any]:
         raise DoRAError("the toy runs in one process and makes its own model; for torchrun or "
                         "--model-dir, choose a --task and --data-dir")
     torch.set_num_threads(1)  # matrices this small are slower when threads share them
-    root = Path(config.out or tempfile.mkdtemp(prefix="dora-toy-"))
+    root = run_folder(config)
+    if not (config.resume or config.overwrite) and checkpoints_in(root / "pretrain"):
+        raise DoRAError(f"{root} already contains a run; continue it with --resume, replace it "
+                        f"with --overwrite, or use another --out")
     untrained, pretrained = root / "untrained", root / "pretrain" / "model"
     bpe = data.write_toy(root, untrained)
     torch.manual_seed(config.seed)
@@ -1375,9 +1692,9 @@ def toy(config: TrainConfig) -> dict[str, Any]:
     rows = [run("adapted", pretrained, f"{config.method} on the pretrained encoder"),
             run("head", pretrained, "only the head", **{**no_adapter, "method": "head"}),
             run("blind", untrained, f"{config.method} without pretraining")]
-    print(f"\nMatthews correlation on the adaptation task (files in {root})")
+    say(f"\nMatthews correlation on the adaptation task (files in {root})")
     for what, result in rows:
-        print(f"{result['best']['matthews']:8.3f}  {what}")
+        say(f"{result['best']['matthews']:8.3f}  {what}")
     return rows[0][1]
 
 
@@ -1392,11 +1709,10 @@ def main(argv: list[str] | None = None) -> int:
         run_command(flags)
         return 0
     except Interrupted as error:
-        out = f", --out {flags['out']}" if flags.get("out") else ""
-        say(f"{error.args[0]}; continue with the same command{out} and --resume")
+        say(f"{error.args[0]}; continue with the same command and --resume")
         return 128 + error.args[1]
     except KeyboardInterrupt:
-        say("interrupted before training; nothing to save")
+        say("interrupted outside of training; nothing to save")
         return 128 + signal.SIGINT
     except (DoRAError, DataError) as error:
         return failed(f"{error}")
@@ -1436,52 +1752,73 @@ def run_command(flags: dict[str, Any]) -> None:
                         f"a new adapter")
     if len({*seeds}) < len(seeds):
         raise DoRAError(f"--seeds {' '.join(map(str, seeds))}: name each seed once")
+    if eval_only:
+        evaluate_only(*saved_run(adapter, settings), split)
+        return
     configs = [make_config(**settings, seed=seed) for seed in seeds]
     if split:
         check_test_files(configs[0], split)
-
-    is_toy = configs[0].task == "toy" and not (eval_only or configs[0].data_dir)
-    if is_toy and not flags.get("out"):
-        flags["out"] = tempfile.mkdtemp(prefix="dora-toy-")  # main names it if interrupted
-        configs = [dataclasses.replace(config, out=flags["out"]) for config in configs]
     if len(seeds) > 1 and flags.get("out"):
         configs = [dataclasses.replace(config, out=f"{config.out}/seed-{config.seed}")
                    for config in configs]
 
-    results = []
-    for config in configs:
-        if eval_only:
-            evaluate_only(config, adapter, split)
-            continue
-        result = toy(config) if is_toy else train(config)
-        results.append(result)
-        show(result)
-        if split:
-            folder = Path(result["folder"])
-            adapter_dir = folder / "adapter" if result["ranks"] else None
-            model_dir = config.model_dir if adapter_dir else str(folder / "model")
-            config = dataclasses.replace(config, out=str(folder), model_dir=model_dir)
-            evaluate_only(config, adapter_dir, split)
+    results = [run_seed(config, several=len(seeds) > 1) for config in configs]
+    for config, result in zip(configs, results) if split else []:
+        folder = Path(result["folder"])
+        adapter_dir = folder / "adapter" if result["ranks"] else None
+        model_dir = config.model_dir if adapter_dir else str(folder / "model")
+        config = dataclasses.replace(config, out=str(folder), model_dir=model_dir)
+        evaluate_only(config, adapter_dir, split)
     if len(results) > 1:
         summarize(results)
 
 
+def run_seed(config: TrainConfig, several: bool) -> dict[str, Any]:
+    """Train with one seed, and print its result. One of several seeds that has finished before is
+    not trained again, and one that was interrupted is continued."""
+    is_toy = config.task == "toy" and not config.data_dir
+    root = run_folder(config)
+    folder, last = (root / "adapted", root / "blind") if is_toy else (root, root)
+    if several and not config.overwrite:
+        done = finished_result(folder) if (last / "result.json").exists() else None
+        if done:
+            if not is_toy:
+                refuse_other_settings(folder, config)
+            metric = TASKS[config.task].metrics[0]
+            say(f"seed {config.seed} is finished: {metric} {done['best'][metric]:.4f}, {folder}")
+            return done
+        started = checkpoints_in(root / "pretrain" if is_toy else root)
+        config = dataclasses.replace(config, resume=bool(config.resume or started))
+
+    result = toy(config) if is_toy else train(config)
+    show(result)
+    return result
+
+
 def show(result: dict[str, Any]) -> None:
     """Print a run's score, its parameters, and the map of ranks."""
+    say("\n" + summary(result))
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Return a run's score, its parameters, and the map of ranks as text."""
     best, metric = result["best"], TASKS[result["task"]].metrics[0]
-    say(f"\n{result['task']}, {result['method']}, seed {result['seed']}: {metric} "
-        f"{best[metric]:.4f} after epoch {best['epoch']:g}, {result['last'][metric]:.4f} after "
-        f"the last, {result['seconds']:.0f} s\n"
-        f"trained {result['trainable_parameters']:,} parameters, {result['head_parameters']:,} of "
-        f"them in the head; adapter {result['adapter_parameters']:,}, after pruning "
-        f"{result['adapter_parameters_after_pruning']:,}\nfiles in {result['folder']}")
-    if above := result["best_above_budget"]:
-        say(f"before the last pruning, and so above the budget: {metric} {above[metric]:.4f} after "
-            f"epoch {above['epoch']:g} (not saved)")
-    if result["collapsed"]:
-        say("the model has collapsed, so neither the score nor the ranks mean anything")
+    lines = [f"{result['task']}, {result['method']}, seed {result['seed']}: {metric} "
+             f"{best[metric]:.4f} after step {best['step']:,} (epoch {best['epoch']:.3g}), "
+             f"{result['last'][metric]:.4f} after the last, {result['seconds']:.0f} s",
+             f"trained parameters: {sum_in_words(result)}"]
     if result["ranks"]:
-        say(f"live components, layer by matrix:\n{rank_map(result['ranks'])}")
+        lines += [f"adapter after pruning: {result['adapter_parameters_after_pruning']:,} "
+                  f"parameters, into which the gates are multiplied"]
+    lines += [f"files in {result['folder']}"]
+    if above := result["best_above_budget"]:
+        lines += [f"before the last pruning, and so above the budget: {metric} "
+                  f"{above[metric]:.4f} after step {above['step']:,} (not saved)"]
+    if result["collapsed"]:
+        lines += ["the model has collapsed, so neither the score nor the ranks mean anything"]
+    if result["ranks"]:
+        lines += [f"live components, layer by matrix:\n{rank_map(result['ranks'])}"]
+    return "\n".join(lines)
 
 
 def summarize(results: list[dict[str, Any]]) -> None:
@@ -1492,31 +1829,58 @@ def summarize(results: list[dict[str, Any]]) -> None:
         f"{statistics.mean(scores):.4f}, standard deviation {statistics.stdev(scores):.4f}")
 
 
+def saved_run(adapter: str | None, flags: dict[str, Any]) -> tuple[TrainConfig, Path | None]:
+    """Return (settings, adapter folder or None) of what --eval-only is to score: the settings of
+    the run's config.json, where there is one, overridden by flags. Raises DoRAError."""
+    folder = find_adapter(adapter) if adapter else None
+    home = folder.absolute().parent if folder else Path()
+    if folder is None or not (home / "config.json").exists():
+        return make_config(**flags), folder
+
+    values = read_json(home / "config.json")
+    if not values.keys() <= {f.name for f in dataclasses.fields(TrainConfig)}:
+        raise DoRAError(f"{home / 'config.json'} is not a run's config.json")
+    is_model = (folder / "model.safetensors").exists()
+    if is_model:
+        values["model_dir"] = str(folder)
+    values = {name: tuple(value) if isinstance(value, list) else value
+              for name, value in {**values, "out": None, **flags}.items()}
+    return TrainConfig(**values), None if is_model else folder
+
+
 def evaluate_only(config: TrainConfig, adapter: str | Path | None, split: str | None) -> None:
     """Score a trained adapter, or the whole model in model_dir, on dev; write the submission files
     of a split. Raises DoRAError if neither was trained for the task."""
-    task = data.find_task(config.task)
+    task = data.find_task(config.task, split or "dev")
     if adapter:
-        adapter = find_adapter(adapter)
-        check_adapter(adapter, task, config)
+        check_adapter(Path(adapter), task, config)
     _, model, model_dir, load = prepare(config)
     if adapter:
         load_adapter(model, adapter)
     elif not model.trained_head:
         raise DoRAError(f"{model_dir}: its weights and config.json have no head for {task.name} "
                         f"({label_text(task)}); name a trained adapter with --adapter RUN/adapter")
-    scores = evaluate_dev(model, load_dev(task, load), task)
-    say(in_words(scores))
+    sets = load_dev(task, load)
+    scores = evaluate_dev(model, sets, task, watch_without_a_run)
+    say(f"{task.name}, {sum(map(len, sets.values())):,} dev examples: {in_words(scores)}")
     if scores["spread"] < COLLAPSED:
         say(collapse(scores["spread"]))
 
     folder = Path(config.out or Path(adapter or model_dir).parent) / "submission"
     for name, part in submission_files(task, split):
-        predictions = predict(model, load(part, name))
+        predictions = predict(model, load(part, name), watch_without_a_run)
         if process()[0] == 0:
             with naming(folder):
                 path = data.write_submission(TASKS[name], part, predictions, folder)
             say(f"wrote {path}")
+
+
+def watch_without_a_run(batches: Iterator[data.Batch], n: int) -> Iterator[data.Batch]:
+    """Show the progress of an evaluation of n examples."""
+    with progress_bar(n, "example", desc="evaluation") as bar:
+        for batch in batches:
+            yield batch
+            bar.update(min(len(batch.rows) * process()[1], n - bar.n))
 
 
 def submission_files(task: Task, split: str | None) -> list[tuple[str, str]]:
@@ -1537,10 +1901,13 @@ def check_test_files(config: TrainConfig, split: str) -> None:
 
 
 def find_adapter(folder: str | Path) -> Path:
-    """Return an adapter's folder; for the folder of a run, the adapter in it."""
-    inside = Path(folder) / "adapter"
-    return inside if inside.is_dir() and not (inside.parent / "adapter_config.json").exists() \
-        else Path(folder)
+    """Return the folder of an adapter or, after a run without one, of the whole model: for a run's
+    folder the one inside, for the toy's that of its adaptation task, else the folder itself."""
+    folder = Path(folder)
+    if (folder / "adapter_config.json").exists():
+        return folder
+    inside = [folder / name for name in ("adapter", "model", "adapted/adapter", "adapted/model")]
+    return next((path for path in inside if path.is_dir()), folder)
 
 
 def label_text(task: Task) -> str:
@@ -1579,8 +1946,9 @@ def make_parser() -> argparse.ArgumentParser:
                                    help=help_text(name, text), **flag_options(name, hints[name]))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1],
                         help="one run per seed (default: 1)")
-    parser.add_argument("--eval-only", action="store_true", help="score --adapter, do not train")
-    parser.add_argument("--adapter", metavar="FOLDER", help="for --eval-only: RUN/adapter")
+    parser.add_argument("--eval-only", action="store_true",
+                        help="score --adapter, with the settings of its run; do not train")
+    parser.add_argument("--adapter", metavar="RUN", help="for --eval-only: RUN or RUN/adapter")
     parser.add_argument("--predict", choices=("test",), help="write the test set's submission file")
     return parser
 

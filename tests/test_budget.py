@@ -223,6 +223,6 @@ def test_a_rank_too_small_for_one_component(unit):
 
 @pytest.mark.parametrize("rank, scale", [(0.25, 8), (0.5, 8), (1, 8), (2, 4), (4, 2)])
 def test_the_scale_of_a_fraction_of_a_rank(rank, scale):
-    """alpha / max(1, r): below rank 1 a matrix that keeps a component has LoRA's scale at rank 1."""
+    """alpha / max(1, r): below rank 1, what is left has LoRA's scale at rank 1."""
     _, layers = adapted(net_config(rank=rank, alpha=8.0))
     assert {layer.scale for layer in layers.values()} == {scale}

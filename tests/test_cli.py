@@ -58,7 +58,8 @@ def test_help_shows_tasks_ranges_and_the_methods_defaults():
     """What a user needs for a choice: the tasks, a range, the choices, other methods' defaults."""
     text = re.sub(r"\s+", " ", make_parser().format_help())
     for part in ("--task {cola,sst2,", "AdamW (> 0; default: the task's, paper's Table 8; bitfit: "
-                 "0.001; full: 2e-05)", "(>= 0, < 1; default: 0.06)",
+                 "0.001; full: 2e-05; dora: 0.25 of it; lora: 0.25 of it)",
+                 "(>= 0, < 1; default: 0.06)",
                  "{slow_first,fast_first,none}",
                  "(default: fast_first; paper: slow_first; lora: none)"):
         assert part in text, part
@@ -127,10 +128,14 @@ def test_bad_flags(tmp_path, capsys, words, says):
     ("qnli", 3.5e-3, 16, 12, 0.5, 50), ("rte", 2e-3, 16, 80, 0.5, 10),
     ("mrpc", 2.5e-3, 16, 30, 0.3, 50), ("stsb", 3e-3, 16, 45, 0.3, 10)])
 def test_table_8(task, lr, batch, epochs, eta, interval):
-    """Each task's defaults against the rows of the paper's Table 8, typed in here; what is asked
-    for goes first."""
+    """Each task's defaults against the rows of the paper's Table 8, typed in here: --method paper
+    has them as published, dora and lora train at a quarter of the rate; what is asked for goes
+    first."""
+    for method, share in (("paper", 1), ("adalora", 1), ("dora", 0.25), ("lora", 0.25)):
+        config = parsed("--task", task, "--method", method)
+        assert (config.lr, config.batch_size, config.epochs) == (share * lr, batch, epochs)
     config = parsed("--task", task)
-    assert (config.lr, config.batch_size, config.epochs) == (lr, batch, epochs)
+    assert config == parsed("--task", task, "--method", "dora")
     assert (config.eta, config.interval) == (eta, interval)
     assert (config.weight_decay, config.clip, config.warmup) == (0.01, 1.0, 0.06)
     assert parsed("--task", task, "--lr", "0.125").lr == 0.125
@@ -215,9 +220,31 @@ def test_eval_only(tmp_path, capsys, monkeypatch, method):
         words = ["--adapter", str(tmp_path / "out" / "adapter")]
     before = sorted(tmp_path.rglob("*"))
     assert main([*flags(**given), "--eval-only", *words]) == 0
-    assert scores[n:] == [{"matthews": found["best"]["matthews"]}]
-    assert capsys.readouterr().out.splitlines()[-1] == f"matthews {scores[-1]['matthews']:.4f}"
+    assert scores[n:] == [{name: found["best"][name] for name in ("matthews", "spread")}]
+    said = capsys.readouterr().out
+    assert f"toy, 40 dev examples: matthews {scores[-1]['matthews']:.4f}\n" in said
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("method", ["dora", "paper", "head"])
+def test_eval_only_needs_no_other_flag(tmp_path, capsys, monkeypatch, method):
+    """A9: `--eval-only --adapter RUN`, or RUN/adapter, and nothing else: task, files, length and
+    number type are those of the run, so that its score is repeated exactly. A flag goes first."""
+    dtype = "float32" if method == "head" else "float64"  # a whole model is loaded in float32
+    found = run(tmp_path / "out", method=method, epochs=2, max_len=20, dtype=dtype)
+    configs, scores, real = [], [], train_glue.evaluate_dev
+    prepare = train_glue.prepare
+    monkeypatch.setattr(
+        train_glue, "evaluate_dev", lambda *a: scores.append(real(*a)) or scores[-1])
+    monkeypatch.setattr(train_glue, "prepare", lambda c: configs.append(c) or prepare(c))
+    inside = tmp_path / "out" / ("model" if method == "head" else "adapter")
+    for folder in (tmp_path / "out", inside):
+        assert main(["--eval-only", "--adapter", str(folder)]) == 0
+        assert scores.pop() == {name: found["best"][name] for name in ("matthews", "spread")}
+        assert (configs[-1].task, configs[-1].max_len, configs[-1].dtype) == ("toy", 20, dtype)
+    monkeypatch.chdir(inside)
+    assert main(["--eval-only", "--adapter", ".", "--dtype", "float32"]) == 0
+    assert configs[-1].dtype == "float32" and configs[-1].max_len == 20
 
 
 def test_eval_only_without_a_head(tmp_path, capsys):
@@ -303,6 +330,65 @@ def test_targets_in_the_head(tmp_path, capsys, target, name):
     assert "classifier" not in line.split("candidates")[1] and not (tmp_path / "out").exists()
 
 
+def test_the_seeds_continue(tmp_path, capsys, monkeypatch):
+    """A11: the same command with --seeds trains those that are not finished: seed 1, which is, is
+    left out with one line, and counts in the summary; seed 2 was interrupted, 3 never started."""
+    words = [*flags(**run_settings(tmp_path / "all", epochs=2)), "--seeds", "1", "2", "3"]
+    run(tmp_path / "all" / "seed-1", epochs=2)
+    before = {p: p.read_bytes() for p in (tmp_path / "all" / "seed-1").rglob("*") if p.is_file()}
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(train_glue.Run, "finish", lambda *a: {}["stop"])
+        run(tmp_path / "all" / "seed-2", epochs=2, seed=2)
+    capsys.readouterr()
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    scores = [result(tmp_path / "all" / f"seed-{i}")["best"]["matthews"] for i in (1, 2, 3)]
+    assert said.startswith(f"seed 1 is finished: matthews {scores[0]:.4f}, {tmp_path}/all/seed-1\n")
+    assert "continuing after step 16" in said
+    assert f"median {statistics.median(scores):.4f}" in said
+    assert {p: p.read_bytes() for p in before} == before
+
+    again = failed(capsys, *words, "--lr", "0.5")
+    assert "seed-1 contains a run with lr = 0.003, not 0.5; replace it with --overwrite" in again
+    assert main([*words, "--lr", "0.5", "--overwrite"]) == 0
+    assert json.loads((tmp_path / "all" / "seed-1" / "config.json").read_text())["lr"] == 0.5
+
+
+def test_overwrite(tmp_path, capsys):
+    """A11: a folder with a run is refused, with the setting that differs and --overwrite named;
+    with --overwrite the run's own files are gone, and no other, and the new run is as any other."""
+    run(tmp_path / "out", epochs=4)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / "adapter" / "notes.txt").write_text("mine")
+    run(tmp_path / "bitfit", method="bitfit", max_steps=8)
+    given = run_settings(tmp_path / "out", epochs=3)
+    line = failed(capsys, *flags(**given))
+    assert line.endswith(f"{tmp_path / 'out'} already contains a run with epochs = 4, not 3; "
+                         "replace it with --overwrite, or use another --out")
+    line = failed(capsys, *flags(**{**given, "epochs": 4}))
+    assert "already contains a run; continue it with --resume, replace it with" in line
+    assert "choose one" in failed(capsys, *flags(**given), "--overwrite", "--resume")
+
+    assert main([*flags(**given), "--overwrite"]) == 0
+    run(tmp_path / "new")
+    same_runs(tmp_path / "out", tmp_path / "new")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "out" / "adapter" / "notes.txt").read_text() == "mine"
+    other = {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*")}
+    new = {p.relative_to(tmp_path / "new") for p in (tmp_path / "new").rglob("*")}
+    assert {str(p) for p in other - new} == {"notes.txt", "adapter/notes.txt"}
+    assert main([*flags(**{**given, "out": tmp_path / "bitfit"}), "--overwrite"]) == 0
+    assert not (tmp_path / "bitfit" / "model").exists()
+
+
+def test_overwrite_keeps_what_the_run_starts_from(tmp_path, capsys):
+    """--overwrite is refused where it would delete --model-dir."""
+    run(tmp_path / "out", method="full", max_steps=8)
+    given = run_settings(tmp_path / "out", model_dir=tmp_path / "out" / "model")
+    assert "would delete" in failed(capsys, *flags(**given), "--overwrite")
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
 def test_predict_looks_for_the_test_file_first(tmp_path, capsys):
     """A11: --predict test without test.tsv is refused before anything is trained."""
     fake_task(tmp_path, "cola")
@@ -326,7 +412,7 @@ def test_three_dev_files(tmp_path, monkeypatch):
     for metric in ("f1", "accuracy"):
         each = [best[f"{metric}_{split}"] for split in ("dev", "dev_b", "dev_c")]
         assert best[metric] == statistics.mean(each)
-    assert list(best)[2:4] == ["f1", "accuracy"] and len(best) == 2 + 2 * 4
+    assert list(best)[2:5] == ["f1", "accuracy", "spread"] and len(best) == 2 + 3 * 4
 
 
 def test_a_task_without_a_dev_file(tmp_path, capsys, monkeypatch):
@@ -422,18 +508,47 @@ def test_the_toy_takes_no_model(tmp_path, capsys):
 # ---- the toy ------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_the_toy(tmp_path, capsys):
+def test_the_toy(tmp_path, capsys, monkeypatch):
     """`python train_glue.py`, all of it: DoRA on the pretrained encoder is clearly better than a
-    head alone and than DoRA without pretraining; the files are those of a GLUE run."""
-    assert main(["--out", str(tmp_path / "toy"), "--device", "cpu"]) == 0
+    head alone and than DoRA without pretraining; the files are those of a GLUE run, in
+    runs/toy-dora-1. A second time it is refused, like any other run."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["--device", "cpu"]) == 0
     text = capsys.readouterr().out
     scores = [float(x) for x in re.findall(r"^ +(-?\d\.\d+)  \w", text, re.MULTILINE)]
     assert len(scores) == 3 and scores[0] > 0.6
     assert scores[0] > max(scores[1:]) + 0.2
+    folder = tmp_path / "runs" / "toy-dora-1"
     for name in ("pretrain", "adapted", "head", "blind"):
-        assert (tmp_path / "toy" / name / "result.json").exists()
-    best = json.loads((tmp_path / "toy" / "adapted" / "result.json").read_text())["best"]
+        assert (folder / name / "result.json").exists()
+    best = json.loads((folder / "adapted" / "result.json").read_text())["best"]
     assert abs(best["matthews"] - scores[0]) < 5e-4
+    line = failed(capsys, "--device", "cpu")
+    assert "runs/toy-dora-1 already contains a run; continue it with --resume, replace" in line
+    assert main(["--eval-only", "--adapter", "runs/toy-dora-1"]) == 0
+    assert f"dev examples: matthews {best['matthews']:.4f}\n" in capsys.readouterr().out
+
+
+def test_the_toy_fills_its_folder(tmp_path, capsys, monkeypatch):
+    """The same in short, one step of each training: runs/toy-METHOD-SEED, --overwrite, --resume,
+    and one line for a folder that has a run."""
+    monkeypatch.chdir(tmp_path)
+    real = train_glue.train
+    monkeypatch.setattr(train_glue, "train", lambda config: real(
+        dataclasses.replace(config, epochs=1, max_steps=2, interval=1)))
+    words = ["--method", "lora", "--device", "cpu"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "(files in runs/toy-lora-1)" in said and "files in runs/toy-lora-1/adapted\n" in said
+    assert sorted(p.name for p in (tmp_path / "runs" / "toy-lora-1").iterdir()) == [
+        "adapted", "blind", "head", "pretrain", "toy", "toy-pretrain", "untrained"]
+    assert "already contains a run; continue it with --resume" in failed(capsys, *words)
+    assert main([*words, "--resume"]) == 0
+    assert main([*words, "--overwrite"]) == 0
+    assert main([*words, "--seeds", "1", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "seed 1 is finished: matthews " in said
+    assert (tmp_path / "runs" / "toy-lora-2" / "blind" / "result.json").exists()
 
 
 def test_a_model_that_does_not_fit_its_tokenizer(tmp_path, capsys):

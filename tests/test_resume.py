@@ -1,6 +1,7 @@
 """An interrupted run, resumed, ends bit for bit as one that nothing stopped, and a failed write
 loses nothing that was complete."""
 import errno
+import io
 import json
 import math
 import os
@@ -11,7 +12,8 @@ import time
 
 import pytest
 import torch
-from tiny import GLUE, MINILM, command, flags, lines, newest, run, run_settings, same, same_runs
+from tiny import (
+    GLUE, MINILM, command, evaluations, flags, lines, newest, run, run_settings, same, same_runs)
 
 import dora
 import train_glue
@@ -79,6 +81,92 @@ def test_ctrl_c(tmp_path, monkeypatch):
     stop_at(monkeypatch, 5, signal.SIGINT)
     assert main(flags(**run_settings(tmp_path))) == 130
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_lost_terminal(tmp_path, monkeypatch, whole):
+    """SIGHUP, as of a closed terminal, is like SIGTERM: saved, exit code 129. A run that nohup
+    started, for which it is ignored, goes on."""
+    words = flags(**run_settings(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5, signal.SIGHUP)
+        assert main(words) == 129
+    assert newest(tmp_path / "out")["step"] == 5
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with monkeypatch.context() as patch:
+            stop_at(patch, 5, signal.SIGHUP)
+            assert main([*words, "--resume"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    same_runs(tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize("epoch, number", [(1, signal.SIGINT), (2, signal.SIGTERM),
+                                           (3, signal.SIGINT)])
+def test_interrupted_while_it_evaluates(tmp_path, capsys, monkeypatch, epoch, number):
+    """A signal in the second of ten batches of an evaluation: no later batch is evaluated, the
+    state is saved, and the resumed run evaluates again and ends as the uninterrupted one."""
+    real_batches = train_glue.data.batches
+
+    def batches(examples, size, seed, *rest, **more):  # of 4 rather than 64 examples
+        return real_batches(examples, 4 if seed is None else size, seed, *rest, **more)
+
+    monkeypatch.setattr(train_glue.data, "batches", batches)
+    run(tmp_path / "whole")
+    words, calls = flags(**run_settings(tmp_path / "out")), []
+    with monkeypatch.context() as patch:
+        real = train_glue.RobertaForSequenceClassification.forward
+
+        def forward(model, *args):
+            if not model.training:
+                calls.append(1)
+                if len(calls) == 10 * (epoch - 1) + 2:
+                    os.kill(os.getpid(), number)
+            return real(model, *args)
+
+        patch.setattr(train_glue.RobertaForSequenceClassification, "forward", forward)
+        assert main(words) == 128 + number
+    assert len(calls) == 10 * (epoch - 1) + 2
+    step = 8 * epoch
+    said = f"stopped at step {step} of 24, saved in {tmp_path / 'out'}"
+    assert said in capsys.readouterr().out and said in (tmp_path / "out" / "log.txt").read_text()
+    assert newest(tmp_path / "out")["step"] == step
+    assert len(evaluations(tmp_path / "out")) == epoch - 1 and len(lines(tmp_path / "out")) == step
+    assert main([*words, "--resume"]) == 0
+    same_runs(tmp_path / "out", tmp_path / "whole")
+    calls = json.loads((tmp_path / "out" / "run.json").read_text())["calls"]
+    assert [(call["first_step"], call["last_step"]) for call in calls] == [(0, step), (step, 24)]
+
+
+def test_the_bar_leaves_out_evaluation(tmp_path, monkeypatch):
+    """The bar's clock, which starts at 0 and advances only in evaluations, by 100 s for each batch
+    of one: it has counted nothing at the end. The evaluation's own bar has counted its time."""
+    now, bars = [0.0], []
+
+    class Bar(train_glue.tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **{**options, "disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+        def close(self):
+            self.counted = self._time() - self.start_t
+            super().close()
+
+    monkeypatch.setattr(train_glue, "tqdm", Bar)
+    monkeypatch.setattr(train_glue.time, "time", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    real = train_glue.RobertaForSequenceClassification.forward
+
+    def forward(model, *args):
+        now[0] += 0 if model.training else 100
+        return real(model, *args)
+
+    monkeypatch.setattr(train_glue.RobertaForSequenceClassification, "forward", forward)
+    run(tmp_path)
+    steps, *dev = bars
+    assert [bar.desc for bar in dev] == ["evaluation"] * 3 and now == [300.0]
+    assert [(bar.counted, bar.n) for bar in dev] == [(100.0, 40)] * 3
+    assert steps.counted == 0.0 and steps.n == 24
 
 
 def test_interrupted_many_times(tmp_path, monkeypatch, whole):
@@ -349,15 +437,15 @@ def test_a_run_is_not_overwritten(tmp_path, whole, capsys):
     """Without --resume a folder with a run is refused, also where its checkpoints were thrown away,
     and nothing in it changes."""
     shutil.copytree(whole, tmp_path / "out")
-    says = "already contains a run; use another --out"
+    says = "replace it with --overwrite, or use another --out"
     assert main(flags(**run_settings(tmp_path / "out"))) == 2
-    assert f"{says}, or continue it with --resume\n" in capsys.readouterr().err
+    assert f"contains a run; continue it with --resume, {says}\n" in capsys.readouterr().err
     same_runs(tmp_path / "out", whole)
     shutil.rmtree(tmp_path / "out" / "checkpoints")
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     for words in ([], ["--resume"]):
         assert main([*flags(**run_settings(tmp_path / "out")), *words]) == 2
-        assert f"{says}\n" in capsys.readouterr().err         # there is nothing to continue from
+        assert f"contains a run; {says}\n" in capsys.readouterr().err  # nothing to continue from
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
 
 
@@ -423,8 +511,9 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch, whole):
     monkeypatch.setattr(train_glue.torch, "save", save)
     assert main(words) == 2
     error = capsys.readouterr().err.strip()
-    assert "\n" not in error and f"{tmp_path}: No space left on device" in error
-    assert "intact" in error
+    path = tmp_path / "checkpoints" / "step-00000011.pt"
+    assert error.endswith(f"{path}: No space left on device; finished files are intact")
+    assert "\n" not in error
     monkeypatch.undo()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "step-00000009.pt", "step-00000010.pt"]
@@ -536,21 +625,21 @@ def test_kill_at_random_moments(tmp_path):
 
 @pytest.mark.slow
 def test_the_toy_goes_on(tmp_path, capsys, monkeypatch):
-    """The toy stopped in its second training: its files are in a temporary folder, so the message
-    names it; with --out and --resume the score is that of a toy that nothing stopped."""
+    """The toy stopped in its second training: with --resume the scores are those of a toy that
+    nothing stopped. Its files are in runs/toy-dora-1."""
     assert main(["--out", str(tmp_path / "whole")]) == 0
     whole = capsys.readouterr().out.split("Matthews correlation on the adaptation task")[1]
+    monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(train_glue.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "cut"))
         stop_at(patch, 400)                     # the pretraining has 375 steps
         assert main([]) == 143
     text = capsys.readouterr().out
-    assert f"saved in {tmp_path / 'cut' / 'adapted'}; continue with the same command, " in text
-    assert f"--out {tmp_path / 'cut'} and --resume" in text
-    assert main(["--out", str(tmp_path / "cut"), "--resume"]) == 0
+    assert "saved in runs/toy-dora-1/adapted; continue with the same command and --resume" in text
+    assert main(["--resume"]) == 0
     found = capsys.readouterr().out.split("Matthews correlation on the adaptation task")[1]
     assert found.splitlines()[1:4] == whole.splitlines()[1:4]                    # three scores
-    same(newest(tmp_path / "cut" / "adapted"), newest(tmp_path / "whole" / "adapted"))
+    same(newest(tmp_path / "runs/toy-dora-1/adapted")["weights"],
+         newest(tmp_path / "whole" / "adapted")["weights"])
 
 
 @pytest.mark.slow

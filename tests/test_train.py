@@ -2,6 +2,7 @@
 what one batch, masks and single examples give."""
 import json
 import math
+import re
 import statistics
 import sys
 from collections import Counter
@@ -9,7 +10,8 @@ from collections import Counter
 import pytest
 import torch
 from tiny import (
-    NO_DROPOUT, files, lines, newest, result, run, same, same_runs, run_settings, tiny_model)
+    NO_DROPOUT, evaluations, files, json_lines, lines, newest, result, run, same, same_runs,
+    run_settings, tiny_model)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -68,12 +70,12 @@ def test_files_of_a_run(finished):
     two."""
     folder, _ = finished
     assert sorted(p.name for p in folder.iterdir()) == [
-        ".lock", "adapter", "checkpoints", "config.json", "metrics.jsonl", "ranks.json",
-        "result.json"]
+        ".lock", "adapter", "checkpoints", "config.json", "log.txt", "metrics.jsonl",
+        "ranks.json", "ranks.jsonl", "result.json", "run.json"]
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
         "step-00000016.pt", "step-00000024.pt"]
     assert sorted(p.name for p in (folder / "adapter").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors"]
+        "README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_config_of_a_run(finished):
@@ -85,21 +87,102 @@ def test_config_of_a_run(finished):
 
 
 def test_metrics_of_a_run(finished):
-    """One line for each of the 24 steps with seven fields; the learning rate is learning_rate's,
+    """One line for each of the 24 steps with eight fields; the learning rate is learning_rate's,
     the budget Eq. 9's, live is the budget of the last pruning, all the rest finite; the penalty is
-    0 once pruning has ended."""
-    folder, _ = finished
+    0 once pruning has ended. After an epoch's last step stand its dev scores."""
+    folder, returned = finished
     config, found = make_config(**run_settings(folder)), lines(folder)
     assert [line["step"] for line in found] == [*range(1, 25)]
     for line in found:
         t = line["step"]
-        assert list(line) == ["step", "lr", "loss", "penalty", "grad_norm", "live", "budget"]
+        assert list(line) == ["step", "lr", "loss", "penalty", "grad_norm", "live",
+                              "parameters", "budget"]
         assert all(math.isfinite(value) for value in line.values())
         assert line["lr"] == learning_rate(t - 1, 24, config)
         assert line["budget"] == budget(t, 24, config, 12)
         pruned = [s for s in (7, 10, 12) if s <= t]             # first is 4, interval 3, last 12
         assert line["live"] == (budget(pruned[-1], 24, config, 12) if pruned else 36)
         assert (line["penalty"] > 0) == (t <= 12)
+    assert evaluations(folder) == returned["epochs"]
+    every = json_lines(folder / "metrics.jsonl")
+    assert [i for i, line in enumerate(every) if "loss" not in line] == [8, 17, 26]
+
+
+def test_history_of_the_ranks(finished):
+    """ranks.jsonl: the matrices, then the live components of each, before training and after each
+    pruning that changed them; the last are those of ranks.json, and each sum is the line's live."""
+    folder, returned = finished
+    (first, *rows), metrics = json_lines(folder / "ranks.jsonl"), lines(folder)
+    assert first == {"matrices": [*returned["ranks"]]}
+    assert [row["step"] for row in rows] in ([0, 7, 10, 12], [0, 7, 10])  # 12 may change nothing
+    assert rows[0]["live"] == [3] * 12 and rows[-1]["live"] == [*returned["ranks"].values()]
+    for row in rows[1:]:
+        assert sum(row["live"]) == metrics[row["step"] - 1]["live"]
+
+
+def test_what_a_run_says(finished, tmp_path, capsys):
+    """The lines before the first step name task, method, examples, steps, device, dtype, folder
+    and the parameters, which add up; log.txt has the same lines, the scores and the result."""
+    folder, returned = finished
+    run(tmp_path / "out")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == ("toy, dora, seed 1: 61 train and 40 dev examples, 24 steps, 8 per epoch")
+    assert said[1] == f"model {files()[1].resolve()}, float32 on cpu (1 thread)"
+    parts = {name: returned[f"{name}_parameters"] for name in ("adapter", "gate", "head")}
+    assert sum(parts.values()) == returned["trainable_parameters"] and parts["gate"] == 36
+    assert said[2] == (
+        f"trained parameters: {returned['trainable_parameters']:,} = adapter {parts['adapter']:,}"
+        f" + gates 36 + head {parts['head']:,}; pruning leaves 24 of the adapter's 36 components")
+    assert said[3] == f"files in {tmp_path / 'out'}"
+    assert said[4].startswith("step 8, epoch 1: matthews ")
+    log = (tmp_path / "out" / "log.txt").read_text()
+    for line in [*said, "layer  query", f"{returned['adapter_parameters_after_pruning']:,}"]:
+        assert line in log, line
+
+
+@pytest.mark.parametrize("method, says", [
+    ("dora", "; pruning leaves the adapter at most 1,792"), ("lora", ""), ("full", "")])
+def test_parameters_add_up(tmp_path, capsys, method, says):
+    """The terms of the sum, for the adapter's methods and for whole models."""
+    changes = dict(budget_unit="parameters") if method == "dora" else {}
+    found = run(tmp_path, method=method, max_steps=8, **changes)
+    line = capsys.readouterr().out.splitlines()[2]
+    total, *terms = [int(n.replace(",", "")) for n in re.findall(r"[\d,]*\d", line.split(";")[0])]
+    assert total == sum(terms) == found["trainable_parameters"] and line.endswith(f"{terms[-1]:,}"
+                                                                                  + says)
+    assert found["adapter_parameters_after_pruning"] <= 1792
+
+
+def test_a_run_knows_its_surroundings(finished):
+    """run.json: steps, and for each call the command line, versions, device, seconds, memory."""
+    folder, _ = finished
+    found = json.loads((folder / "run.json").read_text())
+    assert found["steps"] == 24 and len(found["calls"]) == 1
+    call = found["calls"][0]
+    assert call["torch"] == torch.__version__ and call["device"].startswith("cpu (")
+    assert call["command"].startswith("python ") and (call["first_step"], call["last_step"]) == (
+        0, 24)
+    assert 0 < call["seconds"] < 1000 and 50 < call["peak_memory_mb"] < 100_000
+    assert {"started", "python", "numpy", "platform", "processes"} <= call.keys()
+
+
+def test_the_adapters_card(finished):
+    """adapter/README.md names base model, task, labels, score and how to load it; its front matter
+    is what Hugging Face reads, and its Python runs."""
+    folder, returned = finished
+    text = (folder / "adapter" / "README.md").read_text()
+    assert text.startswith(f'---\nbase_model: "{files()[1].resolve()}"\nlibrary_name: peft\n')
+    best = returned["best"]
+    for part in ("| task | toy |", "| labels | 0 = 0, 1 = 1 |", "| seed, longest text | 1, 48 ",
+                 f"| dev score | matthews {best['matthews']:.4f} (after step {best['step']}, ",
+                 "| components | 24 in 12 matrices, ",
+                 f"python train_glue.py --eval-only --adapter {folder / 'adapter'}\n"):
+        assert part in text, part
+    code = text.split("Load it here:")[1].split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code, names)
+    scores = evaluate(names["model"], dev(), data.TASKS["toy"])
+    assert scores["matthews"] == best["matthews"]
 
 
 def test_result_of_a_run(finished):
@@ -224,18 +307,100 @@ def test_predictions_of_a_regression():
         assert math.isclose(a, min(max(b, 0), 1), abs_tol=1e-6)
 
 
-def test_a_collapsed_model_says_so(capsys):
-    """A model that always predicts class 1: Matthews 0 and one line that names the class."""
-    model = tiny_model()
-    model.classifier.out_proj.weight.data.zero_()
-    model.classifier.out_proj.bias.data = torch.tensor([0.0, 1.0])
-    assert evaluate(model, dev(), data.TASKS["toy"]) == {"matthews": 0.0}
-    assert "all 40 predictions are '1': the model collapsed to one class" in capsys.readouterr().out
-    model = tiny_model(1)
-    model.classifier.out_proj.weight.data.mul_(1e-6)
-    model.classifier.out_proj.bias.data.fill_(0.25)
-    evaluate(model, dev(), data.TASKS["stsb"])
-    assert "predictions are 0.250: the model collapsed to one value" in capsys.readouterr().out
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_the_spread_of_the_outputs(classes):
+    """By hand: the standard deviation of a regression's output, or the largest of any difference
+    between two logits; a constant added to every logit changes nothing."""
+    logits = torch.randn(20, classes, dtype=torch.float64)
+    columns = logits.T.tolist()
+    expected = statistics.pstdev(columns[0]) if classes == 1 else max(
+        statistics.pstdev([x - y for x, y in zip(a, b)]) for a in columns for b in columns)
+    assert math.isclose(train_glue.spread(logits), expected)
+    assert math.isclose(train_glue.spread(logits + 5), expected)
+
+
+def constant_head(monkeypatch, noise):
+    """From now on every model's outputs are one constant, but for a little."""
+    real = train_glue.Classifier.forward
+
+    def forward(self, state):
+        return real(self, state) * noise + 0.3
+
+    monkeypatch.setattr(train_glue.Classifier, "forward", forward)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-4])
+@pytest.mark.parametrize("regression", [False, True])
+def test_a_collapsed_run_says_so(tmp_path, capsys, monkeypatch, regression, noise):
+    """Constant or nearly constant outputs on dev, of classes or of a number: each evaluation says
+    so in one line with step, learning rate and remedy; result.json has it; the run ends normally.
+    """
+    changes = {}
+    if regression:
+        monkeypatch.setitem(data.TASKS, "mine", data.Task(
+            "mine", "mine", ("text",), "score", ("pearson",), labels=()))
+        (tmp_path / "mine").mkdir()
+        rows = [f"the dog number {i}\t{i % 6}" for i in range(30)]
+        for split in ("train", "dev"):
+            (tmp_path / "mine" / f"{split}.tsv").write_text("\n".join(["text\tscore", *rows]))
+        changes = dict(task="mine", data_dir=str(tmp_path))
+    constant_head(monkeypatch, noise)
+    epochs = 4 if regression else 3  # of 4 and 8 steps
+    found = run(tmp_path / "out", epochs=epochs, lr=0.004, method="head", **changes)
+    said = [line for line in capsys.readouterr().out.splitlines() if "has collapsed" in line]
+    assert len(said) == epochs
+    steps, config = found["steps"], make_config(**run_settings(tmp_path, epochs=epochs, lr=0.004))
+    assert said[-1] == (
+        f"step {steps}: the outputs on dev are nearly constant (standard deviation "
+        f"{found['last']['spread']:.1g}): the model has collapsed, at learning rate "
+        f"{learning_rate(steps - 1, steps, config):.3g}; start again with a lower --lr, "
+        f"such as 0.001")
+    assert result(tmp_path / "out")["collapsed"] is True
+    assert "neither the score nor the ranks mean anything" in (
+        tmp_path / "out" / "log.txt").read_text()
+
+
+def test_a_run_that_has_not_collapsed(tmp_path, monkeypatch):
+    """Outputs that differ enough: nothing is said, and result.json has false."""
+    constant_head(monkeypatch, 1000)
+    run(tmp_path, max_steps=8, method="head")
+    found = result(tmp_path)
+    assert found["collapsed"] is False and found["last"]["spread"] > train_glue.COLLAPSED
+    assert "collapsed" not in (tmp_path / "log.txt").read_text()
+
+
+def test_a_rising_loss_is_said_once(tmp_path, capsys, monkeypatch):
+    """The loss is twice its value from step 60 of 120 on: one line while it happens, with step,
+    both means and the learning rate. Half as much more from there on is not said again."""
+    real, calls = train_glue.task_loss, []
+
+    def loss(logits, labels):
+        calls.append(1)
+        return real(logits, labels) * (1 if len(calls) < 60 else 2 if len(calls) < 90 else 4)
+
+    monkeypatch.setattr(train_glue, "task_loss", loss)
+    run(tmp_path, max_steps=120, lr=1e-6, method="head")
+    said = [line for line in capsys.readouterr().out.splitlines() if "has risen" in line]
+    assert len(said) == 1
+    step, low, high, lr = re.match(
+        r"step (\d+): the training loss has risen from ([\d.]+) to ([\d.]+) \(means of 50 steps\), "
+        r"at learning rate ([\d.e-]+); if it does not fall again, start with a lower --lr$",
+        said[0]).groups()
+    assert 80 < int(step) < 100 and 1.5 < float(high) / float(low) < 1.6 and float(lr) < 1e-6
+    assert said[0] in (tmp_path / "log.txt").read_text()
+
+
+def test_the_best_epoch_above_the_budget(tmp_path, capsys, monkeypatch):
+    """Scores 0.9, 0.2, 0.3 after epochs 1 to 3, of which only the first is before the last pruning
+    (step 12 of 24): it is reported as above the budget, and the third is the best."""
+    scores = iter([0.9, 0.2, 0.3])
+    monkeypatch.setattr(train_glue, "evaluate_dev",
+                        lambda *a: {"matthews": next(scores), "spread": 1.0})
+    found = run(tmp_path)
+    assert found["best_above_budget"] == found["epochs"][0] and found["best"]["matthews"] == 0.3
+    train_glue.show(found)
+    assert ("before the last pruning, and so above the budget: matthews 0.9000 after step 8 (not "
+            "saved)") in capsys.readouterr().out
 
 
 class OnMPS(torch.Tensor):
@@ -275,7 +440,8 @@ def test_the_mean_of_mnlis_two():
     first = [e._replace(label=i % 3) for i, e in enumerate(dev())]
     second = [e._replace(label=0) for e in dev()[:10]]
     scores = evaluate_dev(tiny_model(3), {"dev": first, "dev_mm": second}, task)
-    assert list(scores) == ["accuracy", "accuracy_m", "accuracy_mm"]
+    assert list(scores) == ["accuracy", "spread", "accuracy_m", "spread_m", "accuracy_mm",
+                            "spread_mm"]
     assert scores["accuracy"] == statistics.mean([scores["accuracy_m"], scores["accuracy_mm"]])
     assert scores["accuracy_mm"] == evaluate(tiny_model(3), second, task)["accuracy"]
 

@@ -78,9 +78,19 @@ def flags(**given):
     return words
 
 
+def json_lines(path):
+    """The objects in a file of JSON lines."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
 def lines(folder):
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl about training steps."""
+    return [line for line in json_lines(Path(folder) / "metrics.jsonl") if "loss" in line]
+
+
+def evaluations(folder):
+    """The lines of metrics.jsonl about dev."""
+    return [line for line in json_lines(Path(folder) / "metrics.jsonl") if "loss" not in line]
 
 
 def result(folder):
@@ -114,9 +124,9 @@ def same(a, b, path=""):
 
 
 def same_runs(a, b):
-    """Assert that two run folders hold the same, times apart: metrics.jsonl byte for byte, scores,
-    ranks, adapter, final weights, optimizer, masks and random states."""
-    for name in ("metrics.jsonl", "ranks.json", "adapter/adapter_model.safetensors",
+    """Assert that two run folders hold the same, times apart: metrics.jsonl and ranks.jsonl byte
+    for byte, scores, ranks, adapter, final weights, optimizer, masks and random states."""
+    for name in ("metrics.jsonl", "ranks.jsonl", "ranks.json", "adapter/adapter_model.safetensors",
                  "adapter/adapter_config.json"):
         assert (Path(a) / name).read_bytes() == (Path(b) / name).read_bytes(), name
     assert result(a) == result(b)

@@ -1,0 +1,234 @@
+"""Draw a run, or compare several, from what train_glue.py left in their folders.
+
+    python notebooks/plot_run.py runs/stsb-dora-1                    writes runs/stsb-dora-1/run.png
+    python notebooks/plot_run.py runs/stsb-dora-1 runs/stsb-lora-1   both, in the same axes
+
+The picture shows the training loss and the penalty, the score on dev, the live components and their
+parameters beside the budget, and when each matrix lost its components. It needs matplotlib
+(notebooks/requirements.txt).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import TASKS  # noqa: E402
+from dora import DoRAConfig, phases  # noqa: E402
+
+COLORS = ("#1f5fa8", "#c8501e", "#3a8a3a", "#7d3f98", "#946b2d", "#444444")
+WINDOW = 20  # lines of metrics.jsonl in the running mean of the loss
+
+
+class Saved(NamedTuple):
+    """What a run left."""
+
+    name: str
+    config: dict[str, Any]
+    steps: list[dict[str, Any]]  # lines of metrics.jsonl about steps
+    dev: list[dict[str, Any]]  # and about evaluations
+    matrices: list[str]  # of ranks.jsonl, [] without an adapter
+    history: list[dict[str, Any]]  # its lines: step, live components per matrix
+    total: int  # steps of the whole run
+
+
+class NotARun(Exception):
+    """A folder that train_glue.py has not filled."""
+
+
+def read_run(folder: Path) -> Saved:
+    """Return what a run left. Raises NotARun."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        lines = read_lines(folder / "metrics.jsonl")
+        history = read_lines(folder / "ranks.jsonl")
+        total = json.loads((folder / "run.json").read_text())["steps"]
+        steps = [line for line in lines if "loss" in line]
+        if not steps:
+            raise NotARun(f"{folder} has no step in its metrics.jsonl yet")
+        matrices = history.pop(0)["matrices"] if history else []
+        name = f"{config['task']}, {config['method']}, seed {config['seed']}"
+        return Saved(name, config, steps, [line for line in lines if "loss" not in line],
+                     matrices, history, total)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        hint = f"; did you mean {folder / 'adapted'}?" if (folder / "adapted").is_dir() else ""
+        raise NotARun(f"{folder} is not the folder of a run of train_glue.py ({error}){hint}")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in a file of JSON lines; [] for a ranks.jsonl that a run does not have.
+    A last line that is being written is left out."""
+    if path.name == "ranks.jsonl" and not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def running_mean(values: list[float], window: int) -> list[float]:
+    """Return the mean of each value and up to window - 1 before it."""
+    return [statistics.fmean(values[max(0, i + 1 - window):i + 1]) for i in range(len(values))]
+
+
+def prunings(run: Saved) -> tuple[int, int]:
+    """Return the step after which a run's budget falls, and that of its last pruning."""
+    names = DoRAConfig.__dataclass_fields__
+    settings = {name: tuple(value) if isinstance(value, list) else value
+                for name, value in run.config.items() if name in names}
+    return phases(run.total, DoRAConfig(**settings))
+
+
+def draw_loss(axis: Any, runs: list[Saved]) -> None:
+    """Draw the loss of each line of metrics.jsonl, its running mean, and the penalty."""
+    penalty = axis.twinx()
+    for run, color in zip(runs, COLORS):
+        x, y = [line["step"] for line in run.steps], [line["loss"] for line in run.steps]
+        axis.plot(x, y, color=color, alpha=0.2, linewidth=0.8)
+        axis.plot(x, running_mean(y, WINDOW), color=color, label=run.name)
+        penalties = [line["penalty"] for line in run.steps]
+        if any(penalties):
+            penalty.plot(x, penalties, color=color, linestyle=":", linewidth=1.2)
+    axis.set(title=f"training loss (line: mean of {WINDOW} logged steps)", xlabel="optimizer step",
+             ylabel="loss")
+    penalty.set_ylabel("penalty (dotted)")
+    penalty.set_ylim(bottom=0)
+
+
+def draw_dev(axis: Any, runs: list[Saved]) -> None:
+    """Draw the headline score of each evaluation."""
+    for run, color in zip(runs, COLORS):
+        name = headline(run) if run.dev else ""
+        if name:  # an empty line that is not clipped would break the layout
+            axis.plot([line["step"] for line in run.dev], [line[name] for line in run.dev],
+                      marker="o", markersize=4, color=color, label=run.name, clip_on=False)
+    names = sorted({headline(run) for run in runs if run.dev})
+    axis.set(title="score on dev" if names else "score on dev (not evaluated yet)",
+             xlabel="optimizer step", ylabel=" or ".join(names))
+
+
+def headline(run: Saved) -> str:
+    """Return the name of a run's first metric."""
+    if run.config["task"] in TASKS:
+        return TASKS[run.config["task"]].metrics[0]
+    return next(name for name in run.dev[0] if name not in ("epoch", "step"))
+
+
+def draw_budget(axis: Any, runs: list[Saved], unit: str) -> None:
+    """Draw the live components, or their parameters, and the budget that is counted in them."""
+    key = "live" if unit == "components" else "parameters"
+    adapted = [(run, color) for run, color in zip(runs, COLORS) if run.matrices]
+    for run, color in adapted:
+        x = [line["step"] for line in run.steps]
+        axis.step(x, [line[key] for line in run.steps], where="post", color=color)
+        if run.config["budget_unit"] == unit and run.config["schedule"]:
+            axis.plot(x, [line["budget"] for line in run.steps], color=color, linestyle="--",
+                      linewidth=1, label="budget b(t)")
+    what = "live components" if unit == "components" else "parameters of the live components"
+    axis.set(title=what, xlabel="optimizer step", ylabel=unit)
+    axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
+    axis.yaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
+    handles, labels = axis.get_legend_handles_labels()
+    if handles:
+        axis.legend(handles[:1], labels[:1], loc="lower left", frameon=False)
+
+
+def shade_phases(axis: Any, run: Saved, words: bool) -> None:
+    """Shade the steps before and after those in which a run prunes."""
+    if not run.config["schedule"]:
+        return
+    first, last = prunings(run)
+    axis.axvspan(0, first, color="0.93", zorder=0)
+    axis.axvspan(last, run.total, color="0.93", zorder=0)
+    for left, right, text in [(0, first, "all live"), (first, last, "pruning"),
+                              (last, run.total, "fixed ranks")] if words else []:
+        axis.text((left + right) / 2, 0.98, text, transform=axis.get_xaxis_transform(),
+                  ha="center", va="top", fontsize=8, color="0.35")
+
+
+def draw_ranks(figure: Any, axis: Any, run: Saved) -> None:
+    """Draw the live components of each matrix, a row, over the steps."""
+    from matplotlib.colors import BoundaryNorm
+    edges = [*(line["step"] for line in run.history), max(run.total, run.steps[-1]["step"])]
+    rows = [list(row) for row in zip(*(line["live"] for line in run.history))]
+    top = max(map(max, rows))
+    colors = figure.colorbar(axis.pcolormesh(
+        edges, range(len(rows) + 1), rows, cmap="viridis",
+        norm=BoundaryNorm([i - 0.5 for i in range(top + 2)], 256)), ax=axis, pad=0.01,
+        ticks=range(0, top + 1, 1 + top // 8))
+    colors.set_label("live components")
+
+    labels = [short(name) for name in run.matrices]
+    chosen = range(0, len(labels), 1 + len(labels) // 60)
+    axis.set_yticks([i + 0.5 for i in chosen], [labels[i] for i in chosen], fontsize=6)
+    axis.invert_yaxis()
+    axis.set(title=f"rank of each matrix: {run.name}", xlabel="optimizer step",
+             xlim=(0, run.total))
+
+
+def short(name: str) -> str:
+    """roberta.encoder.layer.0.attention.self.query -> 0 query"""
+    numbers = [i for i, part in enumerate(name.split(".")) if part.isdecimal()]
+    rest = name.split(".")[numbers[-1]:] if numbers else name.split(".")
+    return " ".join([rest[0], ".".join(rest[1:]).removeprefix("attention.self.")])
+
+
+def draw(runs: list[Saved]) -> Any:
+    """Return the figure of the runs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    mapped = [run for run in runs if len(run.history) > 1]  # those whose ranks changed
+    heights = [3.0, 3.0, *(max(2.5, 0.4 + 0.11 * min(60, len(run.matrices))) for run in mapped)]
+    figure = Figure(figsize=(11, sum(heights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+
+    axes = [figure.add_subplot(grid[i // 2, i % 2]) for i in range(4)]
+    draw_loss(axes[0], runs)
+    draw_dev(axes[1], runs)
+    draw_budget(axes[2], runs, "components")
+    draw_budget(axes[3], runs, "parameters")
+    end = max(run.total for run in runs)
+    for axis in axes:
+        shade_phases(axis, runs[0], words=axis in axes[2:])
+        axis.set_xlim(0, end)
+        axis.spines[["top", "right"]].set_visible(False)
+    for i, run in enumerate(mapped):
+        draw_ranks(figure, figure.add_subplot(grid[2 + i, :]), run)
+    if len(runs) > 1 and runs[0].config["schedule"]:
+        axes[2].set_title("live components (shaded: the phases of the first run)")
+    if len(runs) == 1:
+        figure.suptitle(runs[0].name)
+    else:
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line. Return the exit code: 2 for a folder that is not a run."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+                        help="folder of a run; run.png is written into the first")
+    folders = parser.parse_args(argv).runs
+    try:
+        if len(folders) > len(COLORS):
+            raise NotARun(f"{len(folders)} runs are too many for one picture; name at most "
+                          f"{len(COLORS)}")
+        figure = draw([read_run(folder) for folder in folders])
+    except NotARun as error:
+        print(f"plot_run.py: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"plot_run.py: error: {error}; pip install -r notebooks/requirements.txt",
+              file=sys.stderr)
+        return 2
+    figure.savefig(folders[0] / "run.png", dpi=110)
+    print(f"wrote {folders[0] / 'run.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""notebooks/plot_run.py draws what the files of a run say; it needs matplotlib, else it is skipped.
+"""
+import importlib.util
+import shutil
+import subprocess
+import sys
+
+import pytest
+from tiny import ROOT, evaluations, json_lines, lines, run
+
+pytest.importorskip("matplotlib")
+spec = importlib.util.spec_from_file_location("plot_run", ROOT / "notebooks/plot_run.py")
+plot_run = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(plot_run)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of three runs: dora with a budget of parameters, paper of components, the head."""
+    root = tmp_path_factory.mktemp("runs")
+    run(root / "dora", budget_unit="parameters")
+    run(root / "paper", method="paper")
+    run(root / "head", method="head")
+    run(root / "lora", method="lora")
+    return root
+
+
+def points(axis):
+    """The points of each line that an axis shows: [([x], [y]), ...]."""
+    return [([*line.get_xdata()], [*line.get_ydata()]) for line in axis.lines]
+
+
+def test_the_picture_of_a_run(folders):
+    """Lines, titles and labels of each axis against metrics.jsonl and ranks.jsonl; the shaded
+    phases end and begin at the steps of `phases`: 4 and 12 of 24."""
+    steps, dev = lines(folders / "dora"), evaluations(folders / "dora")
+    history = json_lines(folders / "dora" / "ranks.jsonl")[1:]
+    figure = plot_run.draw([plot_run.read_run(folders / "dora")])
+    loss, score, live, parameters, penalty, ranks, bar = figure.axes
+    x = [line["step"] for line in steps]
+
+    each, mean = points(loss)
+    assert each == (x, [line["loss"] for line in steps])
+    assert mean[1][2] == pytest.approx(sum(line["loss"] for line in steps[:3]) / 3)
+    assert points(penalty) == [(x, [line["penalty"] for line in steps])]
+    assert points(score) == [([8, 16, 24], [line["matthews"] for line in dev])]
+    assert points(live) == [(x, [line["live"] for line in steps])]
+    assert points(parameters) == [(x, [line[key] for line in steps])
+                                  for key in ("parameters", "budget")]
+    assert ranks.collections[0].get_array().T.tolist() == [line["live"] for line in history]
+    names = [label.get_text() for label in ranks.get_yticklabels()]
+    assert names[0] == "0 query" and names[9] == "1 attention.output.dense" and len(names) == 12
+
+    for axis in (loss, score, live, parameters):
+        assert axis.get_title() and axis.get_ylabel() and axis.get_xlim() == (0, 24)
+        shaded = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in axis.patches]
+        assert shaded == [(0, 4), (12, 24)]
+    for axis in (loss, score, live, parameters, ranks):
+        assert axis.get_xlabel() == "optimizer step"
+    assert (score.get_ylabel(), penalty.get_ylabel(), bar.get_ylabel()) == (
+        "matthews", "penalty (dotted)", "live components")
+    assert [text.get_text() for text in live.texts] == ["all live", "pruning", "fixed ranks"]
+
+
+def test_several_runs(folders):
+    """Four runs in the same axes, each named once; a run without an adapter has no components, a
+    budget is drawn where its unit is, and ranks that never change have no map."""
+    runs = [plot_run.read_run(folders / name) for name in ("dora", "paper", "head", "lora")]
+    figure = plot_run.draw(runs)
+    loss, score, live, parameters = figure.axes[:4]
+    assert (len(loss.lines), len(score.lines)) == (8, 4)
+    assert (len(live.lines), len(parameters.lines)) == (3 + 1, 3 + 1)
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["toy, dora, seed 1", "toy, paper, seed 1", "toy, head, seed 1",
+                     "toy, lora, seed 1"]
+    assert [axis.get_title() for axis in figure.axes if axis.get_title().startswith("rank")] == [
+        "rank of each matrix: toy, dora, seed 1", "rank of each matrix: toy, paper, seed 1"]
+
+
+def test_the_command(folders, tmp_path, capsys):
+    """`python notebooks/plot_run.py RUN RUN` writes run.png into the first folder alone."""
+    words = [folders / "paper", folders / "dora"]
+    subprocess.run([sys.executable, "notebooks/plot_run.py", *words], cwd=ROOT, check=True)
+    assert (folders / "paper" / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert not (folders / "dora" / "run.png").exists()
+
+
+def test_a_folder_that_is_not_a_run(folders, tmp_path, capsys):
+    """One line with the folder's name, exit code 2, no picture: an empty folder, a missing one, one
+    with a damaged file, the toy's (whose runs are inside), more runs than colours."""
+    (tmp_path / "toy" / "adapted").mkdir(parents=True)
+    shutil.copytree(folders / "dora", tmp_path / "damaged")
+    (tmp_path / "damaged" / "metrics.jsonl").write_text("{\n")
+    for name in ("nowhere", "toy", "damaged"):
+        assert plot_run.main([str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path / name} is not the folder of a run" in error and error.count("\n") == 1
+        assert ("did you mean" in error) == (name == "toy")
+        assert not (tmp_path / name / "run.png").exists()
+    assert plot_run.main([str(folders / "dora")] * 7) == 2
+    assert "at most 6" in capsys.readouterr().err
+
+
+def test_a_run_under_way(folders, tmp_path):
+    """A run that was stopped before its first evaluation, its last line half written."""
+    shutil.copytree(folders / "dora", tmp_path / "run")
+    text = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(text[:6]) + text[6][:20])
+    (tmp_path / "run" / "result.json").unlink()
+    assert plot_run.main([str(tmp_path / "run")]) == 0
+    figure = plot_run.draw([plot_run.read_run(tmp_path / "run")])
+    assert figure.axes[1].get_title() == "score on dev (not evaluated yet)"
+    assert points(figure.axes[2])[0][0] == [1, 2, 3, 4, 5, 6]
