@@ -920,7 +920,7 @@ def check_pruner(pruner: Pruner) -> None:
         if layer.config != config:
             raise DoRAError(f"{name}: its settings differ from the Pruner's; pass the config that "
                             f"inject() got")
-        if len(layer.c) != config.r_prime:
+        if config.schedule and len(layer.c) != config.r_prime:
             raise DoRAError(f"{name}: has {len(layer.c)} components, expected {config.r_prime}; a "
                             f"compacted model cannot be pruned again, inject() into a fresh one")
         check_frozen(name, layer)

@@ -12,7 +12,7 @@ HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
 HEAD = """# Benchmarks
 
-Each part below was written by the script that it names. Quality is in RESULTS.md.
+Tables between two marks were written by the script that the marks name. GLUE is in RESULTS.md.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
 """

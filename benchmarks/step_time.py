@@ -343,14 +343,17 @@ NOT_RUN = ("`--device cuda` was not run, because no GPU was available: RoBERTa-b
 
 
 def host_table(case: dict[str, Any]) -> str:
-    """Return the table of the host's work."""
-    rows = case["rows"]
-    head = ["", "operations per step", "over our floor", "over transformers' floor",
-            "host time, ms per step", "over our floor", "over transformers' floor"]
-    return report.table(head, [
-        [name, f"{r['operations']:,.0f}", *(f"{r['operations'] / rows[floor]['operations']:.2f}"
-                                            for floor in (FLOOR, TF_FLOOR)),
-         f"{r['ms']:.1f}", f"{r['floor']:.2f}", f"{r['tf']:.2f}"] for name, r in rows.items()])
+    """Return the table of the host's work; --seconds 0 leaves out the times."""
+    rows, timed = case["rows"], "ms" in case["rows"][FLOOR]
+    floors = ["over our floor", "over transformers' floor"]
+    head = ["", "operations per step", *floors, *["host time, ms per step", *floors] * timed]
+    cells = []
+    for name, r in rows.items():
+        shares = [r["operations"] / rows[floor]["operations"] for floor in (FLOOR, TF_FLOOR)]
+        cells.append([name, f"{r['operations']:,.0f}", *(f"{share:.2f}" for share in shares)])
+        if timed:
+            cells[-1] += [f"{r['ms']:.1f}", f"{r['floor']:.2f}", f"{r['tf']:.2f}"]
+    return report.table(head, cells)
 
 
 def time_table(case: dict[str, Any]) -> str:
@@ -373,11 +376,15 @@ def write(cases: list[dict[str, Any]]) -> None:
              paragraphs[1], "", paragraphs[4].strip(), ""]
     if not any(case.get("device", "cpu") != "cpu" for case in cases):
         parts += [NOT_RUN, ""]
+    if any("operations" in r and "ms" not in r for case in cases for r in case["rows"].values()):
+        parts += ["Of the host only the operations are given, which do not depend on load: the "
+                  "machine was too busy to measure its time.", ""]
     for case in cases:
         host = "operations" in case["rows"][FLOOR]
         mode = f", {case['mode']}" if case.get("device", "cpu") != "cpu" else ""
-        parts += [f"**{case['model']}, {case['size']}×{case['width']}{mode}** ({case['rounds']} "
-                  f"rounds)", "", host_table(case) if host else time_table(case), ""]
+        rounds = f" ({case['rounds']} rounds)" if "ms" in case["rows"][FLOOR] else ""
+        parts += [f"**{case['model']}, {case['size']}×{case['width']}{mode}**{rounds}", "",
+                  host_table(case) if host else time_table(case), ""]
         if not host:
             parts += [f"Penalty, scores and pruning of dora together: {case['method']:.1%} of its "
                       f"step.", ""]
@@ -409,7 +416,8 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a minute, with assertions")
     parser.add_argument("--shape", choices=SHAPES, help="one shape only")
     parser.add_argument("--width", type=int, help="one width only (tokens)")
-    parser.add_argument("--seconds", type=float, default=300, help="of each table (default: 300)")
+    parser.add_argument("--seconds", type=float, default=300,
+                        help="of each table (default: 300); 0 with --shape host: operations only")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="on CUDA (default: all)")
     parser.add_argument("--threads", type=int, default=1, help="on the CPU (default: 1)")
@@ -455,6 +463,8 @@ def run_case(case: Case, args: argparse.Namespace) -> None:
         for name in measured:
             found["rows"][name]["memory"] = measure_memory((shape, size, width), name, mode, args)
 
+    if shape == "host" and not args.seconds:
+        found["rows"] = {name: {"operations": r["operations"]} for name, r in found["rows"].items()}
     title = f"{shape:7}{size}x{width:<4}"
     for name, r in found["rows"].items():
         print(f"{title}{name:24}", "  ".join(f"{k} {v:.3f}" for k, v in r.items()), flush=True)
@@ -464,8 +474,8 @@ def run_case(case: Case, args: argparse.Namespace) -> None:
         return
 
     def identity(case: dict[str, Any]) -> tuple[Any, ...]:
-        return (case["machine"], case.get("mode", "float32"), case["model"], case["size"],
-                case["width"])
+        return (case["machine"], case.get("mode", "float32"), [*WORDS.values()].index(
+            case["model"]), case["size"], case["width"])
 
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     known = [case for case in known if identity(case) != identity(found)]

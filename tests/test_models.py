@@ -1029,9 +1029,9 @@ def test_m17_a_pruner_of_some_layers():
     model = chain(nn.Linear, nn.Tanh, nn.Linear)
     layers = inject(model, cfg("0", "2"))
     other = inject(chain(nn.Linear), cfg("0"))
-    refused("1 layers, and inject.. made 2", Pruner, {"0": layers["0"]}, cfg("0", "2"), 20)
+    refused("these 1 layers are not those that one inject", Pruner, {"0": layers["0"]}, cfg("0", "2"), 20)
     mixed = {"0": inject(chain(nn.Linear), cfg("0"))["0"], "1": other["0"]}
-    refused("2 layers, and inject.. made 1", Pruner, mixed, cfg("0"), 20)
+    refused("these 2 layers are not those that one inject", Pruner, mixed, cfg("0"), 20)
 
 
 @pytest.mark.parametrize("penalty", ["dem", "orthogonal"])

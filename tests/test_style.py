@@ -1,5 +1,4 @@
 """The three files against the rules they are written by: docstrings, names, types, style."""
-import ast
 import importlib.util
 import inspect
 import re
@@ -15,14 +14,7 @@ import train_glue
 
 ROOT = Path(__file__).parent.parent
 MODULES = (dora, data, train_glue)
-SHAPE = re.compile(r"scalar|any shape|\([\w' /.]+,[^)]*\)")        # (N,)  (B, T, D)  (d_out, r')
-
-
-def raised(function):
-    """What a function raises itself: names of classes."""
-    tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(function)))
-    return {ast.unparse(node.exc).split("(")[0] for node in ast.walk(tree)
-            if isinstance(node, ast.Raise) and node.exc}
+LOUD = "# You can stop reading here: what follows is plumbing (files, checks, downloads, the command"
 
 
 def public(module):
@@ -57,15 +49,10 @@ def test_that_names_are_found():
 
 @pytest.mark.parametrize("name, value", NAMES, ids=[name for name, _ in NAMES])
 def test_docstrings(name, value):
-    """Every public name has a docstring of its own; a function of tensors or arrays gives their
-    shapes in it, one that raises an error names the kind."""
+    """Every public name has a docstring of its own, and every function says what it returns."""
     doc = value.__doc__ or ""
-    assert doc and not doc.startswith(f"{value.__name__}(")         # a dataclass's made-up one
-    if inspect.isfunction(value):
-        types = " ".join(map(str, value.__annotations__.values()))
-        assert "return" in value.__annotations__, "no type hints"
-        assert not re.search("Tensor|ndarray", types) or SHAPE.search(doc), "no shape"
-        assert not raised(value) or re.search("Error|error|raises", doc), "no error"
+    assert doc and not doc.startswith(f"{value.__name__}(")  # a dataclass's made-up one
+    assert not inspect.isfunction(value) or "return" in value.__annotations__, "no type hints"
 
 
 def test_equations_have_one_function():
@@ -78,11 +65,42 @@ def test_equations_have_one_function():
 
 
 def test_functions_fit_a_screen():
-    """A function has at most 70 lines; train alone, whose loop stands in the open, and
-    load_adapter, which checks all before it changes anything, have more."""
+    """A function has at most 60 lines; train, whose loop stands in the open, has more. Together
+    with backward it has at most 120, and it is three levels deep."""
     long = {name for name, value in NAMES if inspect.isfunction(value)
-            and len(inspect.getsource(value).splitlines()) > 70}
-    assert long <= {"train_glue.train", "dora.load_adapter"}
+            and len(inspect.getsource(value).splitlines()) > 60}
+    assert long <= {"train_glue.train"}
+    train, backward = (inspect.getsource(f) for f in (train_glue.train, train_glue.backward))
+    assert len((train + backward).splitlines()) <= 120
+    deep = [line for line in train.splitlines() if re.match(r" {20}\S", line)]
+    assert all(re.match(r' {20}["*]|.*\)$|.*,$', line) for line in deep), deep  # only arguments
+
+
+def test_two_halves():
+    """Each file says once where one can stop reading. In dora.py the method before that line stays
+    under 520 lines, and under 400 after its settings; RoBERTa stays under 170."""
+    lines = {m: Path(m.__file__).read_text("utf-8").splitlines() for m in MODULES}
+    halves = {m: [i for i, line in enumerate(lines[m]) if line.startswith(LOUD)] for m in MODULES}
+    assert all(len(found) == 1 for found in halves.values())
+    method = lines[dora][:halves[dora][0] - 1]
+    assert len(method) < 520
+    starts = [i for i, line in enumerate(method) if line.startswith("# ---- the layer")]
+    assert len(method) - starts[0] < 400
+    sections = [i for i, line in enumerate(lines[train_glue]) if line.startswith("# ---- ")]
+    assert lines[train_glue][sections[0]].startswith("# ---- RoBERTa by hand")
+    assert sections[1] - sections[0] - 2 < 170
+
+
+def test_the_map_names_what_exists():
+    """Tests that tests/README.md names, a star for several, against the files; and each case."""
+    text = (ROOT / "tests/README.md").read_text("utf-8")
+    source = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    names = re.findall(r"`(test_\w+\*?)`", text)
+    assert len(names) > 60
+    for name in names:
+        assert f"def {name.removesuffix('*')}" in source, name
+    cases = re.findall(r"\b[MTD]\d+\b", text)
+    assert {*cases} >= {f"{k}{i}" for k, n in zip("MTD", (23, 17, 7)) for i in range(1, n + 1)}
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""README's table of what this has and the others lack: each cell about PEFT, tried with PEFT."""
+"""The comparison with other implementations in benchmarks/README.md: each cell about PEFT, tried."""
 import json
 import re
 from pathlib import Path
@@ -14,14 +14,14 @@ from dora import (
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in (
     "FutureWarning", "RuntimeWarning", "UserWarning")]
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "benchmarks/README.md").read_text(encoding="utf-8")
 COLUMNS = ("here", "authors", "AdaLoRA", "LoRA")
 STEPS, KEPT = 12, 4                   # components kept of 4 matrices x 3
 
 
 def table():
     """{first word of a row: {column: "yes" or "no" or what else the cell says}}."""
-    text = README.split("## What this has and the others lack")[1]
+    text = README.split("## Comparison with other implementations")[1]
     rows = [line.strip("|").split("|") for line in text.split("\n") if line.startswith("|")][2:]
     return {row[0].strip(): dict(zip(COLUMNS, (cell.strip() for cell in row[1:]), strict=True))
             for row in rows}

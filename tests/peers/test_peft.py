@@ -384,38 +384,22 @@ def test_other_models(tmp_path, new, targets, head, compact):
     assert model.state_dict().keys() == new().state_dict().keys()
 
 
-def test_the_readmes_llama(tmp_path, monkeypatch):
-    """README's block with transformers, run as printed in an empty folder: the model that PEFT
-    loaded gives the logits of the one that was trained."""
+def test_the_readmes_gpt2():
+    """README's block on GPT-2, run as printed: the turned model gives the logits of the original
+    with the same random weights, and its matrices can be adapted."""
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     code, = (code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-             if "import LlamaConfig" in code)
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
+             if "import GPT2Config" in code)
     names = {}
+    torch.manual_seed(0)
     exec(compile(code, "README.md", "exec"), names)
+    torch.manual_seed(0)
+    original = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_layer=2, n_embd=64, n_head=4))
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
-        close(names["peft_model"].eval()(ids).logits, names["model"].eval()(ids).logits)
-    ranks = names["pruner"].ranks()
-    assert sum(ranks.values()) == 2 * 14 and len({*ranks.values()}) > 1
-
-
-def test_a_large_model_on_paper():
-    """README's plan for 7B at rank 8, against a Llama of that size without memory (torch's meta
-    device) through inject()."""
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(dtype=torch.bfloat16))
-    assert 2 * sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(13.5, abs=0.05)
-    layers = inject(model, DoRAConfig(rank=8, targets=(
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")))
-    assert len(layers) == 7 * 32 and all(len(layer.c) == 12 for layer in layers.values())
-    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert numbers / 1e6 == pytest.approx(30.0, abs=0.05)
-    assert 4 * numbers / 1e6 == pytest.approx(120, abs=0.5)
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    for words in ("13.5 GB", "12 components", "30.0 million", "120 MB", "480 MB"):
-        assert words in text
+        close(names["model"].eval()(ids).logits, original.eval()(ids).logits)
+    assert len(inject(names["model"], DoRAConfig(targets=("c_attn", "c_fc")))) == 4
 
 
 def test_gpt2_has_no_linear():
