@@ -58,7 +58,8 @@ def test_help_shows_tasks_ranges_and_the_methods_defaults():
     """What a user needs for a choice: the tasks, a range, the choices, other methods' defaults."""
     text = re.sub(r"\s+", " ", make_parser().format_help())
     for part in ("--task {cola,sst2,", "AdamW (> 0; default: the task's, paper's Table 8; bitfit: "
-                 "0.001; full: 2e-05; dora: 0.25 of it; lora: 0.25 of it)", "(>= 0, < 1; default: 0.06)",
+                 "0.001; full: 2e-05; dora: 0.25 of it; lora: 0.25 of it)",
+                 "(>= 0, < 1; default: 0.06)",
                  "{slow_first,fast_first,none}",
                  "(default: fast_first; paper: slow_first; lora: none)"):
         assert part in text, part
@@ -362,8 +363,8 @@ def test_overwrite(tmp_path, capsys):
     run(tmp_path / "bitfit", method="bitfit", max_steps=8)
     given = run_settings(tmp_path / "out", epochs=3)
     line = failed(capsys, *flags(**given))
-    assert line.endswith(f"{tmp_path / 'out'} already contains a run with epochs = 4, not 3; replace "
-                         "it with --overwrite, or use another --out")
+    assert line.endswith(f"{tmp_path / 'out'} already contains a run with epochs = 4, not 3; "
+                         "replace it with --overwrite, or use another --out")
     line = failed(capsys, *flags(**{**given, "epochs": 4}))
     assert "already contains a run; continue it with --resume, replace it with" in line
     assert "choose one" in failed(capsys, *flags(**given), "--overwrite", "--resume")

@@ -452,7 +452,7 @@ def test_a_run_is_not_overwritten(tmp_path, whole, capsys):
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     for words in ([], ["--resume"]):
         assert main([*flags(**run_settings(tmp_path / "out")), *words]) == 2
-        assert f"contains a run; {says}\n" in capsys.readouterr().err         # there is nothing to continue from
+        assert f"contains a run; {says}\n" in capsys.readouterr().err  # nothing to continue from
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
 
 

@@ -175,7 +175,7 @@ def test_the_adapters_card(finished):
     best = returned["best"]
     for part in ("| task | toy |", "| labels | 0 = 0, 1 = 1 |", "| seed, longest text | 1, 48 ",
                  f"| dev score | matthews {best['matthews']:.4f} (after step {best['step']}, ",
-                 f"| components | 24 in 12 matrices, ",
+                 "| components | 24 in 12 matrices, ",
                  f"python train_glue.py --eval-only --adapter {folder / 'adapter'}\n"):
         assert part in text, part
     code = text.split("Load it here:")[1].split("```python\n")[1].split("```")[0]
@@ -590,7 +590,8 @@ def test_compile(tmp_path):
     assert result(tmp_path / "plain")["last"] == result(tmp_path / "compiled")["last"]
 
 
-@pytest.mark.parametrize("method", [*METHODS, "full"])
+@pytest.mark.parametrize("method", ["dora", "paper", *(pytest.param(
+    method, marks=pytest.mark.slow) for method in ("lora", "adalora", "full"))])
 def test_a_step_does_not_wait_for_the_device(tmp_path, monkeypatch, method):
     """Numbers taken out of tensors (.item(), bool(), float()) in each of 24 steps, found by
     watching every operation: none but in log steps, every fifth, at an epoch's end, and at a
