@@ -1041,8 +1041,9 @@ def model_card(config: TrainConfig, base: str, folder: Path, ranks: dict[str, in
     """Return the README.md of an adapter's folder: what it is, and how to load it."""
     task = TASKS[config.task]
     labels = ", ".join(f"{i} = {label}" for i, label in enumerate(task.labels))
-    n = len(set(ranks.values()) - {0}) and f"{sum(ranks.values())} in {len(ranks)} matrices, " \
-        f"{min(ranks.values())} to {max(ranks.values())} each"
+    live = (f"{sum(ranks.values())} in {len(ranks)} matrices, {min(ranks.values())} to "
+            f"{max(ranks.values())} each")
+    found = f" whose ranks were found by {config.method}" if config.schedule else ""
     metrics = in_words({name: scores[name] for name in task.metrics})
     return f"""---
 base_model: {json.dumps(base)}
@@ -1051,7 +1052,7 @@ pipeline_tag: text-classification
 tags: [lora, dora]
 ---
 
-# {config.task}: a LoRA adapter whose ranks were found by {config.method}
+# {config.task}: a LoRA adapter{found}
 
 The adapter and its classification head, trained by train_glue.py and saved in PEFT's LoRA format.
 
@@ -1061,7 +1062,7 @@ The adapter and its classification head, trained by train_glue.py and saved in P
 | task | {task.name} |
 | labels | {labels or f"a number; the output times {task.top:g} is the score"} |
 | dev score | {metrics} (after step {scores["step"]}, epoch {scores["epoch"]:g}) |
-| components | {n} |
+| components | {live} |
 | seed, longest text | {config.seed}, {config.max_len} tokens |
 
 Load it with PEFT and transformers:

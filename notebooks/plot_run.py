@@ -1,6 +1,6 @@
 """Draw a run, or compare several, from what train_glue.py left in their folders.
 
-    python notebooks/plot_run.py runs/stsb-dora-1                    writes runs/stsb-dora-1/run.png
+    python notebooks/plot_run.py runs/stsb-dora-1                     runs/stsb-dora-1/run.png
     python notebooks/plot_run.py runs/stsb-dora-1 runs/stsb-lora-1   both, in the same axes
 
 The picture shows the training loss and the penalty, the score on dev, the live components and their

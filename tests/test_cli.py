@@ -1,6 +1,7 @@
 """Every setting is a flag, every flag has an effect or is refused in one line before anything is
 trained; main prints the scores and returns 0, 2 for bad input, 128 + signal if interrupted."""
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -529,10 +530,19 @@ def test_the_toy(tmp_path, capsys, monkeypatch):
     assert f"dev examples: matthews {best['matthews']:.4f}\n" in capsys.readouterr().out
 
 
-def test_the_toy_fills_its_folder(tmp_path, capsys, monkeypatch):
-    """The same in short, one step of each training: runs/toy-METHOD-SEED, --overwrite, --resume,
-    and one line for a folder that has a run."""
+def few_merges(train_bpe, texts, n, *paths):
+    """Learn ten merges, whatever was asked for."""
+    train_bpe(texts, 10, *paths)
+
+
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_toy_fills_its_folder(tmp_path, capsys, monkeypatch, again):
+    """The same in short, two steps of each training: runs/toy-METHOD-SEED, and one line for a
+    folder that has a run; then --resume, --overwrite and --seeds, which leaves out the first."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "TOY_SIZES", [
+        (name, split, 40) for name, split, _ in data.TOY_SIZES])
+    monkeypatch.setattr(data, "train_bpe", functools.partial(few_merges, data.train_bpe))
     real = train_glue.train
     monkeypatch.setattr(train_glue, "train", lambda config: real(
         dataclasses.replace(config, epochs=1, max_steps=2, interval=1)))
@@ -543,6 +553,8 @@ def test_the_toy_fills_its_folder(tmp_path, capsys, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "runs" / "toy-lora-1").iterdir()) == [
         "adapted", "blind", "head", "pretrain", "toy", "toy-pretrain", "untrained"]
     assert "already contains a run; continue it with --resume" in failed(capsys, *words)
+    if not again:
+        return
     assert main([*words, "--resume"]) == 0
     assert main([*words, "--overwrite"]) == 0
     assert main([*words, "--seeds", "1", "2"]) == 0

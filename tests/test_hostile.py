@@ -99,6 +99,7 @@ def old_pickle(thing):
     return pickle.dumps(thing, protocol=2)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's, of the rubbish
 @pytest.mark.parametrize("content", [
     old_pickle(Code()), old_pickle({"w": Code()}), old_pickle(print), b"", b"\x80\x02", b"PK\3\4",
     b"cos\nsystem\n(S'touch dora-was-here'\ntR.", old_pickle({"w": [1.0]}), b"\x80\x04\x95" * 9],

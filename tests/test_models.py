@@ -32,6 +32,11 @@ from dora import (
     write_safetensors,
 )
 
+# what torch says of the features that these tests use on purpose
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in (
+    "Sparse CSR tensor support is in beta", "None of the inputs have requires_grad=True",
+    "The PyTorch API of nested tensors", "enable_nested_tensor is True",
+    "Full backward hook is firing", "`torch.jit.")]
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
 

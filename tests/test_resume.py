@@ -21,6 +21,11 @@ from dora import DoRAError
 from train_glue import Interrupted, main, make_config, train
 
 
+def slow(*values):
+    """A case that only --slow runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def resume(out, **changes):
     """Continue a run."""
     return run(out, resume=True, **changes)
@@ -57,7 +62,7 @@ def whole(tmp_path_factory):
 
 # ---- interrupted and resumed --------------------------------------------------------------------
 
-@pytest.mark.parametrize("step", [1, 3, 7, 8, 9, 11, 12, 13, 16, 23, 24])
+@pytest.mark.parametrize("step", [1, *map(slow, (3, 7, 9, 13, 16, 23)), 8, 11, 12, 24])
 def test_interrupted_and_resumed(tmp_path, capsys, monkeypatch, whole, step):
     """SIGTERM in a step: the step is finished and saved, main says how to continue, returns 143;
     with --resume the run's end equals the uninterrupted one's. An epoch ends at 8, 16 and 24,
@@ -185,7 +190,8 @@ def test_interrupted_many_times(tmp_path, monkeypatch, whole):
     same_runs(tmp_path, whole)
 
 
-@pytest.mark.parametrize("method", ["paper", "adalora", "lora", "bitfit", "full", "head"])
+@pytest.mark.parametrize("method", ["paper", "full", *map(slow, (
+    "adalora", "lora", "bitfit", "head"))])
 def test_every_method_resumes(tmp_path, monkeypatch, method):
     """The same for the other methods, with accumulation: final weights, moments, scores."""
     changes = dict(method=method, epochs=2, accumulate=2)
@@ -243,8 +249,9 @@ def test_checkpoints_hold_tensors_alone(whole):
 
 # ---- numbers that are not finite ----------------------------------------------------------------
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("step, log_every", [(3, 1), (11, 1), (14, 100), (16, 100)])
+@pytest.mark.parametrize("value, step, log_every", [
+    (math.nan, 3, 1), (math.inf, 11, 1), (math.nan, 14, 100), (math.inf, 16, 100),
+    slow(math.inf, 3, 1), slow(math.nan, 11, 1), slow(math.inf, 14, 100), slow(math.nan, 16, 100)])
 def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch, whole, value, step, log_every):
     """NaN or inf from a step on, seen at a log step (each one), before a checkpoint (save_every 4)
     or before the evaluation at an epoch's end (16): exit code 2, one line with step, learning rate
@@ -336,7 +343,7 @@ def listed(path):
     torch.save([1, 2], path)
 
 
-@pytest.mark.parametrize("damage", [cut, empty, flipped, other, listed])
+@pytest.mark.parametrize("damage", [cut, flipped, *map(slow, (empty, other, listed))])
 def test_a_damaged_checkpoint(tmp_path, capsys, monkeypatch, whole, damage):
     """The newest is cut short, empty, has a byte changed or holds something else: it says so by
     name, goes on from the one before, and ends as the uninterrupted run."""

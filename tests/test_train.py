@@ -448,7 +448,8 @@ def test_the_mean_of_mnlis_two():
 
 # ---- accumulation, compaction, number types -----------------------------------------------------
 
-@pytest.mark.parametrize("whole, parts", [((16, 1), (8, 2)), ((12, 1), (4, 3))])
+@pytest.mark.parametrize("whole, parts", [
+    pytest.param((16, 1), (8, 2), marks=pytest.mark.slow), ((12, 1), (4, 3))])
 def test_accumulation(tmp_path, masks, whole, parts):
     """In float64 without dropout, 50 steps of a batch against the same in parts: losses to 1e-9,
     the same masks. The last batch is short: 13 = 7 + 6 of 8 + 8, and 1 + 0 + 0 of 4 + 4 + 4."""
@@ -589,7 +590,8 @@ def test_compile(tmp_path):
     assert result(tmp_path / "plain")["last"] == result(tmp_path / "compiled")["last"]
 
 
-@pytest.mark.parametrize("method", [*METHODS, "full"])
+@pytest.mark.parametrize("method", ["dora", "paper", *(pytest.param(
+    method, marks=pytest.mark.slow) for method in ("lora", "adalora", "full"))])
 def test_a_step_does_not_wait_for_the_device(tmp_path, monkeypatch, method):
     """Numbers taken out of tensors (.item(), bool(), float()) in each of 24 steps, found by
     watching every operation: none but in log steps, every fifth, at an epoch's end, and at a

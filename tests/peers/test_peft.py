@@ -2,6 +2,7 @@
 merging."""
 import json
 import re
+import shutil
 from pathlib import Path
 
 import peft
@@ -22,7 +23,9 @@ from dora import (
     inject,
     load_adapter,
     merge_,
+    read_safetensors,
     save_adapter,
+    write_safetensors,
 )
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in (
@@ -164,13 +167,19 @@ def test_pefts_auto_class_loads_a_run(tmp_path, monkeypatch, method, labels):
     monkeypatch.setitem(train_glue.TASKS, "toy", train_glue.TASKS["toy"]._replace(
         labels=tuple("012"[:labels]) if labels > 1 else (),
         metrics=("accuracy",) if labels > 1 else ("pearson",)))
-    train_glue.train(train_glue.make_config(**run_settings(tmp_path / "out", method=method)))
+    base = tmp_path / "base"  # an encoder without a head, as those that are published
+    shutil.copytree(files()[1], base)
+    weights = read_safetensors(base / "model.safetensors")
+    write_safetensors(base / "model.safetensors", {
+        name: weight.clone() for name, weight in weights.items() if "classifier" not in name})
+    train_glue.train(train_glue.make_config(**run_settings(
+        tmp_path / "out", method=method, model_dir=str(base))))
     folder = tmp_path / "out" / "adapter"
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS"
-    assert config["base_model_name_or_path"] == str(files()[1].resolve())
+    assert config["base_model_name_or_path"] == str(base.resolve())
 
-    model = train_glue.load_roberta(files()[1], labels).eval()
+    model = train_glue.load_roberta(base, labels).eval()
     load_adapter(model, folder)
     loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=labels)
     close(logits(loaded), logits(model))
