@@ -139,7 +139,7 @@ class DoRALinear(nn.Module):
         # float32 even over a half-precision base, which would round small updates away
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         self.A = nn.Parameter(base.weight.new_empty((r, d_in), dtype=dtype))
-        self.B = nn.Parameter(base.weight.new_empty((r, d_out), dtype=dtype).T)  # see forward
+        self.B = nn.Parameter(base.weight.new_empty((d_out, r), dtype=dtype))
         self.c = nn.Parameter(base.weight.new_empty((r,), dtype=dtype), requires_grad=config.gate)
         self.mask: Tensor  # (r',) bool, True = live: kept by the last pruning
         self.register_buffer("mask", torch.ones_like(self.c, dtype=torch.bool))
@@ -160,10 +160,10 @@ class DoRALinear(nn.Module):
             self.B.zero_()
         elif self.config.init == "kaiming":  # the paper: bounds sqrt(6 / d_in) and sqrt(6 / r')
             nn.init.kaiming_uniform_(self.A)
-            self.B.copy_(nn.init.kaiming_uniform_(self.B.contiguous()))
+            nn.init.kaiming_uniform_(self.B)
         else:  # as AdaLoRA
             self.A.normal_(std=0.02)
-            self.B.copy_(self.B.contiguous().normal_(std=0.02))
+            self.B.normal_(std=0.02)
         self.c.fill_(1.0 if self.config.init == "zero_b" else 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,8 +175,8 @@ class DoRALinear(nn.Module):
         else:
             h = self.dropout(rows @ A.T)  # (N, r')
 
-        # B is stored by columns: backward through a (d_out, r') layout is 4 to 8 times slower
-        B = (self.scale * self.c * self.B).T.contiguous()  # (r', d_out), copied only if replaced
+        # B^T is made contiguous: backward through a (d_out, r') layout is 4 to 8 times slower
+        B = (self.scale * self.c * self.B).T.contiguous()  # (r', d_out)
         y = self.base(rows)  # (N, d_out)
         h, B = h.to(y.dtype), B.to(y.dtype)
         y = y.addmm(h, B) if is_watched(self.base) else y.addmm_(h, B)
@@ -543,9 +543,9 @@ def frobenius(layers: Layers) -> Tensor:
 def triplet(layers: Layers) -> list[Tensor]:
     """|w dL/dw| of every entry of c (r',), A (r', d_in) and B^T (r', d_out), per layer: AdaLoRA's
     Eq. 8."""
-    weights = [w for layer in layers for w in (layer.c, layer.A, layer.B)]
-    gradients: Any = [gradient(w) for w in weights]
-    I: Any = torch._foreach_abs(torch._foreach_mul(weights, gradients))
+    weights: list[Any] = [w for layer in layers for w in (layer.c, layer.A, layer.B)]
+    products = torch._foreach_mul(weights, [gradient(w) for w in weights])
+    I = list(torch._foreach_abs(products))  # one operation for all, as the product
     I[2::3] = [B.T for B in I[2::3]]
     return I
 
@@ -705,11 +705,8 @@ def as_bytes(tensor: Tensor) -> Any:
 
 def shrink_(p: nn.Parameter, dim: int, live: Tensor, state: dict[str, Any]) -> None:
     """Keep the indices `live` (rank,) of one dimension of p, of its gradient and its moments."""
-    def keep(tensor: Tensor) -> Tensor:  # B stays stored by columns
-        return tensor.movedim(dim, 0).index_select(0, live).movedim(0, dim)
-
-    shape, kept = p.shape, keep(p)
-    grad = None if p.grad is None else keep(p.grad)
+    shape, kept = p.shape, p.index_select(dim, live)
+    grad = None if p.grad is None else p.grad.index_select(dim, live)
     p.grad = None
 
     # A graph of an earlier step may still hold p's gradient node, which checks the old shape.
@@ -719,7 +716,7 @@ def shrink_(p: nn.Parameter, dim: int, live: Tensor, state: dict[str, Any]) -> N
     p.grad = grad if len(live) else None
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == shape:
-            state[key] = keep(value)
+            state[key] = value.index_select(dim, live)
 
 
 def row_and_column(name: str) -> tuple[str, str]:

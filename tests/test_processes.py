@@ -48,6 +48,15 @@ def ends(processes, timeout=240):
     return [(process.returncode, *text) for process, text in zip(processes, texts)]
 
 
+def rounded(value):
+    """The same nest with its floats to 9 decimals: the spread of the outputs is not rounded."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return round(value, 9) if isinstance(value, float) else value
+
+
 @pytest.mark.parametrize("changes", [
     {}, dict(accumulate=2), dict(batch_size=12, method="paper"), dict(batch_size=4, accumulate=3)],
     ids=["plain", "accumulate", "last batch of one", "both"])
@@ -71,7 +80,7 @@ def test_two_processes(tmp_path, changes):
     masks = [(tmp_path / name).read_text() for name in
              ("alone.masks.0", "pair.masks.0", "pair.masks.1")]
     assert masks[0] == masks[1] == masks[2] and len(masks[0].splitlines()) > 5
-    assert result(alone) == result(pair)
+    assert rounded(result(alone)) == rounded(result(pair))
     assert (alone / "ranks.json").read_bytes() == (pair / "ranks.json").read_bytes()
     assert found[2][1] == ""                             # the second process prints nothing
 
