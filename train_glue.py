@@ -1006,7 +1006,7 @@ def device_name(device: torch.device) -> str:
     """Return a device and what it is: cpu (2 threads), cuda:0 (NVIDIA H100)."""
     more = f"{torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     if device.type == "cuda":
-        more = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "cuda"
+        more = torch.cuda.get_device_name(device)
         more += ", products in TF32" * torch.backends.cuda.matmul.allow_tf32
     return f"{device} ({more})".replace("(1 threads)", "(1 thread)")
 

@@ -102,6 +102,7 @@ class Device(TorchFunctionMode):
             mock.patch("torch.cuda.set_device", lambda device: None),
             mock.patch("torch.cuda.get_device_name", lambda device: "simulated"),
             mock.patch("torch.cuda.is_available", lambda: self.device.type == "cuda"),
+            mock.patch("torch.cuda.get_device_name", lambda device=None: "simulated"),
             mock.patch("torch.backends.mps.is_available", lambda: self.device.type == "mps"),
             # which a torch without CUDA refuses to enter
             mock.patch("torch.autocast", lambda kind, dtype: torch.amp.autocast("cpu", dtype))]

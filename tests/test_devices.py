@@ -1,5 +1,5 @@
-"""Runs on a simulated accelerator (simulated.py) against the same runs on the CPU; waits and the
-operations of a step; cases D1 to D4 and D7 of cases.md.
+"""Runs on a simulated accelerator (simulated.py) against the same runs on the CPU; the
+waits and the operations of a step; cases D1 to D4 and D7 of cases.md.
 
 The simulated device computes with the CPU's kernels, so its runs equal the CPU's bit for bit.
 """
