@@ -100,7 +100,6 @@ class Device(TorchFunctionMode):
             # from C++, which takes the tensors for the CPU's
             mock.patch("torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype", self.group),
             mock.patch("torch.cuda.set_device", lambda device: None),
-            mock.patch("torch.cuda.get_device_name", lambda device: "simulated"),
             mock.patch("torch.cuda.is_available", lambda: self.device.type == "cuda"),
             mock.patch("torch.cuda.get_device_name", lambda device=None: "simulated"),
             mock.patch("torch.backends.mps.is_available", lambda: self.device.type == "mps"),
