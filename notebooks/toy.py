@@ -83,10 +83,10 @@ def networks(seed):
     return student, teacher.requires_grad_(False)
 
 
-def batch_loss(run, size=32):
+def batch_loss(run, size=32, noise=0.1):
     """Return the loss on a new batch: the teacher's outputs plus noise are the labels."""
     x = torch.randn(size, 16)
-    return F.mse_loss(run.student(x), run.teacher(x) + 0.1 * torch.randn(size, 16))
+    return F.mse_loss(run.student(x), run.teacher(x) + noise * torch.randn(size, 16))
 
 
 def true_loss(run, n=2000):
@@ -95,21 +95,22 @@ def true_loss(run, n=2000):
     return F.mse_loss(run.student(x), run.teacher(x))
 
 
-def fit(seed, observed=None, moved=None, pruned=None, until=300, extra=None, lr=0.02, **settings):
+def fit(seed, observed=None, moved=None, pruned=None, until=300, extra=None, size=32, noise=0.1,
+        **settings):
     """Train the student of a seed for `until` of 300 steps.
 
     Return the run: student, teacher, layers, pruner. Three functions may look at it in each step:
     observed(run) after pruner.observe(), moved(run) after optimizer.step(), and pruned(run) after
-    pruner.step(). extra(layers) is added to the loss.
+    pruner.step(). extra(layers) is added to the loss. A batch has `size` examples, labels have noise.
     """
     student, teacher = networks(seed)
     config = DoRAConfig(**{**SETTINGS, **settings})
     layers = inject(student, config)
     run = SimpleNamespace(student=student, teacher=teacher, layers=layers,
                           pruner=Pruner(layers, config, 300))
-    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=lr)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=0.02)
     for _ in range(until):
-        loss = batch_loss(run) + run.pruner.penalty()
+        loss = batch_loss(run, size, noise) + run.pruner.penalty()
         if extra:
             loss = loss + extra(list(layers.values()))
 
