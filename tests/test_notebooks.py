@@ -68,9 +68,19 @@ def same_text(stored, fresh):
 # ---- form: no kernel needed ---------------------------------------------------------------------
 
 def test_there_are_notebooks():
-    """The folder holds notebooks 01 to 04 at least, numbered without a gap."""
-    numbers = [int(name[:2]) for name in NAMES]
-    assert len(numbers) >= 4 and numbers == list(range(1, len(numbers) + 1))
+    """The folder holds notebooks 00 to 07, numbered without a gap."""
+    assert [int(name[:2]) for name in NAMES] == list(range(8))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_first_cell(name):
+    """The first cell says what the reader has come to: the paper, which DoRA, where to go on."""
+    first = read(name).cells[0].source
+    assert "arxiv.org/abs/2405.17357" in first and "NVIDIA" in first
+    linked = set(re.findall(r"\]\((\d\d_\w+\.ipynb)\)", first))
+    i = NAMES.index(name)
+    neighbours = set(NAMES[max(0, i - 1):i] + NAMES[i + 1:i + 2])
+    assert neighbours - {"05_roberta_by_hand.ipynb"} <= linked <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
