@@ -60,8 +60,8 @@ def draw_states(ax, gates, masks, last, start=30, end=200):
 
 TRUE = {"first": 3, "second": 0, "third": 1}  # the rank of what the teacher has more
 
-# The default method, but for these: 4 components per matrix at the start, 4 in all at the end. The
-# matrices are of one size, so counting components or parameters is the same. No dropout, no penalty.
+# The default method, but for these: 4 components per matrix at the start, 4 in all at the end. As
+# the matrices have one size, components or parameters count alike. No dropout, no penalty.
 SETTINGS = dict(targets=tuple(TRUE), rank=4 / 3, start_rank=4, alpha=4, scale="start_rank",
                 dropout=0, interval=5, penalty=None, budget_unit="components")
 PAPER = {**METHODS["paper"], "penalty": "dem"}  # the paper's own method, on this network
@@ -101,7 +101,7 @@ def fit(seed, observed=None, moved=None, pruned=None, until=300, extra=None, siz
 
     Return the run: student, teacher, layers, pruner. Three functions may look at it in each step:
     observed(run) after pruner.observe(), moved(run) after optimizer.step(), and pruned(run) after
-    pruner.step(). extra(layers) is added to the loss. A batch has `size` examples, labels have noise.
+    pruner.step(). extra(layers) is added to the loss. A batch has `size` examples with noisy labels.
     """
     student, teacher = networks(seed)
     config = DoRAConfig(**{**SETTINGS, **settings})
