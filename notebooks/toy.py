@@ -101,7 +101,7 @@ def fit(seed, observed=None, moved=None, pruned=None, until=300, extra=None, siz
 
     Return the run: student, teacher, layers, pruner. Three functions may look at it in each step:
     observed(run) after pruner.observe(), moved(run) after optimizer.step(), and pruned(run) after
-    pruner.step(). extra(layers) is added to the loss. A batch has `size` examples with noisy labels.
+    pruner.step(). extra(layers) is added to the loss. A batch has `size` examples, noisy.
     """
     student, teacher = networks(seed)
     config = DoRAConfig(**{**SETTINGS, **settings})
