@@ -1320,7 +1320,8 @@ class Run:
         if rank:
             torch.manual_seed(self.config.seed + rank + self.step)  # each draws its own dropout
         if not self.checkpoints and self.pruner.layers:
-            self.history.unlink(missing_ok=True)
+            if self.writes:
+                self.history.unlink(missing_ok=True)
             self.write_line(self.history, {"matrices": [*self.pruner.layers]})
             self.write_line(self.history, {"step": 0, "live": self.live_components()})
         self.mask = self.pruner.mask  # that of the last line in ranks.jsonl
@@ -1443,7 +1444,8 @@ class Run:
                 self.best_above_budget = self.records[-1]
 
         self.say(f"step {self.step:,}, epoch {epoch:.3g}: {in_words(scores)}")
-        if scores["spread"] < COLLAPSED:
+        before = self.records[-2]["spread"] if len(self.records) > 1 else math.inf
+        if scores["spread"] < COLLAPSED <= before:  # say it once
             lr = self.optimizer.param_groups[0]["lr"]
             self.say(f"step {self.step}: {collapse(scores['spread'])}, at learning rate {lr:.3g}; "
                      f"start again with a lower --lr, such as {self.config.lr / 4:.2g}")
