@@ -321,7 +321,8 @@ def test_an_adalora_adapter_of_peft(tiny, tmp_path):
 def train_ten_steps(model, method, targets, head=None):
     """The training step of dora.py's head on a transformers model, pruning from 2 to 1 a matrix."""
     rank = dict(rank=1) if method == "lora" else dict(rank=1, start_rank=2)
-    config = DoRAConfig(targets=targets, **{**METHODS[method], **rank, "interval": 2})
+    config = DoRAConfig(targets=targets, **{**METHODS[method], **rank, "interval": 2,
+                                            "budget_unit": "components"})
     torch.manual_seed(8)
     layers = inject(model, config)
     if head is not None:

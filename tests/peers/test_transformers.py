@@ -53,22 +53,18 @@ def base():
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 @pytest.mark.parametrize("prefix", [True, False])
-@pytest.mark.parametrize("old_names", [True, False])
-def test_roberta_base_of_theirs(tmp_path, base, form, prefix, old_names):
+def test_roberta_base_of_theirs(tmp_path, base, form, prefix):
     """A roberta-base-shaped checkpoint that transformers wrote, then in both formats, with and
-    without the prefix, with LayerNorm's old names."""
+    without the prefix."""
     base.save_pretrained(tmp_path)
     weights = {}
     for key, tensor in base.state_dict().items():
         key = key if prefix else key.removeprefix("roberta.")
-        if old_names:
-            key = key.replace("LayerNorm.weight", "LayerNorm.gamma")
-            key = key.replace("LayerNorm.bias", "LayerNorm.beta")
         weights[key] = tensor
     if form == "bin":
         (tmp_path / "model.safetensors").unlink()
         torch.save(weights, tmp_path / "pytorch_model.bin")
-    elif not prefix or old_names:
+    elif not prefix:
         write_safetensors(tmp_path / "model.safetensors", weights)
     logits_close(load_roberta(tmp_path, 3), base, 50265)
 
