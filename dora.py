@@ -566,7 +566,7 @@ def orthogonal_penalty(layers: Layers) -> Tensor:
     for rows in alike(vectors, lambda rows: (rows,)):
         X = torch.stack(rows)  # (matrices, r', d_in) or (matrices, r', d_out)
         eye = torch.eye(X.shape[1], device=X.device, dtype=X.dtype)
-        norms.append((X @ X.mT - eye).norm(dim=(1, 2)))
+        norms.append(torch.linalg.vector_norm(X @ X.mT - eye, dim=(1, 2)))
     return concatenate(norms).mean()
 
 
