@@ -94,9 +94,7 @@ class DoRAConfig:
     dropout_on: Literal["input", "components"] = "components"  # what dropout applies to: x or A x
 
     RANGES: ClassVar[dict[str, str]] = {
-        "> 0": "rank alpha eps",
-        ">= 1": "start_rank interval",
-        ">= 0": "eta",
+        "> 0": "rank alpha eps", ">= 1": "start_rank interval", ">= 0": "eta",
         ">= 0, < 1": "dropout beta1 beta2 initial_phase final_phase",
     }
 
@@ -216,7 +214,6 @@ def inject(model: nn.Module, config: DoRAConfig) -> dict[str, DoRALinear]:
     bases = find_targets(model, config)
     progress = Progress(sum(cost(base, config) for base in bases.values()), samples(model))
     model.requires_grad_(False)
-
     layers = {}
     for name, base in bases.items():
         layers[name] = DoRALinear(base, config, name, progress)
@@ -244,9 +241,12 @@ def norm_score(layers: Layers) -> Tensor:
     """s_i = ||c_i b_i a_i^T||_F / ||sum_j c_j b_j a_j^T||_F, within each matrix, (n,) (Eq. 7)."""
     shares: dict[DoRALinear, Tensor] = {}
     for group in alike(layers, lambda layer: (layer.A, layer.B)):
-        A, B, c = (torch.stack(list(w)) for w in zip(*[(m.A, m.B.T, m.c) for m in group]))
+        A = torch.stack([layer.A for layer in group])  # (matrices, r', d_in)
+        B = torch.stack([layer.B.T for layer in group])  # (matrices, r', d_out)
+        c = torch.stack([layer.c for layer in group])  # (matrices, r')
         # no (d_out, d_in) matrix is built: <b_i a_i^T, b_j a_j^T> = (a_i . a_j)(b_i . b_j)
-        squared = ((A @ A.mT) * (B @ B.mT) * c[:, :, None] * c[:, None, :]).sum((1, 2))
+        products = (A @ A.mT) * (B @ B.mT)  # (matrices, r', r')
+        squared = (products * c[:, :, None] * c[:, None, :]).sum((1, 2))
         norm = squared.clamp(min=0).sqrt()  # where components cancel, rounding may go below 0
         share = c.abs() * A.norm(dim=2) * B.norm(dim=2) / (norm[:, None] + group[0].config.eps)
         shares.update(zip(group, share))
@@ -552,7 +552,8 @@ def triplet(layers: Layers) -> list[Tensor]:
 
 def triplet_total(s: list[Tensor]) -> Tensor:
     """s(c_i) + mean s(a_i) + mean s(b_i), (n,), from tensors in the order of `triplet`."""
-    return concatenate(c + A.mean(1) + B.mean(1) for c, A, B in zip(s[::3], s[1::3], s[2::3]))
+    groups = zip(s[::3], s[1::3], s[2::3])  # c (r',), A (r', d_in), B^T (r', d_out)
+    return concatenate(c + A.mean(1) + B.mean(1) for c, A, B in groups)
 
 
 IMPORTANCE["frobenius"] = (frobenius, "weights", torch.cat)
