@@ -1843,12 +1843,25 @@ def saved_run(adapter: str | None, flags: dict[str, Any]) -> tuple[TrainConfig, 
     values = read_json(home / "config.json")
     if not values.keys() <= {f.name for f in dataclasses.fields(TrainConfig)}:
         raise DoRAError(f"{home / 'config.json'} is not a run's config.json")
+    refuse_training_flags(flags, values)
     is_model = (folder / "model.safetensors").exists()
     if is_model:
         values["model_dir"] = str(folder)
     values = {name: tuple(value) if isinstance(value, list) else value
               for name, value in {**values, "out": None, **flags}.items()}
     return TrainConfig(**values), None if is_model else folder
+
+
+EVALUATED = ("task", "method", "data_dir", "model_dir", "out", "max_len", "device", "dtype",
+             "compile", "deterministic")  # the settings that an evaluation depends on
+
+
+def refuse_training_flags(flags: dict[str, Any], run: dict[str, Any]) -> None:
+    """Raise DoRAError for a flag that an evaluation ignores and that differs from the run's own."""
+    for name, value in flags.items():
+        if name not in EVALUATED and run.get(name) != value:
+            raise DoRAError(f"{name} = {value} has no effect on the score of a run with {name} = "
+                            f"{run.get(name)}; leave it out")
 
 
 def evaluate_only(config: TrainConfig, adapter: str | Path | None, split: str | None) -> None:

@@ -267,7 +267,7 @@ def test_an_adapter_for_another_task(tmp_path, capsys, monkeypatch):
     run(tmp_path / "out", max_steps=8, interval=1)
     path = tmp_path / "out" / "adapter" / "adapter_model.safetensors"
     words = ["--eval-only", "--adapter", str(tmp_path / "out" / "adapter")]
-    given = run_settings(tmp_path / "out")
+    given = run_settings(tmp_path / "out", max_steps=8, interval=1)
     line = failed(capsys, *flags(**{**given, "task": "toy-pretrain"}), *words)
     assert "was trained with task = toy, not toy-pretrain" in line
 
@@ -285,12 +285,26 @@ def test_eval_only_of_a_runs_folder(tmp_path, capsys):
     """A9: --adapter RUN finds RUN/adapter; another --max-len than in training is mentioned."""
     run(tmp_path / "out", max_steps=8, interval=1)
     words = ["--eval-only", "--adapter", str(tmp_path / "out")]
-    given = run_settings(tmp_path / "other")
+    given = run_settings(tmp_path / "other", max_steps=8, interval=1)
     assert main([*flags(**given), *words]) == 0
     first = capsys.readouterr().out.splitlines()
     assert main([*flags(**{**given, "max_len": 8}), *words]) == 0
     second = capsys.readouterr().out
     assert "note: " not in first[0] and "was trained with --max-len 48" in second
+
+
+def test_training_flags_with_eval_only(tmp_path, capsys):
+    """A9: a flag that changes nothing in an evaluation is refused if it differs from the run's own
+    setting, as a tuple of names too, and accepted if it repeats it."""
+    run(tmp_path / "out", max_steps=8, interval=1)
+    words = ["--eval-only", "--adapter", str(tmp_path / "out")]
+    for flag in ("--lr 0.5", "--rank 7", "--targets query", "--max-steps 9"):
+        line = failed(capsys, *words, *flag.split())
+        assert f"{flag.split()[0][2:].replace('-', '_')} = " in line and "has no effect" in line
+
+    own = train_glue.TrainConfig()
+    assert main([*words, "--max-steps", "8", "--interval", "1", "--alpha", str(own.alpha),
+                 "--targets", *own.targets]) == 0
 
 
 def test_an_adapter_without_eval_only(tmp_path, capsys):
