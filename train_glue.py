@@ -1065,13 +1065,14 @@ The adapter and its classification head, trained by train_glue.py and saved in P
 | components | {live} |
 | seed, longest text | {config.seed}, {config.max_len} tokens |
 
-Load it with PEFT and transformers:
+Load it with PEFT and transformers (a base with another head is accepted):
 
 ```python
 from peft import AutoPeftModelForSequenceClassification
 
 model = AutoPeftModelForSequenceClassification.from_pretrained(
-    {json.dumps(str(folder))}, num_labels={task.num_labels}).eval()
+    {json.dumps(str(folder))}, num_labels={task.num_labels},
+    ignore_mismatched_sizes=True).eval()
 ```
 
 Load it here:
