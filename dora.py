@@ -432,7 +432,7 @@ class Pruner:
 
     def _prune(self) -> None:
         """Keep the best components of the whole model; a gate closed earlier may reopen."""
-        scores = self.scores().cpu()  # the one place in which a step waits for the device
+        scores = self.scores().cpu()  # only a pruning step waits for the device
         b_t = budget(self.t, self.total_steps, self.config, self.per_rank)
         mask = keep_mask(scores, self.costs, b_t)
         check_decision(self, scores, mask)
