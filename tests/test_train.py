@@ -390,6 +390,20 @@ def test_a_rising_loss_is_said_once(tmp_path, capsys, monkeypatch):
     assert said[0] in (tmp_path / "log.txt").read_text()
 
 
+def test_a_rise_near_zero_is_not_said(tmp_path, capsys, monkeypatch):
+    """A loss that falls to a thousandth and then rises threefold is far below where it began:
+    nothing is said. (The toy did so after step 200.)"""
+    real, calls = train_glue.task_loss, []
+
+    def loss(logits, labels):
+        calls.append(1)
+        return real(logits, labels) * (1 if len(calls) < 10 else 1e-3 if len(calls) < 70 else 3e-3)
+
+    monkeypatch.setattr(train_glue, "task_loss", loss)
+    run(tmp_path, max_steps=140, lr=1e-6, method="head")
+    assert "has risen" not in capsys.readouterr().out
+
+
 def test_the_best_epoch_above_the_budget(tmp_path, capsys, monkeypatch):
     """Scores 0.9, 0.2, 0.3 after epochs 1 to 3, of which only the first is before the last pruning
     (step 12 of 24): it is reported as above the budget, and the third is the best."""
