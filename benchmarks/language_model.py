@@ -23,7 +23,6 @@ run at once, with one thread each: they take different runs.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -33,9 +32,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import report  # noqa: E402
 from dora import (METHODS, DoRAConfig, DoRAError, NotFiniteError, Pruner,  # noqa: E402
                   atomic_file, compact_, inject, merge_)
-from glue import next_rate  # noqa: E402
+from glue import key_of, next_rate  # noqa: E402
 from train_glue import locked, peak_memory  # noqa: E402
 
 CODE = 1  # raise it when a change of the program changes what these runs compute
@@ -67,7 +68,7 @@ class Setup:
     """What the comparison has in it. --short takes less of everything."""
 
     load: Callable[[], tuple[Any, Any]]  # returns a new copy of the model, and its tokenizer
-    results: Path  # folder of the log and the figure
+    log: Path  # a line per finished run; the figure is written beside it
     scratch: Path  # folder of the checkpoints, one per run
     data: Path = ROOT / "../shared/data/e2e"
     rows: tuple[str, ...] = tuple(ROWS)
@@ -77,11 +78,6 @@ class Setup:
     save_every: int = 10  # optimizer steps between checkpoints
     meanings: int | None = None  # representations to evaluate on; none = all
     max_tokens: int = 96  # of a generated sentence; the longest in the test file has 90
-
-    @property
-    def log(self) -> Path:
-        """The file with a line per finished run."""
-        return self.results / "language_model.jsonl"
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -103,28 +99,28 @@ def read(path: Path) -> dict[str, list[str]]:
     return found
 
 
-def sets(setup: Setup) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Return the train set and the held-out set, as (meaning, sentence). No meaning representation
-    is in both. A held-out one has up to four sentences. Both sets are the same for all seeds."""
-    meanings = read(setup.data / "valid.txt")
-    order = [list(meanings)[i] for i in np.random.default_rng(0).permutation(len(meanings))]
+def sets(setup: Setup) -> tuple[list[tuple[str, str]], list[tuple[str, str]], dict[str, list[str]]]:
+    """Return the train set and the held-out set as (meaning, sentence), and the test set by
+    meaning. The first two share no meaning and are the same for all seeds."""
+    valid = read(setup.data / "valid.txt")
+    order = [list(valid)[i] for i in np.random.default_rng(0).permutation(len(valid))]
     cut = len(order) // 10
-    held_out = [(m, sentence) for m in order[:cut][:setup.meanings] for sentence in meanings[m][:4]]
-    rest = [(m, sentence) for m in order[cut:] for sentence in meanings[m]]
+    rest = [(meaning, sentence) for meaning in order[cut:] for sentence in valid[meaning]]
     chosen = np.random.default_rng(0).permutation(len(rest))[:setup.pairs]
-    return [rest[i] for i in chosen], held_out
 
-
-def prompt_ids(tokenizer: Any, meaning: str) -> list[int]:
-    """Return the tokens that the model is given."""
-    return tokenizer.encode(f"{meaning} =>", add_special_tokens=False)
+    held_out = [(meaning, sentence) for meaning in order[:cut][:setup.meanings]
+                for sentence in valid[meaning][:4]]  # more would cost more than they tell
+    test = dict(list(read(setup.data / "test.txt").items())[:setup.meanings])
+    return [rest[i] for i in chosen], held_out, test
 
 
 def encode(tokenizer: Any, pairs: list[tuple[str, str]]) -> list[Pair]:
     """Return the tokens of (meaning, sentence) pairs."""
-    return [Pair(prompt_ids(tokenizer, meaning),
-                 [*tokenizer.encode(f" {sentence}", add_special_tokens=False),
-                  tokenizer.eos_token_id]) for meaning, sentence in pairs]
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    return [Pair(ids(f"{meaning} =>"), [*ids(f" {sentence}"), tokenizer.eos_token_id])
+            for meaning, sentence in pairs]
 
 
 def batches(pairs: list[Pair], seed: int, size: int = 16) -> list[list[Pair]]:
@@ -140,8 +136,7 @@ def batches(pairs: list[Pair], seed: int, size: int = 16) -> list[list[Pair]]:
 
 
 def collate(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
-    """Return token ids (B, T), padded on the right, and where they are a sentence's, (B, T) bool.
-    """
+    """Return ids (B, T), padded on the right, and where a sentence stands in them, (B, T) bool."""
     width = max(len(pair.prompt + pair.sentence) for pair in pairs)
     ids = torch.zeros(len(pairs), width, dtype=torch.long)
     wanted = torch.zeros(len(pairs), width, dtype=torch.bool)
@@ -182,7 +177,7 @@ def train(model: Any, pairs: list[Pair], config: DoRAConfig, c: dict[str, Any], 
     pruner = Pruner(layers, config, total_steps=c["steps"])
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=c["lr"], fused=True)
-    state = {"losses": [], "seconds": 0.0, "memory": 0.0}
+    state: dict[str, Any] = {"losses": [], "seconds": 0.0, "memory": 0.0}
     if checkpoint.exists():
         state = restore(checkpoint, parameters, optimizer, pruner)
 
@@ -240,32 +235,34 @@ def restore(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Op
 
 @torch.no_grad()
 def mean_nll(model: Any, pairs: list[Pair]) -> float:
-    """Return the negative log-likelihood per token of the sentences, in nats."""
+    """Return the negative log-likelihood per token of the sentences, in nats. Raises NotFiniteError
+    if it is not finite."""
     model.eval()
     found = [token_nll(model, *collate(batch)) for batch in batches(pairs, 0)]
-    return torch.cat(found).mean().item()
+    nll = torch.cat(found).mean().item()
+    if not math.isfinite(nll):
+        raise NotFiniteError(f"the NLL of the adapted model is {nll}")
+    return nll
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, meanings: list[str], max_tokens: int,
-             size: int = 32) -> list[str]:
-    """Return a sentence for each meaning representation, by greedy decoding."""
+def generate(model: Any, tokenizer: Any, pairs: list[Pair], max_tokens: int) -> list[str]:
+    """Return a sentence for each prompt, by greedy decoding in batches of 64."""
     model.eval()
-    prompts = [prompt_ids(tokenizer, meaning) for meaning in meanings]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt))
     found = {}
-    for k in range(0, len(order), size):
-        part = order[k:k + size]
-        width = max(len(prompts[i]) for i in part)
+    for k in range(0, len(order), 64):
+        prompts = [pairs[i].prompt for i in order[k:k + 64]]
+        width = max(map(len, prompts))
         # padding is on the left, so that every row continues at the same place
-        ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in part])
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part])
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         out = model.generate(
             input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_tokens,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
-        for i, row in zip(part, out[:, width:].tolist(), strict=True):
+        for i, row in zip(order[k:k + 64], out[:, width:].tolist(), strict=True):
             found[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
-    return [found[i] for i in range(len(prompts))]
+    return [found[i] for i in range(len(pairs))]
 
 
 def bleu(sentences: list[str], references: list[list[str]]) -> tuple[float, str]:
@@ -305,11 +302,6 @@ def cell(row: str, split: str, steps: int, seed: int, lr: float) -> dict[str, An
     return dict(code=CODE, row=row, split=split, steps=steps, seed=seed, lr=lr)
 
 
-def key_of(c: dict[str, Any]) -> str:
-    """Return a short name of a run."""
-    return hashlib.sha1(json.dumps(c, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def to_do(setup: Setup) -> Iterator[dict[str, Any]]:
     """Yield the runs that can be made now: first the search for learning rates, then the rows whose
     rate is known, seed by seed."""
@@ -325,9 +317,9 @@ def to_do(setup: Setup) -> Iterator[dict[str, Any]]:
 
 def tried_rates(setup: Setup, row: str) -> dict[float, float]:
     """Return minus the held-out NLL by learning rate, -inf for a run that diverged."""
-    return {line["lr"]: -math.inf if line["nll"] is None else -line["nll"]
-            for line in finished(setup).values() if (line["row"], line["split"]) ==
-            (row, "held out")}
+    lines = [line for line in finished(setup).values()
+             if (line["row"], line["split"]) == (row, "held out")]
+    return {line["lr"]: -math.inf if line["nll"] is None else -line["nll"] for line in lines}
 
 
 def rate_of(setup: Setup, row: str) -> float | None:
@@ -363,38 +355,36 @@ def run(c: dict[str, Any], setup: Setup, folder: Path) -> None:
     if key_of(c) in finished(setup):
         return
     print(f"--- {c['row']}, {c['split']}, lr {c['lr']:g}, seed {c['seed']}", flush=True)
-    config = DoRAConfig(**ROWS[c["row"]], targets=MATRICES)
-    model, tokenizer = setup.load()
-    train_set, held_out = sets(setup)
-    forget_peak_memory()
     line: dict[str, Any] = {"key": key_of(c), **c, "nll": None}
+    model, tokenizer = setup.load()
+    pairs, held_out, test = sets(setup)
+    config = DoRAConfig(**ROWS[c["row"]], targets=MATRICES)
+    forget_peak_memory()
     try:
-        state = train(model, encode(tokenizer, train_set), config, c, folder / "checkpoint.pt",
+        state = train(model, encode(tokenizer, pairs), config, c, folder / "checkpoint.pt",
                       setup.save_every)
-        ranks = state["ranks"]
-        line["parameters"] = sum(rank * sum(model.get_submodule(name).weight.shape)
-                                 for name, rank in ranks.items())
-        line["ranks"] = np.reshape(list(ranks.values()), (-1, len(MATRICES))).tolist()
-        merge_(model)
+        sizes = {name: sum(model.get_submodule(name).weight.shape) for name in state["ranks"]}
+        line["parameters"] = sum(rank * sizes[name] for name, rank in state["ranks"].items())
+        line["ranks"] = np.reshape([*state["ranks"].values()], (-1, len(MATRICES))).tolist()
+        line["seconds"], line["memory"] = round(state["seconds"], 1), state["memory"]
+        line["losses"] = [round(loss, 4) for loss in state["losses"]]
 
         started = time.process_time()
-        if c["split"] == "held out":
-            line["nll"] = mean_nll(model, encode(tokenizer, held_out))
-        else:
-            test = dict(list(read(setup.data / "test.txt").items())[:setup.meanings])
-            first = [(meaning, sentences[0]) for meaning, sentences in test.items()]
-            line["nll"] = mean_nll(model, encode(tokenizer, first))
-            sentences = generate(model, tokenizer, list(test), setup.max_tokens)
-            line["bleu"], line["signature"] = bleu(sentences, list(test.values()))
+        merge_(model)
+        if c["split"] == "test":
+            held_out = [(meaning, references[0]) for meaning, references in test.items()]
+        scored = encode(tokenizer, held_out)
+        line["nll"] = mean_nll(model, scored)
+        if c["split"] == "test":
+            sentences = generate(model, tokenizer, scored, setup.max_tokens)
             (folder / "sentences.txt").write_text("\n".join(sentences), "utf-8")
-        line.update(losses=[round(loss, 4) for loss in state["losses"]],
-                    seconds=round(state["seconds"], 1), memory=state["memory"],
-                    evaluation=round(time.process_time() - started, 1))
+            line["bleu"], line["signature"] = bleu(sentences, list(test.values()))
+        line["evaluation"] = round(time.process_time() - started, 1)  # seconds
     except NotFiniteError as error:
         line["diverged"] = str(error)
 
-    line["versions"] = {name: importlib.metadata.version(name) for name in (
-        "torch", "transformers")} | {"python": sys.version.split()[0]}
+    packages = ("torch", "transformers", "sacrebleu")
+    line["versions"] = {name: importlib.metadata.version(name) for name in packages}
     with open(setup.log, "a") as file:
         file.write(json.dumps(line) + "\n")
     (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -411,52 +401,56 @@ def forget_peak_memory() -> None:
 # ---- report --------------------------------------------------------------------------------------
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Return "median (smallest to largest)"."""
-    middle, *ends = (f"{v:.{digits}f}" for v in (
-        statistics.median(values), min(values), max(values)))
-    return f"{middle} ({' to '.join(ends)})"
-
-
 def on_test(setup: Setup, row: str) -> list[dict[str, Any]]:
     """Return the finished runs of a row on the test file that did not diverge."""
     return [line for line in finished(setup).values()
             if (line["row"], line["split"]) == (row, "test") and line["nll"] is not None]
 
 
+def results(setup: Setup, row: str) -> list[str]:
+    """Return a row of the table of results."""
+    lines = on_test(setup, row)
+    if not lines:
+        return [row, *["not run"] * 7]
+
+    def spread(name: str, digits: int) -> str:
+        values = sorted(line[name] for line in lines)
+        middle, low, high = (f"{value:.{digits}f}" for value in (
+            statistics.median(values), values[0], values[-1]))
+        return f"{middle} ({low} to {high})"
+
+    per_step = sum(line["seconds"] for line in lines) / sum(line["steps"] for line in lines)
+    return [row, f"{lines[0]['parameters']:,}", f"{lines[0]['lr']:g}", str(len(lines)),
+            spread("nll", 4), spread("bleu", 2), f"{per_step:.1f}",
+            f"{max(line['memory'] for line in lines) / 1e3:.1f}"]
+
+
+def choice(setup: Setup, row: str) -> list[str]:
+    """Return a row of the table of learning rates, the chosen one in bold."""
+    best = rate_of(setup, row)
+    words = [f"{rate:g}: {-score:.4f}" for rate, score in sorted(tried_rates(setup, row).items())]
+    return [row, ", ".join(f"**{text}**" if best and text.startswith(f"{best:g}:") else text
+                           for text in words) or "not run"]
+
+
 def write_report(setup: Setup) -> None:
     """Put the tables into benchmarks/README.md and draw the rank map: only what was run."""
-    body = []
-    for row in setup.rows:
-        lines = on_test(setup, row)
-        body.append([row, f"{lines[0]['parameters']:,}", f"{lines[0]['lr']:g}", str(len(lines)),
-                     spread([line["nll"] for line in lines], 4),
-                     spread([line["bleu"] for line in lines], 2),
-                     f"{sum(x['seconds'] for x in lines) / sum(x['steps'] for x in lines):.1f}",
-                     f"{max(line['memory'] for line in lines) / 1e3:.1f}"]
-                    if lines else [row, *["not run"] * 7])
-    tried = {row: tried_rates(setup, row) for row in setup.rows}
-    grid = sorted({rate for found in tried.values() for rate in found})
-    rates = [[row, *((f"**{-tried[row][lr]:.4f}**" if lr == rate_of(setup, row) else
-                      f"{-tried[row][lr]:.4f}") if lr in tried[row] else "" for lr in grid)]
-             if tried[row] else [row, *["not run"] * max(1, len(grid))] for row in setup.rows]
-    parts = [
+    report.write_part("language_model", "\n\n".join([
         "## language_model.py: SmolLM2-135M on E2E NLG", "\n".join(__doc__.splitlines()[7:16]),
-        "NLL is in nats per token, on the first sentence of each of the 630 representations of the "
-        "test file. BLEU (sacrebleu, greedy decoding) is that of one sentence per representation "
-        "against all of its sentences. Both are median (smallest to largest) over the seeds. "
-        "Parameters are those that an adapter file stores, seconds the CPU time of an optimizer "
-        "step of 16 pairs.",
+        "NLL is in nats per token, on the first sentence of each representation of the test file. "
+        "BLEU (sacrebleu, in percent, greedy decoding) is that of one sentence per representation "
+        "against all of its sentences. Both are median (smallest to largest) over the seeds. The "
+        "seconds are the CPU time of an optimizer step of 16 pairs, the parameters those that an "
+        "adapter file stores.",
         report.table(["row", "parameters", "learning rate", "seeds", "NLL", "BLEU", "s per step",
-                      "peak, GB"], body),
-        f"Learning rates: NLL on the held-out representations after {setup.choice_steps} steps, "
-        "one seed. The grid grows until a row's best rate lies inside it. Then that rate is bold.",
-        report.table(["row", *(f"{rate:g}" for rate in grid or [0.0])], rates),
-    ]
-    if plot(setup):
-        parts.append("![live components per layer and matrix](results/language_model.svg)")
-    parts.append(f"`python benchmarks/language_model.py`, {report.machine(1)}.")
-    report.write_part("language_model", "\n\n".join(parts))
+                      "peak memory, GB"], [results(setup, row) for row in setup.rows]),
+        f"The NLL on the held-out representations after {setup.choice_steps} steps, with one seed, "
+        "chose the learning rates. A row tries further rates until its best one, in bold, lies "
+        "between two others.",
+        report.table(["row", "learning rate: NLL"], [choice(setup, row) for row in setup.rows]),
+        "![live components per layer and matrix](results/language_model.svg)" if plot(setup) else
+        "The map of the ranks is drawn from finished runs.",
+        f"`python benchmarks/language_model.py`, {report.machine(1)}."]))
 
 
 def plot(setup: Setup) -> bool:
@@ -473,10 +467,10 @@ def plot(setup: Setup) -> bool:
         image = ax.imshow(ranks, cmap="Blues", vmin=0, vmax=max(map(np.max, maps.values())),
                           aspect="auto", origin="lower")
         ax.set_xticks(range(len(MATRICES)), MATRICES, rotation=60, ha="right")
-        ax.set_title(f"{row}, {len(on_test(setup, row))} seeds", fontsize=10)
+        ax.set_title(f"{row}, seeds: {len(on_test(setup, row))}", fontsize=10)
     axes[0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, label="live components, mean over the seeds")
-    figure.savefig(setup.results / "language_model.svg", metadata={"Date": None})
+    figure.savefig(setup.log.with_suffix(".svg"), metadata={"Date": None})
     return True
 
 
@@ -507,14 +501,12 @@ def tiny() -> tuple[Any, Any]:
 
 
 def short(setup: Setup) -> None:
-    """Run everything on a tiny random model: rates, a stop, the rest, evaluation and report."""
+    """Run everything on a tiny random model: the loss, a stop, rates, evaluation and report."""
     if not (setup.data / "valid.txt").exists():
         print(f"skipped: {setup.data / 'valid.txt'} does not exist")
         return
-    setup = replace(setup, load=tiny, rows=("dora 2", "adalora 2"), seeds=(1,), pairs=64,
-                    choice_steps=4, save_every=1, meanings=5, max_tokens=12)
-
-    # the loss is transformers' own
+    setup = replace(setup, load=tiny, rows=("dora 2",), seeds=(1,), pairs=64, choice_steps=4,
+                    save_every=1, meanings=5, max_tokens=12)
     model, tokenizer = tiny()
     pairs = encode(tokenizer, sets(setup)[0])
     ids, wanted = collate(pairs[:5])
@@ -522,50 +514,47 @@ def short(setup: Setup) -> None:
     torch.testing.assert_close(token_nll(model, ids, wanted).mean(), theirs)
 
     with tempfile.TemporaryDirectory() as name:
-        setup = replace(setup, results=Path(name), scratch=Path(name) / "runs")
-        report.README = Path(name) / "README.md"
-        work(setup)
+        for row in ROWS:
+            check_resuming(row, pairs, Path(name))
+        setup = replace(setup, log=Path(name) / "language_model.jsonl", scratch=Path(name))
+        with mock.patch.object(report, "README", Path(name) / "README.md"):
+            work(setup)
+            text = report.README.read_text("utf-8")
         lines = list(finished(setup).values())
-        assert [line["row"] for line in lines if "bleu" in line] == list(setup.rows), lines
-        text = report.README.read_text("utf-8")
-        assert "not run" not in text and (setup.results / "language_model.svg").exists(), text
-        check_resuming(setup, pairs)
-    print(f"{len(lines)} runs of a tiny model; one that was stopped ended with the same numbers")
+        assert [line["row"] for line in lines if "bleu" in line] == ["dora 2"], lines
+        assert "not run" not in text and setup.log.with_suffix(".svg").exists(), text
+    print(f"{len(lines)} runs of a tiny model; runs that were stopped ended with the same numbers")
 
 
-def check_resuming(setup: Setup, pairs: list[Pair]) -> None:
-    """Compare a run that was stopped before and after the last pruning with one that was not."""
-    config, c = DoRAConfig(**ROWS["dora 2"], targets=MATRICES), cell("dora 2", "test", 4, 3, 1e-2)
-    whole = train(model := tiny()[0], pairs, config, c, setup.scratch / "whole.pt", 10)
-    expected = mean_nll(merge_(model), pairs)
+def check_resuming(row: str, pairs: list[Pair], folder: Path) -> None:
+    """Compare a run that was stopped, before and after the last pruning, with one that was not."""
+    config, c = DoRAConfig(**ROWS[row], targets=MATRICES), cell(row, "test", 4, 3, 1e-2)
+    original, model = save, tiny()[0]
+    whole = train(model, pairs, config, c, folder / f"{row} whole.pt", 10)
 
-    original = save
+    def stop(*args: Any) -> None:
+        original(*args)
+        raise KeyboardInterrupt
+
     for _ in range(3):
-        def stop(*args: Any) -> None:
-            original(*args)
-            raise KeyboardInterrupt
-        globals()["save"] = stop
-        try:
-            train(tiny()[0], pairs, config, c, setup.scratch / "stopped.pt", 1)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            globals()["save"] = original
-    state = train(model := tiny()[0], pairs, config, c, setup.scratch / "stopped.pt", 1)
-    assert (state["losses"], state["ranks"]) == (whole["losses"], whole["ranks"])
-    assert mean_nll(merge_(model), pairs) == expected
+        with mock.patch.dict(globals(), save=stop), suppress(KeyboardInterrupt):
+            train(tiny()[0], pairs, config, c, folder / f"{row}.pt", 1)
+    resumed = tiny()[0]
+    state = train(resumed, pairs, config, c, folder / f"{row}.pt", 1)
+    assert (state["losses"], state["ranks"]) == (whole["losses"], whole["ranks"]), row
+    assert mean_nll(merge_(resumed), pairs) == mean_nll(merge_(model), pairs), row
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="only write the tables")
     parser.add_argument("--short", action="store_true", help="a tiny random model, for CI")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    setup = Setup(smollm2, ROOT / "benchmarks/results", ROOT / "runs/language-model")
+    torch.set_num_threads(1)
+    setup = Setup(smollm2, ROOT / "benchmarks/results/language_model.jsonl",
+                  ROOT / "runs/language-model")
     if args.short:
         short(setup)
         return
