@@ -65,7 +65,8 @@ ROWS: dict[str, tuple[str, dict[str, Any], str]] = {
     "head": ("head", {}, "head"),
 }
 ON_COLA = ("dora 0.5", "dora 1", "dora 2", "lora 1", "lora 2", "full")
-START_LR = {"full": 1e-4}  # the middle of the first three rates; others 2e-3
+# the middle of the first three rates, near the best of the first version; others 2e-3
+START_LR = {"full": 1e-4, "lora 2": 4e-3, "lora qv 1": 4e-3, "adalora 2": 4e-3, "paper 2": 4e-3}
 
 # name: (how the components are chosen, the dora row that it belongs to, further settings)
 CONTROLS: dict[str, tuple[str, str, dict[str, Any]]] = {
