@@ -160,13 +160,12 @@ def held_out(data_dir: Path) -> Path:
     return folder
 
 
-def next_rate(row: str, tried: dict[float, float]) -> float | None:
-    """Return the next learning rate to try: three around the start, then on past the best one
+def next_rate(tried: dict[float, float], middle: float = 2e-3) -> float | None:
+    """Return the next learning rate to try: three around the middle, then on past the best one
     until it lies inside of what was tried. None once it does.
 
     tried: score by rate.
     """
-    middle = START_LR.get(row, 2e-3)
     for rate in (middle, middle / 2, middle * 2):
         if rate not in tried:
             return rate
@@ -180,7 +179,7 @@ def next_rate(row: str, tried: dict[float, float]) -> float | None:
 def rate_of(row: str, task: str) -> float | None:
     """Return the learning rate that was chosen for a row; None if the choice is not finished."""
     tried = tried_rates(ROWS[row][2], TUNED_ON[task])
-    if next_rate(ROWS[row][2], tried) is not None:
+    if next_rate(tried, START_LR.get(ROWS[row][2], 2e-3)) is not None:
         return None
     return max(tried, key=lambda rate: tried[rate])
 
@@ -261,7 +260,7 @@ def to_do(stages: list[int]) -> Iterator[dict[str, Any]]:
 def rates(rows: Any, task: str) -> Iterator[dict[str, Any]]:
     """Yield the next run of each row that looks for its learning rate."""
     for row in rows:
-        rate = next_rate(row, tried_rates(row, task))
+        rate = next_rate(tried_rates(row, task), START_LR.get(row, 2e-3))
         if rate is not None:
             yield cell(row, "held out", task, 1, rate)
 
@@ -452,7 +451,7 @@ def short(args: argparse.Namespace) -> None:
         assert sum(text.count("\n") - head for text in texts) == total, name
 
     scores: dict[float, float] = {}  # of a method whose best rate is 1.6e-2
-    while (rate := next_rate("lora 2", scores)) is not None:
+    while (rate := next_rate(scores)) is not None:
         scores[rate] = -abs(np.log(rate / 1.6e-2))
     assert max(scores, key=lambda rate: scores[rate]) == 1.6e-2 < max(scores)
     assert all(tuned in ROWS for _, _, tuned in ROWS.values())

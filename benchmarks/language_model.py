@@ -306,7 +306,7 @@ def to_do(setup: Setup) -> Iterator[dict[str, Any]]:
     """Yield the runs that can be made now: first the search for learning rates, then the rows whose
     rate is known, seed by seed."""
     for row in setup.rows:
-        rate = next_rate(row, tried_rates(setup, row))
+        rate = next_rate(tried_rates(setup, row))
         if rate is not None:
             yield cell(row, "held out", setup.choice_steps, 1, rate)
     for seed in setup.seeds:
@@ -325,7 +325,7 @@ def tried_rates(setup: Setup, row: str) -> dict[float, float]:
 def rate_of(setup: Setup, row: str) -> float | None:
     """Return the learning rate that was chosen for a row; None if the choice is not finished."""
     tried = tried_rates(setup, row)
-    return None if next_rate(row, tried) is not None else max(tried, key=lambda lr: tried[lr])
+    return None if next_rate(tried) is not None else max(tried, key=lambda lr: tried[lr])
 
 
 def work(setup: Setup) -> None:
