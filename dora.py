@@ -68,7 +68,7 @@ class DoRAConfig:
     dropout: float = 0.1  # dropout rate on the low-rank path (paper: 0.1)
     targets: tuple[str, ...] = ROBERTA  # matrices to adapt: whole dotted ends of their names
 
-    # differs: the paper starts at c = 0 with large random B; at B = 0 the scores mean more, earlier
+    # differs: the paper starts at c = 0 with large random B; from B = 0 scores are useful sooner
     init: Literal["zero_b", "kaiming", "gaussian"] = "zero_b"  # B = 0, c = 1; or random B, c = 0
     gate: bool = True  # train the gates c; otherwise they stay at 1
     # differs: the paper has alpha / r'; with alpha / max(1, r) a run ends at LoRA's scale

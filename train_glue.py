@@ -345,7 +345,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             "collapsed": run.records[-1]["spread"] < COLLAPSED,
             "epochs": run.records, "steps": total, **counts,
             "adapter_parameters_after_pruning": adapter_size(layers, pruner.ranks()),
-            "seconds": round(time.monotonic() - started, 1)})
+            "seconds": round(run.earlier_seconds() + time.monotonic() - started, 1)})
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
@@ -740,7 +740,7 @@ TABLE_8 = {
     "wnli": (2e-3, 16, 80, 0.5, 10),
     "toy": (3e-3, 32, 10, 0.3, 10),
 }
-# differs: the rates of Table 8 suit the paper's form; methods that start at B = 0 take a quarter
+# differs: Table 8's rates suit the paper's form; dora and lora use a quarter of them
 LR_FACTOR = {"dora": 0.25, "lora": 0.25}  # at the whole rate one run in four collapses
 METHOD_ROWS: dict[str, dict[str, Any]] = {
     **METHODS,
@@ -988,8 +988,17 @@ def introduction(config: TrainConfig, run: Run, total: int, examples: int,
     return (f"{config.task}, {config.method}, seed {config.seed}: {examples:,} train and {dev:,} "
             f"dev examples, {total:,} steps, {per_epoch:,} per epoch\n"
             f"model {base_name(config, model_dir)}, {config.dtype} on {device_name(run.device)}\n"
+            f"learning rate {config.lr:g}, {config.batch_size * config.accumulate} examples per "
+            f"step{rank_in_words(config)}\n"
             f"trained parameters: {sum_in_words(counts)}{after_pruning(config, run.pruner)}\n"
             f"files in {run.folder}")
+
+
+def rank_in_words(config: TrainConfig) -> str:
+    """Return the components per matrix in words, such as ", rank 2 on average, from 3"."""
+    if config.method not in METHODS:
+        return ""
+    return f", rank {config.rank:g}" + f" on average, from {config.r_prime}" * bool(config.schedule)
 
 
 def after_pruning(config: TrainConfig, pruner: Pruner) -> str:
@@ -1036,34 +1045,27 @@ def peak_memory(device: torch.device) -> float | None:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
-def model_card(config: TrainConfig, base: str, folder: Path, ranks: dict[str, int],
-               scores: dict[str, Any]) -> str:
-    """Return the README.md of an adapter's folder: what it is, and how to load it."""
-    task = TASKS[config.task]
-    labels = ", ".join(f"{i} = {label}" for i, label in enumerate(task.labels))
-    live = (f"{sum(ranks.values())} in {len(ranks)} matrices, {min(ranks.values())} to "
-            f"{max(ranks.values())} each")
-    found = f" whose ranks were found by {config.method}" if config.schedule else ""
-    metrics = in_words({name: scores[name] for name in task.metrics})
-    return f"""---
-base_model: {json.dumps(base)}
+BUILT_IN = tuple(TASKS.values())  # the tasks that the command line knows
+
+CARD = """---
+base_model: {base}
 library_name: peft
 pipeline_tag: text-classification
 tags: [lora, dora]
 ---
 
-# {config.task}: a LoRA adapter{found}
+# {task}: a LoRA adapter{found}
 
 The adapter and its classification head, trained by train_glue.py and saved in PEFT's LoRA format.
 
 | | |
 |---|---|
-| base model | {base} |
-| task | {task.name} |
-| labels | {labels or f"a number; the output times {task.top:g} is the score"} |
-| dev score | {metrics} (after step {scores["step"]}, epoch {scores["epoch"]:g}) |
+| base model | {name} |
+| task | {task} |
+| labels | {labels} |
+| dev score | {scores} |
 | components | {live} |
-| seed, longest text | {config.seed}, {config.max_len} tokens |
+| seed, longest text | {seed}, {max_len} tokens |
 
 Load it with PEFT and transformers (a base with another head is accepted):
 
@@ -1071,26 +1073,51 @@ Load it with PEFT and transformers (a base with another head is accepted):
 from peft import AutoPeftModelForSequenceClassification
 
 model = AutoPeftModelForSequenceClassification.from_pretrained(
-    {json.dumps(str(folder))}, num_labels={task.num_labels},
-    ignore_mismatched_sizes=True).eval()
+    {folder}, num_labels={num_labels}, ignore_mismatched_sizes=True).eval()
 ```
 
-Load it here:
+Load it here, and give it a new text:
 
 ```python
+import torch
+import data
 from dora import load_adapter
 from train_glue import load_roberta
 
-model = load_roberta({json.dumps(base)}, num_labels={task.num_labels})
-load_adapter(model, {json.dumps(str(folder))})
+base = {base_here}
+model = load_roberta(base, num_labels={num_labels}).eval()
+load_adapter(model, {folder})
+ids = torch.tensor([data.encode_row(data.BPE(base), {texts}, {max_len})])
+print(model(ids, torch.ones_like(ids, dtype=torch.bool)))  # mask: False where ids are padding
 ```
+"""
 
+AGAIN = """
 Score it again:
 
 ```sh
-python train_glue.py --eval-only --adapter {shlex.quote(str(folder))}
+python train_glue.py --eval-only --adapter {}
 ```
 """
+
+
+def model_card(config: TrainConfig, base: str, folder: Path, ranks: dict[str, int],
+               scores: dict[str, Any]) -> str:
+    """Return the README.md of an adapter's folder: what it is, and how to load it."""
+    task = TASKS[config.task]
+    labels = ", ".join(f"{i} = {label}" for i, label in enumerate(task.labels))
+    metrics = in_words({name: scores[name] for name in task.metrics})
+    text = CARD.format(
+        base=json.dumps(base), name=base, folder=json.dumps(str(folder)), task=task.name,
+        found=f" whose ranks were found by {config.method}" if config.schedule else "",
+        labels=labels or f"a number; the output times {task.top:g} is the score",
+        scores=f"{metrics} (after step {scores['step']}, epoch {scores['epoch']:g})",
+        live=f"{sum(ranks.values())} in {len(ranks)} matrices, {min(ranks.values())} to "
+             f"{max(ranks.values())} each",
+        seed=config.seed, max_len=config.max_len, num_labels=task.num_labels,
+        base_here=json.dumps(base) if config.model_dir else "data.download_model()",
+        texts=json.dumps([f"a {name}" for name in task.texts]))
+    return text + AGAIN.format(shlex.quote(str(folder))) * (task in BUILT_IN)
 
 
 # ---- the run's folder ----------------------------------------------------------------------------
@@ -1338,6 +1365,10 @@ class Run:
         self.note_call()
         self.bar = self.open.enter_context(progress_bar(
             total, "step", initial=self.step, leave=True))
+
+    def earlier_seconds(self) -> float:
+        """Return how long the calls took that were interrupted and that this one continues."""
+        return sum(call.get("seconds", 0.0) for call in self.calls[:-1])
 
     def note_call(self, **found: Any) -> None:
         """Write run.json, with what has been found about this call."""
@@ -1698,7 +1729,8 @@ def toy(config: TrainConfig) -> dict[str, Any]:
     rows = [run("adapted", pretrained, f"{config.method} on the pretrained encoder"),
             run("head", pretrained, "only the head", **{**no_adapter, "method": "head"}),
             run("blind", untrained, f"{config.method} without pretraining")]
-    say(f"\nMatthews correlation on the adaptation task (files in {root})")
+    say(f"\nMatthews correlation on the adaptation task, best epoch after the last pruning "
+        f"(files in {root})")
     for what, result in rows:
         say(f"{result['best']['matthews']:8.3f}  {what}")
     return rows[0][1]
@@ -1814,8 +1846,9 @@ def summary(result: dict[str, Any]) -> str:
              f"{result['last'][metric]:.4f} after the last, {result['seconds']:.0f} s",
              f"trained parameters: {sum_in_words(result)}"]
     if result["ranks"]:
-        lines += [f"adapter after pruning: {result['adapter_parameters_after_pruning']:,} "
-                  f"parameters, into which the gates are multiplied"]
+        size = result["adapter_parameters_after_pruning"]
+        lines += [f"saved adapter: {size:,} parameters" + (
+            ", into which the gates are multiplied" if result["gate_parameters"] else "")]
     lines += [f"files in {result['folder']}"]
     if above := result["best_above_budget"]:
         lines += [f"before the last pruning, and so above the budget: {metric} "
@@ -1838,6 +1871,8 @@ def summarize(results: list[dict[str, Any]]) -> None:
 def saved_run(adapter: str | None, flags: dict[str, Any]) -> tuple[TrainConfig, Path | None]:
     """Return (settings, adapter folder or None) of what --eval-only is to score: the settings of
     the run's config.json, where there is one, overridden by flags. Raises DoRAError."""
+    if not adapter and not flags.get("model_dir"):
+        raise DoRAError("--eval-only: name what to score, --adapter RUN or --model-dir FOLDER")
     folder = find_adapter(adapter) if adapter else None
     home = folder.absolute().parent if folder else Path()
     if folder is None or not (home / "config.json").exists():

@@ -1,7 +1,7 @@
 """Draw a run, or compare several, from what train_glue.py left in their folders.
 
-    python notebooks/plot_run.py runs/stsb-dora-1                     runs/stsb-dora-1/run.png
-    python notebooks/plot_run.py runs/stsb-dora-1 runs/stsb-lora-1   both, in the same axes
+    python notebooks/plot_run.py runs/stsb-dora-1                    # runs/stsb-dora-1/run.png
+    python notebooks/plot_run.py runs/stsb-dora-1 runs/stsb-lora-1   # runs/stsb-dora-1/compare.png
 
 The picture shows the training loss and the penalty, the score on dev, the live components and their
 parameters beside the budget, and when each matrix lost its components. It needs matplotlib
@@ -22,7 +22,7 @@ from data import TASKS  # noqa: E402
 from dora import DoRAConfig, phases  # noqa: E402
 
 COLORS = ("#1f5fa8", "#c8501e", "#3a8a3a", "#7d3f98", "#946b2d", "#444444")
-WINDOW = 20  # lines of metrics.jsonl in the running mean of the loss
+SHARE = 20  # the running mean of the loss is over a twentieth of the lines of metrics.jsonl
 
 
 class Saved(NamedTuple):
@@ -43,6 +43,8 @@ class NotARun(Exception):
 
 def read_run(folder: Path) -> Saved:
     """Return what a run left. Raises NotARun."""
+    if not (folder / "config.json").exists() and (folder / "adapted").is_dir():
+        folder = folder / "adapted"  # the toy's run on its adaptation task
     try:
         config = json.loads((folder / "config.json").read_text())
         lines = read_lines(folder / "metrics.jsonl")
@@ -56,8 +58,7 @@ def read_run(folder: Path) -> Saved:
         return Saved(name, config, steps, [line for line in lines if "loss" not in line],
                      matrices, history, total)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        hint = f"; did you mean {folder / 'adapted'}?" if (folder / "adapted").is_dir() else ""
-        raise NotARun(f"{folder} is not the folder of a run of train_glue.py ({error}){hint}")
+        raise NotARun(f"{folder} is not the folder of a run of train_glue.py ({error})")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -87,11 +88,11 @@ def draw_loss(axis: Any, runs: list[Saved]) -> None:
     for run, color in zip(runs, COLORS):
         x, y = [line["step"] for line in run.steps], [line["loss"] for line in run.steps]
         axis.plot(x, y, color=color, alpha=0.2, linewidth=0.8)
-        axis.plot(x, running_mean(y, WINDOW), color=color, label=run.name)
+        axis.plot(x, running_mean(y, max(1, len(y) // SHARE)), color=color, label=run.name)
         penalties = [line["penalty"] for line in run.steps]
         if any(penalties):
             penalty.plot(x, penalties, color=color, linestyle=":", linewidth=1.2)
-    axis.set(title=f"training loss (line: mean of {WINDOW} logged steps)", xlabel="optimizer step",
+    axis.set(title="training loss (line: mean over a twentieth of the run)", xlabel="optimizer step",
              ylabel="loss")
     penalty.set_ylabel("penalty (dotted)")
     penalty.set_ylim(bottom=0)
@@ -211,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command line. Return the exit code: 2 for a folder that is not a run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="folder of a run; run.png is written into the first")
+                        help="folder of a run; the picture is written into the first")
     folders = parser.parse_args(argv).runs
     try:
         if len(folders) > len(COLORS):
@@ -225,8 +226,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"plot_run.py: error: {error}; pip install -r notebooks/requirements.txt",
               file=sys.stderr)
         return 2
-    figure.savefig(folders[0] / "run.png", dpi=110)
-    print(f"wrote {folders[0] / 'run.png'}")
+    path = folders[0] / ("run.png" if len(folders) == 1 else "compare.png")
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
     return 0
 
 

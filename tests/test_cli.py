@@ -293,6 +293,12 @@ def test_eval_only_of_a_runs_folder(tmp_path, capsys):
     assert "note: " not in first[0] and "was trained with --max-len 48" in second
 
 
+def test_eval_only_of_nothing(capsys):
+    """--eval-only alone says what it needs; it does not download a model."""
+    assert "--adapter RUN or --model-dir FOLDER" in failed(capsys, "--eval-only")
+    assert "--adapter RUN" in failed(capsys, "--eval-only", "--task", "cola")
+
+
 def test_training_flags_with_eval_only(tmp_path, capsys):
     """A9: a flag that changes nothing in an evaluation is refused if it differs from the run's own
     setting, as a tuple of names too, and accepted if it repeats it."""

@@ -128,13 +128,14 @@ def test_what_a_run_says(finished, tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[0] == ("toy, dora, seed 1: 61 train and 40 dev examples, 24 steps, 8 per epoch")
     assert said[1] == f"model {files()[1].resolve()}, float32 on cpu (1 thread)"
+    assert said[2] == "learning rate 0.003, 8 examples per step, rank 2 on average, from 3"
     parts = {name: returned[f"{name}_parameters"] for name in ("adapter", "gate", "head")}
     assert sum(parts.values()) == returned["trainable_parameters"] and parts["gate"] == 36
-    assert said[2] == (
+    assert said[3] == (
         f"trained parameters: {returned['trainable_parameters']:,} = adapter {parts['adapter']:,}"
         f" + gates 36 + head {parts['head']:,}; pruning leaves 24 of the adapter's 36 components")
-    assert said[3] == f"files in {tmp_path / 'out'}"
-    assert said[4].startswith("step 8, epoch 1: matthews ")
+    assert said[4] == f"files in {tmp_path / 'out'}"
+    assert said[5].startswith("step 8, epoch 1: matthews ")
     log = (tmp_path / "out" / "log.txt").read_text()
     for line in [*said, "layer  query", f"{returned['adapter_parameters_after_pruning']:,}"]:
         assert line in log, line
@@ -146,7 +147,7 @@ def test_parameters_add_up(tmp_path, capsys, method, says):
     """The terms of the sum, for the adapter's methods and for whole models."""
     changes = dict(budget_unit="parameters") if method == "dora" else {}
     found = run(tmp_path, method=method, max_steps=8, **changes)
-    line = capsys.readouterr().out.splitlines()[2]
+    line = capsys.readouterr().out.splitlines()[3]
     total, *terms = [int(n.replace(",", "")) for n in re.findall(r"[\d,]*\d", line.split(";")[0])]
     assert total == sum(terms) == found["trainable_parameters"] and line.endswith(f"{terms[-1]:,}"
                                                                                   + says)
@@ -178,11 +179,35 @@ def test_the_adapters_card(finished):
                  "| components | 24 in 12 matrices, ",
                  f"python train_glue.py --eval-only --adapter {folder / 'adapter'}\n"):
         assert part in text, part
-    code = text.split("Load it here:")[1].split("```python\n")[1].split("```")[0]
+    code = text.split("Load it here")[1].split("```python\n")[1].split("```")[0]
     names = {}
     exec(code, names)
     scores = evaluate(names["model"], dev(), data.TASKS["toy"])
     assert scores["matthews"] == best["matthews"]
+
+
+def test_the_card_scores_a_text(finished, capsys):
+    """The card's Python prints the logits of one text, the same each time: dropout is off."""
+    folder, _ = finished
+    text = (folder / "adapter" / "README.md").read_text()
+    code = text.split("Load it here")[1].split("```python\n")[1].split("```")[0]
+    printed = []
+    for _ in range(2):
+        names = {}
+        exec(code, names)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and "tensor([[" in printed[0]
+    assert names["model"](names["ids"], names["ids"] == names["ids"]).shape == (1, 2)
+
+
+def test_the_card_of_a_task_of_ones_own(finished, monkeypatch):
+    """A task that a program added is unknown to the command line, so its card shows no command."""
+    folder, returned = finished
+    config = make_config(**run_settings(folder))
+    args = config, "base", folder / "adapter", returned["ranks"], returned["best"]
+    assert "--eval-only" in train_glue.model_card(*args)
+    monkeypatch.setitem(train_glue.TASKS, "toy", train_glue.TASKS["toy"]._replace(folder="mine"))
+    assert "--eval-only" not in train_glue.model_card(*args)
 
 
 def test_result_of_a_run(finished):
