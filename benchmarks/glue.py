@@ -336,11 +336,17 @@ def write_report() -> None:
         "score is that of the best dev epoch after the last pruning: median (smallest to largest, "
         "number of seeds). Parameters are what the adapter file stores, the head left out.",
         f"{len(lines)} runs, {hours:.1f} hours of one core; torch {torch.__version__}, Python "
-        f"{platform.python_version()}. What is not there yet says \"not run\".",
-        *(rates_table(task) for task in ("stsb", "cola")),
-        "## Score against parameters", scores_table(ROWS, tuple(EPOCHS)),
-        "## Controls", scores_table(CONTROLS, ("stsb", "mrpc")),
+        f"{platform.python_version()}.",
     ]
+    tuned = [task for task in ("stsb", "cola")
+             if any(tried_rates(row, task) for _, _, row in ROWS.values())]
+    sections = {
+        **{f"## Learning rates: a tenth of {task}'s train set, held out": rates_table(task)
+           for task in tuned},
+        "## Score against parameters": scores_table(ROWS, tuple(EPOCHS)),
+        "## Controls": scores_table(CONTROLS, ("stsb", "mrpc"))}
+    for title, text in sections.items():
+        parts += [title, text] if text else [f"{title}\n\nNot run yet."]
     if EARLIER.exists():
         parts.append(EARLIER.read_text("utf-8"))
     (HERE / "RESULTS.md").write_text("\n\n".join(part.strip() for part in parts) + "\n", "utf-8")
@@ -358,14 +364,14 @@ def rates_table(task: str) -> str:
         cells = [f"{tried[row][rate]:.4f}" if rate in tried[row] else "" for rate in grid]
         body.append([row, *(f"**{text}**" if rate == best else text
                             for rate, text in zip(grid, cells))])
-    title = (f"## Learning rates: a tenth of {task}'s train set, held out\n\nScore after the last "
-             f"epoch, one seed. The grid grows until a row's best rate lies inside it; then that "
-             f"rate is bold.\n\n")
+    title = ("Score after the last epoch, one seed. The grid grows until a row's best rate lies "
+             "inside it; then that rate is bold.\n\n")
     return title + report.table(["row", *(f"{rate:g}" for rate in grid)], body)
 
 
 def scores_table(rows: Any, tasks: tuple[str, ...]) -> str:
-    """Return a table of rows by tasks, with parameters, learning rates and collapses."""
+    """Return a table of rows by tasks, with parameters, learning rates and collapses; "" if none
+    was run."""
     body = []
     for row in rows:
         cells = []
@@ -379,6 +385,8 @@ def scores_table(rows: Any, tasks: tuple[str, ...]) -> str:
                 text += f"; lr {found[0]['lr']:g}" + f"; {lost} collapsed" * bool(lost)
             cells.append(text)
         body.append([row, *cells])
+    if not any(on(row, task) for row in rows for task in tasks):
+        return ""
     return report.table(["row", *(f"{task}: score; parameters; rate" for task in tasks)], body)
 
 

@@ -141,6 +141,8 @@ def test_interrupted_while_it_evaluates(tmp_path, capsys, monkeypatch, epoch, nu
     same_runs(tmp_path / "out", tmp_path / "whole")
     calls = json.loads((tmp_path / "out" / "run.json").read_text())["calls"]
     assert [(call["first_step"], call["last_step"]) for call in calls] == [(0, step), (step, 24)]
+    taken = json.loads((tmp_path / "out" / "result.json").read_text())["seconds"]
+    assert calls[0]["seconds"] < taken <= sum(call["seconds"] for call in calls) + 0.1
 
 
 def test_the_bar_leaves_out_evaluation(tmp_path, monkeypatch):
