@@ -25,8 +25,8 @@ GRAY, PAIR = "#888888", ("#56B4E9", "#E69F00")  # PAIR: two things that are comp
 
 plt.rcParams.update({
     "figure.figsize": (7, 4.2), "figure.dpi": 110, "font.size": 13, "axes.titlesize": 13,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-    "figure.constrained_layout.use": True})
+    "figure.titlesize": 14, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "figure.constrained_layout.use": True})
 
 
 def draw_ranks(ax, ranks, columns, top=None):
