@@ -25,8 +25,8 @@ GRAY, PAIR = "#888888", ("#56B4E9", "#E69F00")  # PAIR: two things that are comp
 
 plt.rcParams.update({
     "figure.figsize": (7, 4.2), "figure.dpi": 110, "font.size": 13, "axes.titlesize": 13,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-    "figure.constrained_layout.use": True})
+    "figure.titlesize": 14, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "figure.constrained_layout.use": True})
 
 
 def draw_ranks(ax, ranks, columns, top=None):
@@ -54,6 +54,31 @@ def draw_states(ax, gates, masks, last, start=30, end=200):
     ax.axvline(last + 0.5, color="black", ls=":", lw=2, label="last pruning")
     ax.set(xlabel="step", xlim=(start - 0.5, end + 0.5), ylim=(n - 0.5, -0.5), yticks=range(n),
            yticklabels=[f"{name} {i}" for name in TRUE for i in range(n // len(TRUE))])
+
+
+def draw_picture(ax, matrix, title, top=1.2):
+    """Draw a matrix as a picture in gray; 0 is the gray in the middle."""
+    ax.imshow(matrix.detach(), cmap="gray", vmin=-top, vmax=top)
+    ax.set(title=title, xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+# ---- a picture as a matrix -----------------------------------------------------------------------
+
+CORNER = slice(0, 10), slice(21, 32)  # rows and columns of the moon
+
+
+def picture():
+    """Return two (32, 32) matrices: a frozen night sky, and an update with a house and a moon."""
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    update = torch.zeros(32, 32)
+    update[18:30, 3:19] = 0.7  # walls
+    update[(y >= 10) & (y < 18) & ((x - 10.5).abs() <= 1.25 * (y - 9))] = 1.3  # roof
+    update[20:24, 5:8] = update[20:24, 14:17] = update[23:30, 9:13] = -0.3  # windows and door
+    update[torch.hypot(y - 4.5, x - 26.5) <= 4.2] = 1.1  # the moon
+    for row, columns in ((3, [25, 28]), (5, [24, 29]), (6, [25, 26, 27, 28])):
+        update[row, columns] = -0.3  # its face
+    return 0.3 * y / 31 - 0.7, update
 
 
 # ---- the network ---------------------------------------------------------------------------------

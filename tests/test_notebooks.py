@@ -68,8 +68,8 @@ def same_text(stored, fresh):
 # ---- form: no kernel needed ---------------------------------------------------------------------
 
 def test_there_are_notebooks():
-    """The folder holds notebooks 00 to 07, numbered without a gap."""
-    assert [int(name[:2]) for name in NAMES] == list(range(8))
+    """The folder holds notebooks 00 to 08, numbered without a gap."""
+    assert [int(name[:2]) for name in NAMES] == list(range(9))
 
 
 @pytest.mark.parametrize("name", NAMES)
