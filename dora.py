@@ -248,7 +248,8 @@ def norm_score(layers: Layers) -> Tensor:
         products = (A @ A.mT) * (B @ B.mT)  # (matrices, r', r')
         squared = (products * c[:, :, None] * c[:, None, :]).sum((1, 2))
         norm = squared.clamp(min=0).sqrt()  # where components cancel, rounding may go below 0
-        share = c.abs() * A.norm(dim=2) * B.norm(dim=2) / (norm[:, None] + group[0].config.eps)
+        lengths = torch.linalg.vector_norm(A, dim=2) * torch.linalg.vector_norm(B, dim=2)
+        share = c.abs() * lengths / (norm[:, None] + group[0].config.eps)
         shares.update(zip(group, share))
     return concatenate(shares[layer] for layer in layers)
 
@@ -537,7 +538,8 @@ class NotFiniteError(DoRAError):
 
 def frobenius(layers: Layers) -> Tensor:
     """||c_i b_i a_i^T||_F = |c_i| ||a_i|| ||b_i||, (n,): Eq. 7 without its denominator."""
-    return concatenate(m.c.abs() * m.A.norm(dim=1) * m.B.norm(dim=0) for m in layers)
+    norm = torch.linalg.vector_norm
+    return concatenate(m.c.abs() * norm(m.A, dim=1) * norm(m.B, dim=0) for m in layers)
 
 
 def triplet(layers: Layers) -> list[Tensor]:
