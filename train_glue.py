@@ -1,7 +1,7 @@
 """Fine-tune RoBERTa on GLUE with DoRA: the model, the training step, the loop, the command line.
 
     python train_glue.py                  toy: no download, under a minute
-    python train_glue.py --task cola      RoBERTa-base with the learning rate, ... of the paper
+    python train_glue.py --task cola      downloads RoBERTa-base and CoLA, and trains for hours
     python train_glue.py --help           every setting, with its range and default
 
 Read it from the top: RoBERTa, the training loop, evaluation. The rest is plumbing.
@@ -2030,9 +2030,9 @@ def help_text(name: str, text: str) -> str:
     rows = METHODS if name in help_of(DoRAConfig) else METHOD_ROWS
     others = "".join(f"; {method}: {shown(row[name])}" for method, row in rows.items()
                      if row.get(name, default) != default)
-    default = "the task's, paper's Table 8" if name in COLUMNS_8 else shown(default)
+    default = "the task's, Table 8 of the paper" if name in COLUMNS_8 else shown(default)
     if name == "lr":
-        others += "".join(f"; {method}: {x:g} of it" for method, x in LR_FACTOR.items())
+        others += "".join(f"; {method}: {x:g} of Table 8's" for method, x in LR_FACTOR.items())
     bounds = f"{ranges[name]}; " if name in ranges else ""
     return f"{text} ({bounds}default: {default}{others})".replace("%", "%%")
 

@@ -49,7 +49,7 @@ def test_every_setting_is_a_flag():
     for f in dataclasses.fields(TrainConfig):
         if f.name != "seed":
             assert f"--{f.name.replace('_', '-')}" in text and comments[f.name] in text, f.name
-            default = "the task's, paper's Table 8" if f.name in COLUMNS_8 else f.default
+            default = "the task's, Table 8 of the paper" if f.name in COLUMNS_8 else f.default
             default = {None: "none"}.get(default, default)
             default = " ".join(default) if isinstance(default, tuple) else default
             assert f"default: {default}" in text.split(comments[f.name])[1].split("--")[0], f.name
@@ -58,8 +58,9 @@ def test_every_setting_is_a_flag():
 def test_help_shows_tasks_ranges_and_the_methods_defaults():
     """What a user needs for a choice: the tasks, a range, the choices, other methods' defaults."""
     text = re.sub(r"\s+", " ", make_parser().format_help())
-    for part in ("--task {cola,sst2,", "AdamW (> 0; default: the task's, paper's Table 8; bitfit: "
-                 "0.001; full: 2e-05; dora: 0.25 of it; lora: 0.25 of it)",
+    for part in ("--task {cola,sst2,",
+                 "AdamW (> 0; default: the task's, Table 8 of the paper; bitfit: 0.001; full: "
+                 "2e-05; dora: 0.25 of Table 8's; lora: 0.25 of Table 8's)",
                  "(>= 0, < 1; default: 0.06)",
                  "{slow_first,fast_first,none}",
                  "(default: fast_first; paper: slow_first; lora: none)"):
