@@ -1,4 +1,5 @@
 """The README is true: its tables, its list of differences and its code."""
+import json
 import re
 import subprocess
 import sys
@@ -109,6 +110,21 @@ def test_numbers_are_the_benchmarks():
     for name, worst in rows:
         line = next(line for line in methods.split("\n") if line.startswith(f"| {name} |"))
         assert line.split("|")[-2].strip() == worst
+        if name == "dora":
+            short = line.split("|")[-3].strip()
+            assert f"one of 150 steps, too few for any method: `dora` has {short}." in TEXT
+
+
+def test_the_stsb_run_is_on_record():
+    """Command, score and size of the README's run on STS-B, compared with its recorded runs: one
+    thread and two."""
+    record = json.loads((ROOT / "benchmarks/results/readme_stsb.json").read_text(encoding="utf-8"))
+    assert record["command"] in TEXT
+    first = [run for run in record["runs"] if run["seed"] == 1]
+    assert [run["threads"] for run in first] == [1, 2]
+    for run in first:
+        assert f"reaches Pearson {run['pearson']:.4f} (seed 1, one thread or two)" in TEXT
+        assert f"{run['parameters']:,}" in TEXT and not run["collapsed"]
 
 
 @pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
