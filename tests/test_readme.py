@@ -1,5 +1,6 @@
 """The README is true: its tables, its list of differences and its code."""
 import json
+import math
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 import data
 import dora
+import train_glue
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -113,6 +115,29 @@ def test_numbers_are_the_benchmarks():
         if name == "dora":
             short = line.split("|")[-3].strip()
             assert f"one of 150 steps, too few for any method: `dora` has {short}." in TEXT
+
+
+def test_numbers_of_the_first_version():
+    """How far the first version was ahead of LoRA, and what it cost, compared with its table."""
+    text = (ROOT / "benchmarks/results/first_version.md").read_text(encoding="utf-8")
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in text.split("\n")
+            if line.startswith(("| dora | 0.002 / 0.0005 |", "| lora | 0.004 / 0.0005 |"))}
+    dora_, lora_ = ([float(cell.split()[0]) for cell in rows[name][2:6]] for name in ("dora", "lora"))
+    ahead = [a - b for a, b in zip(dora_, lora_, strict=True)]
+    assert f"by {min(ahead):.3f} to {max(ahead):.3f}, but with three seeds" in TEXT
+    most, lora = (int(rows[name][1].split()[-1].replace(",", "")) for name in ("dora", "lora"))
+    assert f"up to {most / lora - 1:.0%} more".replace("%", " %") in TEXT
+
+
+def test_the_length_of_the_first_command():
+    """Steps of `--task cola`: the train set in batches, times the epochs of Table 8. Hours: times
+    the recorded milliseconds of a step of that shape."""
+    config = train_glue.make_config("cola")
+    steps = math.ceil(8551 / config.batch_size) * config.epochs
+    recorded = json.loads((ROOT / "benchmarks/results/step_time.json").read_text(encoding="utf-8"))
+    ms = next(case["rows"]["dora"]["ms"] for case in recorded
+              if case["model"].startswith("RoBERTa-base") and case["width"] == 16)
+    assert f"trains {steps:,} steps: about {steps * ms / 3.6e6:.0f} hours of one CPU\ncore" in TEXT
 
 
 def test_the_stsb_run_is_on_record():
