@@ -85,7 +85,7 @@ class DoRAConfig:
     initial_phase: float = 0.15  # share of the steps before pruning starts (paper: 0.15)
     final_phase: float = 0.5  # share of the steps after the last pruning (paper: 0.5)
     interval: int = 10  # optimizer steps between prunings (paper: 10 or 50)
-    # differs: the paper counts components, which costs more parameters than LoRA of the same rank
+    # differs: the paper counts components, which can cost more than LoRA of the same rank
     budget_unit: Literal["parameters", "components"] = "parameters"  # what the budget counts
 
     penalty: str | None = "dem"  # regulariser while pruning

@@ -740,7 +740,7 @@ TABLE_8 = {
     "wnli": (2e-3, 16, 80, 0.5, 10),
     "toy": (3e-3, 32, 10, 0.3, 10),
 }
-# differs: Table 8's rates suit the paper's form; dora and lora use a quarter of them
+# differs: the learning rates of the paper's Table 8 suit its form; dora and lora use a quarter
 LR_FACTOR = {"dora": 0.25, "lora": 0.25}  # at the whole rate one run in four collapses
 METHOD_ROWS: dict[str, dict[str, Any]] = {
     **METHODS,
