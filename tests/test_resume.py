@@ -137,12 +137,14 @@ def test_interrupted_while_it_evaluates(tmp_path, capsys, monkeypatch, epoch, nu
     assert said in capsys.readouterr().out and said in (tmp_path / "out" / "log.txt").read_text()
     assert newest(tmp_path / "out")["step"] == step
     assert len(evaluations(tmp_path / "out")) == epoch - 1 and len(lines(tmp_path / "out")) == step
+    noted = json.loads((tmp_path / "out" / "run.json").read_text())
+    noted["calls"][0]["seconds"] = 1000.0                        # they count for the whole run, too
+    (tmp_path / "out" / "run.json").write_text(json.dumps(noted))
     assert main([*words, "--resume"]) == 0
     same_runs(tmp_path / "out", tmp_path / "whole")
     calls = json.loads((tmp_path / "out" / "run.json").read_text())["calls"]
     assert [(call["first_step"], call["last_step"]) for call in calls] == [(0, step), (step, 24)]
-    taken = json.loads((tmp_path / "out" / "result.json").read_text())["seconds"]
-    assert calls[0]["seconds"] < taken <= sum(call["seconds"] for call in calls) + 0.1
+    assert 1000 < json.loads((tmp_path / "out" / "result.json").read_text())["seconds"] < 2000
 
 
 def test_the_bar_leaves_out_evaluation(tmp_path, monkeypatch):
