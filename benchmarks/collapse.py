@@ -39,11 +39,6 @@ class Enough(Exception):
     """The epochs that were asked for are done."""
 
 
-def finished() -> list[dict[str, Any]]:
-    """Return the lines of the log."""
-    return [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
-
-
 def run(cell: dict[str, Any], args: argparse.Namespace) -> None:
     """Train until the end of epoch cell["stop"] and write a line."""
     record = train_glue.Run.record
@@ -75,15 +70,14 @@ def run(cell: dict[str, Any], args: argparse.Namespace) -> None:
     line = {**cell, "metric": metric, "score": found[metric], "spread": found["spread"],
             "loss": statistics.mean(losses[-10:]), "seconds": round(time.monotonic() - started),
             "torch": torch.__version__}
-    with open(LOG, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    report.add_to_log(LOG, line)
     print(line, flush=True)
 
 
 def write_table() -> None:
     """Put the table into benchmarks/README.md."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for line in finished():
+    for line in report.read_log(LOG):
         key = tuple(line[name] for name in ("method", "task", "lr", "threads", "stop"))
         groups.setdefault(key, []).append(line)
 
@@ -120,7 +114,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
-    done = [{name: line[name] for name in KEYS} for line in finished()]
+    done = [{name: line[name] for name in KEYS} for line in report.read_log(LOG)]
     for seed in [] if args.report else args.seeds:
         for task in args.tasks:
             lr = args.lr or train_glue.make_config(task, args.method).lr

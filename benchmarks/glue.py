@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import platform
 import statistics
 import sys
@@ -90,24 +88,14 @@ def cell(row: str, split: str, task: str, seed: int, lr: float) -> dict[str, Any
     return dict(code=CODE, row=row, split=split, task=task, seed=seed, lr=lr)
 
 
-def key_of(c: dict[str, Any]) -> str:
-    """Return a short name of a run."""
-    return hashlib.sha1(json.dumps(c, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def finished() -> dict[str, dict[str, Any]]:
     """Return the lines of the log by key."""
-    lines = LOG.read_text().splitlines() if LOG.exists() else []
-    return {line["key"]: line for line in map(json.loads, lines)}
+    return {line["key"]: line for line in report.read_log(LOG)}
 
 
-def run(c: dict[str, Any], args: argparse.Namespace) -> dict[str, Any] | None:
-    """Return the log's line of a run, made now if it is not there; None if another process is at
-    it."""
-    key = key_of(c)
-    if key in (done := finished()):
-        return done[key]
-
+def run(c: dict[str, Any], args: argparse.Namespace) -> bool:
+    """Make a run and write its line; return False if another process is at it."""
+    key = report.key_of(c)
     kind, row, more = CONTROLS.get(c["row"], ("dora", c["row"], {}))
     method, settings, _ = ROWS[row]
     if kind in ("same", "shuffled"):  # plain LoRA, later cut to the ranks that dora found
@@ -125,7 +113,7 @@ def run(c: dict[str, Any], args: argparse.Namespace) -> dict[str, Any] | None:
         result = train_glue.train(config)
     except DoRAError as error:
         if "another run is writing" in str(error):
-            return None
+            return False
         raise
     finally:
         undo()
@@ -139,9 +127,9 @@ def run(c: dict[str, Any], args: argparse.Namespace) -> dict[str, Any] | None:
         "trainable": result["trainable_parameters"], "seconds": result["seconds"],
         "ranks": list(result["ranks"].values()), "torch": torch.__version__, "device": args.device,
     }
-    with open(LOG, "a") as file:
-        file.write(json.dumps(line) + "\n")
-    return line
+    report.add_to_log(LOG, line)
+    write_report()
+    return True
 
 
 def held_out(data_dir: Path) -> Path:
@@ -178,10 +166,14 @@ def next_rate(tried: dict[float, float], middle: float = 2e-3) -> float | None:
 
 def rate_of(row: str, task: str) -> float | None:
     """Return the learning rate that was chosen for a row; None if the choice is not finished."""
-    tried = tried_rates(ROWS[row][2], TUNED_ON[task])
-    if next_rate(tried, START_LR.get(ROWS[row][2], 2e-3)) is not None:
-        return None
-    return max(tried, key=lambda rate: tried[rate])
+    row, task = ROWS[row][2], TUNED_ON[task]
+    tried = tried_rates(row, task)
+    return None if rate_to_try(row, task) else max(tried, key=lambda rate: tried[rate])
+
+
+def rate_to_try(row: str, task: str) -> float | None:
+    """Return the next learning rate to try for a row on a task; None if the choice is finished."""
+    return next_rate(tried_rates(row, task), START_LR.get(row, 2e-3))
 
 
 def tried_rates(row: str, task: str) -> dict[float, float]:
@@ -260,8 +252,7 @@ def to_do(stages: list[int]) -> Iterator[dict[str, Any]]:
 def rates(rows: Any, task: str) -> Iterator[dict[str, Any]]:
     """Yield the next run of each row that looks for its learning rate."""
     for row in rows:
-        rate = next_rate(tried_rates(row, task), START_LR.get(row, 2e-3))
-        if rate is not None:
+        if rate := rate_to_try(row, task):
             yield cell(row, "held out", task, 1, rate)
 
 
@@ -282,23 +273,8 @@ def controls() -> Iterator[dict[str, Any]]:
             for name, (kind, row, _) in CONTROLS.items():
                 rate = rate_of("lora 2" if kind in ("same", "shuffled") else row, task)
                 own = rate_of(row, task)
-                if rate and own and key_of(cell(row, "dev", task, seed, own)) in done:
+                if rate and own and report.key_of(cell(row, "dev", task, seed, own)) in done:
                     yield cell(name, "dev", task, seed, rate)
-
-
-def work(args: argparse.Namespace) -> None:
-    """Make one run after another until none is left that no other process is at."""
-    busy: set[str] = set()
-    while True:
-        done = finished()
-        waiting = [c for c in to_do(args.stages) if key_of(c) not in done and key_of(c) not in busy]
-        if not waiting:
-            return
-        if run(waiting[0], args) is None:
-            busy.add(key_of(waiting[0]))
-        else:
-            busy.clear()
-            write_report()
 
 
 # ---- report --------------------------------------------------------------------------------------
@@ -446,7 +422,7 @@ def main() -> None:
     if args.short:
         short(args)
     elif not args.report:
-        work(args)
+        report.make_all(LOG, lambda: to_do(args.stages), lambda c: run(c, args))
     if not args.short:
         write_report()
 

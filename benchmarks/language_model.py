@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import math
 import statistics
 import sys
@@ -48,7 +47,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import report  # noqa: E402
 from dora import (METHODS, DoRAConfig, DoRAError, NotFiniteError, Pruner,  # noqa: E402
                   atomic_file, compact_, inject, merge_)
-from glue import key_of, next_rate  # noqa: E402
+from glue import next_rate  # noqa: E402
 from train_glue import locked, peak_memory  # noqa: E402
 
 CODE = 1  # raise it when a change of the program changes what these runs compute
@@ -293,8 +292,7 @@ def smollm2() -> tuple[Any, Any]:
 
 def finished(setup: Setup) -> dict[str, dict[str, Any]]:
     """Return the lines of the log by key."""
-    lines = setup.log.read_text().splitlines() if setup.log.exists() else []
-    return {line["key"]: line for line in map(json.loads, lines)}
+    return {line["key"]: line for line in report.read_log(setup.log)}
 
 
 def cell(row: str, split: str, steps: int, seed: int, lr: float) -> dict[str, Any]:
@@ -329,33 +327,31 @@ def rate_of(setup: Setup, row: str) -> float | None:
 
 
 def work(setup: Setup) -> None:
-    """Make one run after another until none is left that no other process is at."""
-    busy: set[str] = set()
-    while True:
-        done = finished(setup)
-        waiting = [c for c in to_do(setup) if key_of(c) not in done and key_of(c) not in busy]
-        if not waiting:
-            return
-        folder = setup.scratch / key_of(waiting[0])
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with locked(folder):
-                run(waiting[0], setup, folder)
-        except DoRAError as error:
-            if "another run is writing" not in str(error):
-                raise
-            busy.add(folder.name)
-        else:
-            busy.clear()
-            write_report(setup)
+    """Make all runs, and the report after each."""
+    report.make_all(setup.log, lambda: to_do(setup), lambda c: run_alone(c, setup))
+
+
+def run_alone(c: dict[str, Any], setup: Setup) -> bool:
+    """Make a run while its folder is locked; return False if another process is at it."""
+    folder = setup.scratch / report.key_of(c)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder):
+            run(c, setup, folder)
+    except DoRAError as error:
+        if "another run is writing" in str(error):
+            return False
+        raise
+    write_report(setup)
+    return True
 
 
 def run(c: dict[str, Any], setup: Setup, folder: Path) -> None:
     """Make a run and write its line, unless another process has just written it."""
-    if key_of(c) in finished(setup):
+    if report.key_of(c) in finished(setup):
         return
     print(f"--- {c['row']}, {c['split']}, lr {c['lr']:g}, seed {c['seed']}", flush=True)
-    line: dict[str, Any] = {"key": key_of(c), **c, "nll": None}
+    line: dict[str, Any] = {"key": report.key_of(c), **c, "nll": None}
     model, tokenizer = setup.load()
     pairs, held_out, test = sets(setup)
     config = DoRAConfig(**ROWS[c["row"]], targets=MATRICES)
@@ -385,8 +381,7 @@ def run(c: dict[str, Any], setup: Setup, folder: Path) -> None:
 
     packages = ("torch", "transformers", "sacrebleu")
     line["versions"] = {name: importlib.metadata.version(name) for name in packages}
-    with open(setup.log, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    report.add_to_log(setup.log, line)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 

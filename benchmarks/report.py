@@ -1,12 +1,17 @@
-"""What the benchmarks share: a part of README.md each, the machine in words, and colours."""
+"""What the benchmarks share: a log of runs, a part of README.md each, the machine in words, and
+colours."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
@@ -20,6 +25,42 @@ Tables between two marks were written by the script that the marks name. GLUE is
 # One colour per method in every figure: Okabe and Ito's set, which the colour-blind can tell apart.
 COLORS = {"dora": "#D55E00", "paper": "#CC79A7", "adalora": "#009E73", "lora": "#0072B2",
           "lora qv": "#56B4E9", "full": "#000000", "bitfit": "#E69F00", "head": "#999999"}
+
+
+def key_of(run: dict[str, Any]) -> str:
+    """Return a short name of what tells a run from others."""
+    return hashlib.sha1(json.dumps(run, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the finished runs of a log, a line each."""
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def add_to_log(path: Path, line: dict[str, Any]) -> None:
+    """Append a finished run to a log."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def make_all(log: Path, to_do: Callable[[], Iterable[dict[str, Any]]],
+             run: Callable[[dict[str, Any]], bool]) -> None:
+    """Make one run after another until none is left that no other process is at.
+
+    to_do() yields the runs that can be made now, in their order. run() appends the line of one to
+    the log, or returns False if another process is at it.
+    """
+    busy: set[str] = set()
+    while True:
+        known = busy.union(line["key"] for line in read_log(log))
+        following = next((cell for cell in to_do() if key_of(cell) not in known), None)
+        if following is None:
+            return
+        if run(following):
+            busy.clear()
+        else:
+            busy.add(key_of(following))
 
 
 def machine(threads: int, device: str = "cpu") -> str:
