@@ -1263,14 +1263,17 @@ class Run:
     Only the first process writes. All files except log.txt and *.jsonl are written atomically.
     """
 
+    # what a checkpoint holds of this object, beside tensors
+    STATE = ("step", "records", "best", "best_above_budget", "lowest_loss", "first_loss", "warned")
     # settings that may change when a run is resumed
     FREE = ("out", "resume", "overwrite", "device", "save_every", "data_dir", "model_dir",
             "compile")
     FILES = ("config.json", "run.json", "log.txt", "metrics.jsonl", "ranks.jsonl", "ranks.json",
-             "result.json", "run.png", "checkpoints/step-*.pt", "checkpoints/not-finite.pt",
-             "checkpoints/.*.part", "adapter/README.md", "adapter/adapter_config.json",
-             "adapter/adapter_model.safetensors", "model/config.json", "model/model.safetensors",
-             "model/vocab.json", "model/merges.txt", "model/tokenizer.json", "submission/*.tsv")
+             "result.json", "run.png", "compare.png", "checkpoints/step-*.pt",
+             "checkpoints/not-finite.pt", "checkpoints/.*.part", "adapter/README.md",
+             "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+             "model/config.json", "model/model.safetensors", "model/vocab.json",
+             "model/merges.txt", "model/tokenizer.json", "submission/*.tsv")
 
     def __init__(self, config: TrainConfig, identity: dict[str, Any],
                  model: RobertaForSequenceClassification, optimizer: torch.optim.Optimizer,
@@ -1513,14 +1516,8 @@ class Run:
                     os.fsync(f.fileno())
                     sizes[path.name] = f.tell()
         state = {"identity": self.identity,
-                 "step": self.step,
-                 "records": self.records,
-                 "best": self.best,
-                 "best_above_budget": self.best_above_budget,
+                 **{name: getattr(self, name) for name in self.STATE},
                  "losses": list(self.losses),
-                 "lowest_loss": self.lowest_loss,
-                 "first_loss": self.first_loss,
-                 "warned": self.warned,
                  "weights": {k: p for k, p in self.model.named_parameters() if p.requires_grad},
                  "optimizer": self.optimizer.state_dict(),
                  "pruner": self.pruner.state_dict(),
@@ -1545,6 +1542,10 @@ class Run:
                 raise DoRAError(f"{path} was made with {key} = {before}, not {value}; resume with "
                                 f"the same {key}, or use another --out")
 
+        if missing := [name for name in self.STATE if name not in state]:
+            raise DoRAError(f"{path} is of another version of train_glue.py and lacks "
+                            f"{missing[0]}; resume with that version, or start again with --overwrite")
+
         self.pruner.load_state_dict(state["pruner"])
         if self.pruner.done:
             compact_(self.model, self.optimizer)
@@ -1556,8 +1557,7 @@ class Run:
         set_random_states(state["rng"], self.device)
         for name, size in state["sizes"].items() if self.writes else []:
             os.truncate(self.folder / name, size)  # later steps will be repeated
-        for name in ("step", "records", "best", "best_above_budget", "lowest_loss", "first_loss",
-                     "warned"):
+        for name in self.STATE:
             setattr(self, name, state[name])
         self.losses.extend(loss.to(self.device) for loss in state["losses"])
 

@@ -92,8 +92,8 @@ def draw_loss(axis: Any, runs: list[Saved]) -> None:
         penalties = [line["penalty"] for line in run.steps]
         if any(penalties):
             penalty.plot(x, penalties, color=color, linestyle=":", linewidth=1.2)
-    axis.set(title="training loss (line: mean over a twentieth of the run)", xlabel="optimizer step",
-             ylabel="loss")
+    axis.set(title="training loss (line: mean over a twentieth of the run)",
+             xlabel="optimizer step", ylabel="loss")
     penalty.set_ylabel("penalty (dotted)")
     penalty.set_ylim(bottom=0)
 

@@ -398,6 +398,20 @@ def test_another_run_is_not_resumed(tmp_path, whole, changes, words):
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
 
 
+def test_another_version_is_not_resumed(tmp_path, whole):
+    """A checkpoint without an entry that this version needs: refused in one line that names it; the
+    folder stays as it is."""
+    shutil.copytree(whole, tmp_path / "out")
+    for path in (tmp_path / "out").glob("checkpoints/step-*.pt"):
+        state = torch.load(path)
+        del state["first_loss"]
+        torch.save(state, path)
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    with pytest.raises(DoRAError, match="another version of train_glue.py and lacks first_loss"):
+        resume(tmp_path / "out")
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+
+
 def test_another_task_or_model_is_not_resumed(tmp_path, whole):
     """Another task, other data or another model in the same folder's place: refused by name."""
     shutil.copytree(whole, tmp_path / "out")

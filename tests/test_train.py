@@ -127,7 +127,9 @@ def test_what_a_run_says(finished, tmp_path, capsys):
     run(tmp_path / "out")
     said = capsys.readouterr().out.splitlines()
     assert said[0] == ("toy, dora, seed 1: 61 train and 40 dev examples, 24 steps, 8 per epoch")
-    assert said[1] == f"model {files()[1].resolve()}, float32 on cpu (1 thread)"
+    n = torch.get_num_threads()
+    assert said[1] == (f"model {files()[1].resolve()}, float32 on cpu "
+                       f"({n} thread{'s' * (n > 1)})")
     assert said[2] == "learning rate 0.003, 8 examples per step, rank 2 on average, from 3"
     parts = {name: returned[f"{name}_parameters"] for name in ("adapter", "gate", "head")}
     assert sum(parts.values()) == returned["trainable_parameters"] and parts["gate"] == 36
