@@ -1544,7 +1544,8 @@ class Run:
 
         if missing := [name for name in self.STATE if name not in state]:
             raise DoRAError(f"{path} is of another version of train_glue.py and lacks "
-                            f"{missing[0]}; resume with that version, or start again with --overwrite")
+                            f"{missing[0]}; resume with that version, or start again with "
+                            f"--overwrite")
 
         self.pruner.load_state_dict(state["pruner"])
         if self.pruner.done:
