@@ -687,7 +687,7 @@ def samples(model: nn.Module) -> dict[str, Tensor]:
         if not isinstance(value, Tensor) or value.is_meta or value.is_quantized:
             continue
         if value.layout is torch.strided:
-            stride = max(1, value.numel() // 4096)
+            stride = max(1, -(-value.numel() // 4096))
             found[plain(name)] = value.detach().flatten()[::stride].cpu().clone()
     return found
 

@@ -349,15 +349,18 @@ def test_hostile_files(tmp_path, case, little_memory):
 
 
 def test_a_million_entries_that_overlap(tmp_path):
-    """T14: 1,000,000 entries on the same four bytes are refused, most of the time by parsing JSON:
-    5 s on an idle core, 14 s on a crowded one (27 s before)."""
-    path = file_of(tmp_path / "x", "{" + ",".join(
-        f'"{i}":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' for i in range(1_000_000))
-        + "}", F4)
+    """T14: 1,000,000 entries on the same four bytes are refused in twice the time, at most four
+    times, of parsing their JSON alone (comparing each with all others would take ten times)."""
+    header = "{" + ",".join(f'"{i}":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+                            for i in range(1_000_000)) + "}"
+    path = file_of(tmp_path / "x", header, F4)
+    start = time.process_time()
+    json.loads(header)
+    parsing = time.process_time() - start
     start = time.process_time()
     with pytest.raises(DoRAError, match="its place is 4 to 8"):
         read_safetensors(path)
-    assert time.process_time() - start < 25
+    assert time.process_time() - start < 4 * parsing
 
 
 @pytest.mark.parametrize("shape", [[0, 2**30, 2**30, 2**30], [2**47, 0, 2**47], [0] + [2**40] * 20])
