@@ -410,6 +410,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", choices=(1, 2, 3, 4), default=[1, 2, 3, 4])
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *CONTROLS], metavar="ROW",
+                        help='only these rows of the table, such as "dora 2"')
     parser.add_argument("--data-dir", type=Path, default=ROOT / "../shared/data/glue")
     parser.add_argument("--model-dir", type=Path,
                         default=ROOT / "../shared/models/minilm-l6-roberta")
@@ -422,7 +424,9 @@ def main() -> None:
     if args.short:
         short(args)
     elif not args.report:
-        report.make_all(LOG, lambda: to_do(args.stages), lambda c: run(c, args))
+        report.make_all(LOG, lambda: (c for c in to_do(args.stages)
+                                      if c["row"] in (args.rows or c["row"])),
+                        lambda c: run(c, args))
     if not args.short:
         write_report()
 

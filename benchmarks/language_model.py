@@ -30,7 +30,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -326,9 +326,10 @@ def rate_of(setup: Setup, row: str) -> float | None:
     return None if next_rate(tried) is not None else max(tried, key=lambda lr: tried[lr])
 
 
-def work(setup: Setup) -> None:
-    """Make all runs, and the report after each."""
-    report.make_all(setup.log, lambda: to_do(setup), lambda c: run_alone(c, setup))
+def work(setup: Setup, rows: Sequence[str] = tuple(ROWS)) -> None:
+    """Make all runs of some rows, and the report after each."""
+    report.make_all(setup.log, lambda: (c for c in to_do(setup) if c["row"] in rows),
+                    lambda c: run_alone(c, setup))
 
 
 def run_alone(c: dict[str, Any], setup: Setup) -> bool:
@@ -544,6 +545,8 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW",
+                        help='only these rows of the table, such as "dora 2"')
     parser.add_argument("--report", action="store_true", help="only write the tables")
     parser.add_argument("--short", action="store_true", help="a tiny random model, for CI")
     args = parser.parse_args()
@@ -554,7 +557,7 @@ def main() -> None:
         short(setup)
         return
     if not args.report:
-        work(setup)
+        work(setup, args.rows or tuple(ROWS))
     write_report(setup)
 
 
