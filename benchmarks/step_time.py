@@ -62,10 +62,11 @@ TARGETS = list(DoRAConfig().targets)
 RESULTS = report.HERE / "results" / "step_time.json"
 FLOOR, TF_FLOOR, OURS, COMPACTED = "our floor", "transformers' floor", "dora", "dora, compacted"
 PAPER, NAIVE, FULL = "paper, scores of Eq. 7", "paper, naive scores", "full fine-tuning"
+ENTRIES = "adalora, scores of every entry"
 LORA, ADALORA = "PEFT LoRA", "PEFT AdaLoRA"
 EVALUATED = (FLOOR, OURS, COMPACTED, LORA)  # in batches of 64, as train_glue.predict
 SHORT = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, NAIVE, LORA)
-HOST = CUDA = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, LORA, ADALORA)
+HOST = CUDA = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, ENTRIES, LORA, ADALORA)
 Batch = tuple[Tensor, Tensor, Tensor]  # ids (B, T), mask (B, T) bool, labels (B,)
 
 
@@ -111,7 +112,8 @@ def build(name: str, model: nn.Module, mode: str = "float32") -> Row:
     elif name in (LORA, ADALORA):
         model, after = peft_model(name, model)
     elif name != FULL:  # prune from the start, every ten steps
-        config = DoRAConfig(**METHODS["paper" if name in (PAPER, NAIVE) else "dora"])
+        settings = METHODS[{PAPER: "paper", NAIVE: "paper", ENTRIES: "adalora"}.get(name, "dora")]
+        config = DoRAConfig(**settings)
         config = replace(config, initial_phase=0.0, interval=10)
         if name == NAIVE:  # of the scores only the naive ones below are to be measured
             config = replace(config, importance="sensitivity")
