@@ -741,7 +741,7 @@ TABLE_8 = {
     "toy": (3e-3, 32, 10, 0.3, 10),
 }
 # differs: the learning rates of the paper's Table 8 suit its form; dora and lora use a quarter
-LR_FACTOR = {"dora": 0.25, "lora": 0.25}  # at the whole rate one run in four collapses
+LR_FACTOR = {"dora": 0.25, "lora": 0.25}  # at the whole rate some runs collapse (benchmarks)
 METHOD_ROWS: dict[str, dict[str, Any]] = {
     **METHODS,
     # these three have no adapter, so there is nothing to prune
