@@ -451,3 +451,5 @@ if __name__ == "__main__":
         main()
     except DoRAError as error:
         sys.exit(f"glue.py: error: {error}")
+    except train_glue.Interrupted as stop:
+        sys.exit(f"glue.py: {stop.args[0]}; the same command continues")
