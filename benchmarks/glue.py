@@ -63,6 +63,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], str]] = {
     "head": ("head", {}, "head"),
 }
 ON_COLA = ("dora 0.5", "dora 1", "dora 2", "lora 1", "lora 2", "full")
+NOISE = 0.002  # of a score; three seeds of the first version's default lay 0.0046 apart
 # the middle of the first three rates, near the best of the first version; others 2e-3
 START_LR = {"full": 1e-4, "lora 2": 4e-3, "lora qv 1": 4e-3, "adalora 2": 4e-3, "paper 2": 4e-3}
 
@@ -149,8 +150,8 @@ def held_out(data_dir: Path) -> Path:
 
 
 def next_rate(tried: dict[float, float], middle: float = 2e-3) -> float | None:
-    """Return the next learning rate to try: three around the middle, then on past the best one
-    until it lies inside of what was tried. None once it does.
+    """Return the next learning rate to try: three around the middle, then on until the best one and
+    the one that best_rate() chooses lie inside of what was tried. None once they do.
 
     tried: score by rate.
     """
@@ -161,14 +162,27 @@ def next_rate(tried: dict[float, float], middle: float = 2e-3) -> float | None:
     best = max(tried, key=lambda rate: tried[rate])
     if best == max(tried):
         return best * 2
-    return best / 2 if best == min(tried) else None
+    chosen = best_rate(tried)
+    return chosen / 2 if chosen == min(tried) else None
+
+
+def best_rate(tried: dict[float, float]) -> float:
+    """Return the lowest of the rates whose scores are within NOISE of the best one.
+
+    tried: score by rate.
+    """
+    best = max(tried.values())
+    return min(rate for rate, score in tried.items() if score >= best - NOISE)
 
 
 def rate_of(row: str, task: str) -> float | None:
-    """Return the learning rate that was chosen for a row; None if the choice is not finished."""
-    row, task = ROWS[row][2], TUNED_ON[task]
+    """Return the learning rate that was chosen for a row or control; None if the choice is not
+    finished."""
+    kind, source, _ = CONTROLS.get(row, ("", row, {}))
+    source = "lora 2" if kind in ("same", "shuffled") else source
+    row, task = ROWS[source][2], TUNED_ON[task]
     tried = tried_rates(row, task)
-    return None if rate_to_try(row, task) else max(tried, key=lambda rate: tried[rate])
+    return None if rate_to_try(row, task) else best_rate(tried)
 
 
 def rate_to_try(row: str, task: str) -> float | None:
@@ -271,8 +285,7 @@ def controls() -> Iterator[dict[str, Any]]:
     for task in ("stsb", "mrpc"):
         for seed in SEEDS:
             for name, (kind, row, _) in CONTROLS.items():
-                rate = rate_of("lora 2" if kind in ("same", "shuffled") else row, task)
-                own = rate_of(row, task)
+                rate, own = rate_of(name, task), rate_of(row, task)
                 if rate and own and report.key_of(cell(row, "dev", task, seed, own)) in done:
                     yield cell(name, "dev", task, seed, rate)
 
@@ -290,8 +303,9 @@ def spread(scores: list[float]) -> str:
 
 def on(row: str, task: str) -> list[dict[str, Any]]:
     """Return the finished runs of a row or control on a task's dev set, at its learning rate."""
+    rate = rate_of(row, task)
     return [line for line in finished().values()
-            if (line["row"], line["split"], line["task"]) == (row, "dev", task)]
+            if (line["row"], line["split"], line["task"], line["lr"]) == (row, "dev", task, rate)]
 
 
 def size(line: dict[str, Any]) -> int:
@@ -341,7 +355,8 @@ def rates_table(task: str) -> str:
         body.append([row, *(f"**{text}**" if rate == best else text
                             for rate, text in zip(grid, cells))])
     title = ("Score after the last epoch, one seed. The grid grows until a row's best rate lies "
-             "inside it; then that rate is bold.\n\n")
+             f"inside it. Chosen, in bold, is the lowest rate within {NOISE} of the best: the next "
+             "rate up often collapses.\n\n")
     return title + report.table(["row", *(f"{rate:g}" for rate in grid)], body)
 
 
@@ -442,6 +457,8 @@ def short(args: argparse.Namespace) -> None:
     while (rate := next_rate(scores)) is not None:
         scores[rate] = -abs(np.log(rate / 1.6e-2))
     assert max(scores, key=lambda rate: scores[rate]) == 1.6e-2 < max(scores)
+    assert best_rate({1e-3: 0.8085, 2e-3: 0.8173, 4e-3: 0.8178, 8e-3: 0.0}) == 2e-3
+    assert next_rate({5e-3: 0.8175, 1e-2: 0.8178, 2e-2: 0.8}, 1e-2) == 2.5e-3
     assert all(tuned in ROWS for _, _, tuned in ROWS.values())
     print(f"{len(finished())} finished runs on record, {len(list(to_do([1, 2, 3, 4])))} can start")
 

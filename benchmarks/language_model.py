@@ -47,7 +47,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import report  # noqa: E402
 from dora import (METHODS, DoRAConfig, DoRAError, NotFiniteError, Pruner,  # noqa: E402
                   atomic_file, compact_, inject, merge_)
-from glue import next_rate  # noqa: E402
+from glue import best_rate, next_rate  # noqa: E402
 from train_glue import locked, peak_memory  # noqa: E402
 
 CODE = 1  # raise it when a change of the program changes what these runs compute
@@ -323,7 +323,7 @@ def tried_rates(setup: Setup, row: str) -> dict[float, float]:
 def rate_of(setup: Setup, row: str) -> float | None:
     """Return the learning rate that was chosen for a row; None if the choice is not finished."""
     tried = tried_rates(setup, row)
-    return None if next_rate(tried) is not None else max(tried, key=lambda lr: tried[lr])
+    return None if next_rate(tried) is not None else best_rate(tried)
 
 
 def work(setup: Setup, rows: Sequence[str] = tuple(ROWS)) -> None:
