@@ -337,6 +337,12 @@ def write_report() -> None:
         "## Controls": scores_table(CONTROLS, ("stsb", "mrpc"))}
     for title, text in sections.items():
         parts += [title, text] if text else [f"{title}\n\nNot run yet."]
+    others = [f"{line['row']}, {line['task']}, seed {line['seed']}, rate {line['lr']:g}: "
+              + ("collapsed" if line["collapsed"] else f"{line['best']:.4f}") for line in lines
+              if line["split"] == "dev" and line["lr"] != rate_of(line["row"], line["task"])]
+    if others:
+        parts.append("Runs on dev at the best rate of one seed, which was the rule before one of "
+                     f"them collapsed, and so not in the tables: {'; '.join(others)}.")
     if EARLIER.exists():
         parts.append(EARLIER.read_text("utf-8"))
     (HERE / "RESULTS.md").write_text("\n\n".join(part.strip() for part in parts) + "\n", "utf-8")
