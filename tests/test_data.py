@@ -510,7 +510,7 @@ def test_merges_in_the_order_of_the_file(roberta):
 def test_a_long_word_takes_linear_time(roberta):
     """T5: words of 16,000 and 64,000 random letters: the longer one takes less than eight times the
     time of the shorter (16 times would be quadratic); and tokens of 400 letters equal all merges
-    applied one after the other."""
+    applied one after the other, which takes longer per letter even so."""
     rng = random.Random(0)
     seconds = []
     for n in (16_000, 64_000):
@@ -522,7 +522,11 @@ def test_a_long_word_takes_linear_time(roberta):
     assert seconds[1] < 8 * seconds[0] + 0.1
     for letters in ("abcdefghijklmnopqrstuvwxyz", "ab", "a"):
         word = "".join(rng.choices(letters, k=400))
-        assert roberta.merged(word) == naive_tokens(word, roberta.ranks)
+        start = time.process_time()
+        expected = naive_tokens(word, roberta.ranks)
+        naive = time.process_time() - start
+        assert roberta.merged(word) == expected
+        assert seconds[0] / 16_000 < naive / 400
 
 
 def test_no_more_is_encoded_than_max_len_can_need(toy, monkeypatch):
@@ -624,12 +628,19 @@ def test_train_bpe_never_makes_a_token_twice(tmp_path):
     assert len(BPE(tmp_path / "v.json", tmp_path / "m.txt").vocab) == 261
 
 
-def test_train_bpe_repeats_itself(tmp_path):
-    """150 merges over 500 random words, twice: the same bytes."""
+def test_train_bpe_is_fast_enough(tmp_path):
+    """150 merges over 500 random words, twice, give the same bytes, and take less than 20 times the
+    time of counting all pairs of letters once per merge (three times)."""
     rng = random.Random(0)
     words = {"".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 9))) for _ in range(500)}
+    start = time.process_time()
+    for _ in range(2 * 150):
+        Counter(pair for word in words for pair in zip(word, word[1:]))
+    counting = time.process_time() - start
+    start = time.process_time()
     for i in "ab":
         data.train_bpe(sorted(words), 150, tmp_path / f"{i}.json", tmp_path / f"{i}.txt")
+    assert time.process_time() - start < 20 * counting
     assert (tmp_path / "a.txt").read_bytes() == (tmp_path / "b.txt").read_bytes()
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
