@@ -445,9 +445,7 @@ def main() -> None:
     if args.short:
         short(args)
     elif not args.report:
-        report.make_all(LOG, lambda: (c for c in to_do(args.stages)
-                                      if c["row"] in (args.rows or c["row"])),
-                        lambda c: run(c, args))
+        report.make_all(LOG, lambda: to_do(args.stages), lambda c: run(c, args), args.rows)
     if not args.short:
         write_report()
 

@@ -30,7 +30,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -326,10 +326,9 @@ def rate_of(setup: Setup, row: str) -> float | None:
     return None if next_rate(tried) is not None else best_rate(tried)
 
 
-def work(setup: Setup, rows: Sequence[str] = tuple(ROWS)) -> None:
-    """Make all runs of some rows, and the report after each."""
-    report.make_all(setup.log, lambda: (c for c in to_do(setup) if c["row"] in rows),
-                    lambda c: run_alone(c, setup))
+def work(setup: Setup, rows: list[str] | None = None) -> None:
+    """Make all runs, or those of some rows, and the report after each."""
+    report.make_all(setup.log, lambda: to_do(setup), lambda c: run_alone(c, setup), rows)
 
 
 def run_alone(c: dict[str, Any], setup: Setup) -> bool:
@@ -557,7 +556,7 @@ def main() -> None:
         short(setup)
         return
     if not args.report:
-        work(setup, args.rows or tuple(ROWS))
+        work(setup, args.rows)
     write_report(setup)
 
 

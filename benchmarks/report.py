@@ -45,8 +45,9 @@ def add_to_log(path: Path, line: dict[str, Any]) -> None:
 
 
 def make_all(log: Path, to_do: Callable[[], Iterable[dict[str, Any]]],
-             run: Callable[[dict[str, Any]], bool]) -> None:
-    """Make one run after another until none is left that no other process is at.
+             run: Callable[[dict[str, Any]], bool], rows: Iterable[str] | None = None) -> None:
+    """Make one run after another, of some rows or of all, until none is left that no other process
+    is at.
 
     to_do() yields the runs that can be made now, in their order. run() appends the line of one to
     the log, or returns False if another process is at it.
@@ -54,7 +55,8 @@ def make_all(log: Path, to_do: Callable[[], Iterable[dict[str, Any]]],
     busy: set[str] = set()
     while True:
         known = busy.union(line["key"] for line in read_log(log))
-        following = next((cell for cell in to_do() if key_of(cell) not in known), None)
+        following = next((cell for cell in to_do() if key_of(cell) not in known
+                          and (rows is None or cell["row"] in rows)), None)
         if following is None:
             return
         if run(following):
