@@ -6,6 +6,7 @@ each pruning, on two batches of the train set.
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,12 @@ class Measured:
             for i in range(len(layer.c)):
                 gate = layer.c[i].item()
                 layer.c[i] = 0.0
-                costs.append(self.loss() - whole if gate else 0.0)
+                costs.append(self.loss() - whole if gate else math.inf)
                 layer.c[i] = gate
         self.model.train()
         rise = torch.tensor(costs)
-        return rise - rise.min() + 1e-12  # above 0: only the order counts
+        # above 0, since only the order counts; closed gates come last, as with the sensitivity
+        return torch.where(rise < math.inf, rise - rise.min() + 1e-9, 1e-12)
 
     def loss(self) -> float:
         """Return the mean loss of the batches."""

@@ -67,14 +67,14 @@ def make_all(log: Path, to_do: Callable[[], Iterable[dict[str, Any]]],
 
 def machine(threads: int, device: str = "cpu") -> str:
     """Return the machine and the versions in one line."""
+    import torch
     if device != "cpu":
-        import torch
         name = torch.cuda.get_device_name(device)
     else:
         info = Path("/proc/cpuinfo")
         found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-        name = f"{found[1] if found else platform.processor()} ({os.cpu_count()} cores), " \
-               f"{threads} thread{'s' * (threads > 1)}"
+        name = f"{found[1] if found else platform.processor()} ({os.cpu_count()} cores, " \
+               f"{torch.backends.cpu.get_cpu_capability()}), {threads} thread{'s' * (threads > 1)}"
     versions = [f"Python {platform.python_version()}"]
     for package in ("torch", "transformers", "peft"):
         try:
