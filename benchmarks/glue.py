@@ -337,6 +337,8 @@ def write_report() -> None:
         "## Controls": scores_table(CONTROLS, ("stsb", "mrpc"))}
     for title, text in sections.items():
         parts += [title, text] if text else [f"{title}\n\nNot run yet."]
+        if title == "## Score against parameters" and text:
+            parts.append("![Score against stored parameters, a panel per task](results/glue.svg)")
     others = [f"{line['row']}, {line['task']}, seed {line['seed']}, rate {line['lr']:g}: "
               + ("collapsed" if line["collapsed"] else f"{line['best']:.4f}") for line in lines
               if line["split"] == "dev" and line["lr"] != rate_of(line["row"], line["task"])]
@@ -388,14 +390,15 @@ def scores_table(rows: Any, tasks: tuple[str, ...]) -> str:
 
 
 def plot() -> None:
-    """Write results/glue.svg: score against parameters, a panel per task."""
+    """Write results/glue.svg: score against parameters of the rows with all seeds, a panel per
+    task."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         print("no figure: pip install -r benchmarks/requirements.txt, then --report",
               file=sys.stderr)
         return
-    tasks = [task for task in EPOCHS if any(on(row, task) for row in ROWS)]
+    tasks = [task for task in EPOCHS if any(len(on(row, task)) == len(SEEDS) for row in ROWS)]
     if not tasks:
         return
 
@@ -404,7 +407,8 @@ def plot() -> None:
         for family, color in report.COLORS.items():
             found = [on(row, task) for row in ROWS if row.rstrip("0123456789. ") == family]
             points = sorted((statistics.median(map(size, lines)),
-                             sorted(line["best"] for line in lines)) for lines in found if lines)
+                             sorted(line["best"] for line in lines))
+                            for lines in found if len(lines) == len(SEEDS))
             if not points:
                 continue
             if not points[0][0]:  # the head alone: no place on a logarithmic axis
@@ -418,7 +422,7 @@ def plot() -> None:
         ax.set_xscale("log")
         ax.set_xlabel("stored parameters, head left out")
         ax.set_ylabel(train_glue.TASKS[task].metrics[0] + " on dev")
-        ax.set_title(f"{task}: median, smallest and largest of the seeds", fontsize=10)
+        ax.set_title(f"{task}: median, smallest and largest of {len(SEEDS)} seeds", fontsize=10)
         ax.grid(alpha=0.3)
     handles = {label: handle for ax in figure.axes
                for handle, label in zip(*ax.get_legend_handles_labels())}

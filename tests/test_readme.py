@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -118,16 +119,35 @@ def test_numbers_are_the_benchmarks():
             assert f"A 15th, of 150 steps only, is left out: there `dora` has {short}." in WORDS
 
 
-def test_numbers_of_the_first_version():
-    """How far the first version was ahead of LoRA, and what it cost, compared with its table."""
-    text = (ROOT / "benchmarks/results/first_version.md").read_text(encoding="utf-8")
-    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in text.split("\n")
-            if line.startswith(("| dora | 0.002 / 0.0005 |", "| lora | 0.004 / 0.0005 |"))}
-    ahead = [float(a.split()[0]) - float(b.split()[0])
-             for a, b in zip(rows["dora"][2:6], rows["lora"][2:6], strict=True)]
-    assert f"by {min(ahead):.3f} to {max(ahead):.3f}, with three seeds" in WORDS
-    most, lora = (int(rows[name][1].split()[-1].replace(",", "")) for name in ("dora", "lora"))
-    assert f"up to {most / lora - 1:.0%} more".replace("%", " %") in WORDS
+def test_scores_at_equal_parameters():
+    """The medians on STS-B and their sizes, compared with the recorded runs. The first version with
+    and without pruning, compared with its table."""
+    runs = [json.loads(line) for line in (ROOT / "benchmarks/results/budget_curve.jsonl").read_text(
+        encoding="utf-8").splitlines()]
+
+    def on_dev(row, lr):
+        found = [run for run in runs if (run["row"], run["lr"]) == (row, lr)
+                 and (run["task"], run["split"]) == ("stsb", "dev")]
+        assert [run["seed"] for run in found] == [1, 2, 3]
+        assert not any(run["collapsed"] for run in found)
+        return f"{statistics.median(run['best'] for run in found):.4f}", max(
+            run["adapter"] for run in found)
+
+    (quarter, few), *dora_rows = (on_dev(f"dora {rank}", 2e-3) for rank in ("0.25", "1", "2"))
+    lora_rows = [on_dev(f"lora {rank}", 4e-3) for rank in (1, 2)]
+    assert all(ours[1] <= theirs[1] for ours, theirs in zip(dora_rows, lora_rows, strict=True))
+    assert few <= lora_rows[0][1] / 4
+    for words in (f"Pearson {dora_rows[0][0]} and {dora_rows[1][0]} with the parameters of rank 1",
+                  f"LoRA {lora_rows[0][0]} and {lora_rows[1][0]}",
+                  f"With a quarter of rank 1, `dora` has {quarter}"):
+        assert words in WORDS, words
+
+    first = [json.loads(line) for line in (ROOT / "benchmarks/results/glue.jsonl").read_text(
+        encoding="utf-8").splitlines()]
+    pruned, fixed = (statistics.median(run["best"] for run in first if run["name"] == name
+                                       and (run["task"], run["split"]) == ("stsb", "dev"))
+                     for name in ("dora", "dora, r' = 2, nothing pruned"))
+    assert pruned < fixed
 
 
 def test_the_length_of_the_first_command():
