@@ -41,6 +41,7 @@ EPOCHS = {"stsb": 4, "mrpc": 6, "cola": 5}
 TUNED_ON = {"stsb": "stsb", "mrpc": "stsb", "cola": "cola"}
 SEEDS = (1, 2, 3)
 QV = ("query", "value")
+FIGURE = "\n\n![Score against stored parameters, a panel per task](results/glue.svg)"
 EARLIER = HERE / "results" / "first_version.md"
 
 # name: (method, its settings, the row whose learning rate it takes)
@@ -333,12 +334,10 @@ def write_report() -> None:
     sections = {
         **{f"## Learning rates: a tenth of {task}'s train set, held out": rates_table(task)
            for task in tuned},
-        "## Score against parameters": scores_table(ROWS, tuple(EPOCHS)),
+        "## Score against parameters": scores_table(ROWS, tuple(EPOCHS)) + FIGURE,
         "## Controls": scores_table(CONTROLS, ("stsb", "mrpc"))}
     for title, text in sections.items():
         parts += [title, text] if text else [f"{title}\n\nNot run yet."]
-        if title == "## Score against parameters" and text:
-            parts.append("![Score against stored parameters, a panel per task](results/glue.svg)")
     others = [f"{line['row']}, {line['task']}, seed {line['seed']}, rate {line['lr']:g}: "
               + ("collapsed" if line["collapsed"] else f"{line['best']:.4f}") for line in lines
               if line["split"] == "dev" and line["lr"] != rate_of(line["row"], line["task"])]
@@ -398,17 +397,19 @@ def plot() -> None:
         print("no figure: pip install -r benchmarks/requirements.txt, then --report",
               file=sys.stderr)
         return
-    tasks = [task for task in EPOCHS if any(len(on(row, task)) == len(SEEDS) for row in ROWS)]
+    whole = {task: {row: lines for row in ROWS if len(lines := on(row, task)) == len(SEEDS)}
+             for task in EPOCHS}
+    tasks = [task for task, rows in whole.items() if rows]
     if not tasks:
         return
 
     figure = Figure(figsize=(4.6 * len(tasks) + 1.4, 4.2), layout="constrained")
     for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
         for family, color in report.COLORS.items():
-            found = [on(row, task) for row in ROWS if row.rstrip("0123456789. ") == family]
+            found = [lines for row, lines in whole[task].items()
+                     if row.rstrip("0123456789. ") == family]
             points = sorted((statistics.median(map(size, lines)),
-                             sorted(line["best"] for line in lines))
-                            for lines in found if len(lines) == len(SEEDS))
+                             sorted(line["best"] for line in lines)) for lines in found)
             if not points:
                 continue
             if not points[0][0]:  # the head alone: no place on a logarithmic axis

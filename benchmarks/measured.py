@@ -61,7 +61,7 @@ class Measured:
         self.model.train()
         rise = torch.tensor(costs)
         # above 0, since only the order counts; closed gates come last, as with the sensitivity
-        return torch.where(rise < math.inf, rise - rise.min() + 1e-9, 1e-12)
+        return torch.where(rise == math.inf, 1e-12, rise - rise.min() + 1e-9)
 
     def loss(self) -> float:
         """Return the mean loss of the batches."""
