@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import platform
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,7 @@ def run(c: dict[str, Any], args: argparse.Namespace) -> bool:
         "adapter": result["adapter_parameters_after_pruning"],
         "trainable": result["trainable_parameters"], "seconds": result["seconds"],
         "ranks": list(result["ranks"].values()), "torch": torch.__version__, "device": args.device,
+        "machine": report.machine(args.threads, args.device),
     }
     report.add_to_log(LOG, line)
     write_report()
@@ -326,8 +327,7 @@ def write_report() -> None:
         f"{', '.join(f'{task} {n}' for task, n in EPOCHS.items())}, float32, one thread per run. A "
         "score is that of the best dev epoch after the last pruning: median (smallest to largest, "
         "number of seeds). Parameters are what the adapter file stores, the head left out.",
-        f"{len(lines)} runs, {hours:.1f} hours of one core; torch {torch.__version__}, Python "
-        f"{platform.python_version()}.",
+        f"{len(lines)} runs, {hours:.1f} hours of one core: {machines(lines)}.",
     ]
     tuned = [task for task in ("stsb", "cola")
              if any(tried_rates(row, task) for _, _, row in ROWS.values())]
@@ -348,6 +348,13 @@ def write_report() -> None:
         parts.append(EARLIER.read_text("utf-8"))
     (HERE / "RESULTS.md").write_text("\n\n".join(part.strip() for part in parts) + "\n", "utf-8")
     plot()
+
+
+def machines(lines: list[dict[str, Any]]) -> str:
+    """Return how many runs were made on which machine. The first ones did not note theirs."""
+    counts = Counter(line.get("machine") or f"a machine that was not noted, torch {line['torch']}"
+                     for line in lines)
+    return "; ".join(f"{n} on {machine}" for machine, n in counts.items())
 
 
 def rates_table(task: str) -> str:
