@@ -1296,17 +1296,20 @@ class Run:
         settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in self.FREE}
         self.identity = json.loads(json.dumps({**settings, **identity}))
         self.metrics, self.history = self.folder / "metrics.jsonl", self.folder / "ranks.jsonl"
-        self.checkpoints = [] if config.overwrite else checkpoints_in(self.folder)
+        self.checkpoints: list[Path] = []  # of the run that this one continues
         self.writes = process()[0] == 0
         self.signals = Signals()
 
     def __enter__(self) -> Run:
-        refuse_overwriting(self.folder, self.config)
         with ExitStack() as stack:
             stack.enter_context(naming(self.folder))
             if self.writes:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.folder))
+            refuse_overwriting(self.folder, self.config)  # behind the lock, nobody adds to it
+            if not self.config.overwrite:
+                self.checkpoints = checkpoints_in(self.folder)
+            if self.writes:
                 if self.config.overwrite:
                     delete_run(self.folder, self.config)
                 for part in self.folder.glob("checkpoints/.*.part"):  # left by a killed process
