@@ -82,15 +82,15 @@ class Row:
 
 
 def step(row: Row, batch: Batch) -> None:
-    """Do one optimizer step, as in train_glue.train."""
+    """Do one optimizer step, as in train_glue.train. The model is in training mode."""
     if row.optimizer is None:
-        parameters = [p for p in row.model.parameters() if p.requires_grad]
-        row.optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01, fused=True)
-    row.model.train()
+        trained = [p for p in row.model.parameters() if p.requires_grad]
+        row.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.01, fused=True)
+    trained = row.optimizer.param_groups[0]["params"]
     penalty = row.pruner.penalty()
     (row.loss(batch) + penalty).backward()
     row.pruner.observe()
-    nn.utils.clip_grad_norm_(row.model.parameters(), 1.0)
+    nn.utils.clip_grad_norm_(trained, 1.0)
     row.optimizer.step()
     row.after()
     row.optimizer.zero_grad()
@@ -129,7 +129,7 @@ def build(name: str, model: nn.Module, mode: str = "float32") -> Row:
             return train_glue.task_loss(model(ids, mask), labels)
         return model(input_ids=ids, attention_mask=mask.long(), labels=labels).loss
 
-    row = Row(model, loss, pruner, after=after)
+    row = Row(model.train(), loss, pruner, after=after)
     if name == COMPACTED:  # three steps, the second of which prunes for the last time
         for _ in range(3):
             step(row, make_batch(2, 16, next(model.parameters()).device))
@@ -256,7 +256,6 @@ class Operations(TorchDispatchMode):
 
 def operations(row: Row, batch: Batch) -> float:
     """Return the operations of a step: forward, backward, observe, clip, optimizer, pruner."""
-    row.model.train()
     step(row, batch)  # the optimizer's state exists from here on
     with Operations() as found:
         for _ in range(10):
@@ -292,6 +291,7 @@ def measure(shape: str, size: int, width: int, names: tuple[str, ...], seconds: 
         batch = make_batch(64, width, device)
         for name in random.sample(list(passes), len(passes)):
             passes[name].append(timed(evaluate, rows[name], batch, device=device))
+            rows[name].model.train()
         ours = rows[OURS]
         ours.loss(batch).backward()  # gradients for observe()
         shares.append(timed(method, ours, device=device) / 10 / times[OURS][-1])
