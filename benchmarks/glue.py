@@ -63,6 +63,13 @@ ROWS: dict[str, tuple[str, dict[str, Any], str]] = {
     "bitfit": ("bitfit", {}, "bitfit"),
     "head": ("head", {}, "head"),
 }
+# rows of about the same number of parameters (full fine-tuning apart), whose seeds are compared
+PAIRS = (
+    ("dora 0.25", "lora qv 1"), ("dora 1", "lora qv 4"),
+    *((f"dora {rank}", f"lora {rank}") for rank in (1, 2, 4)),
+    *((f"dora {rank}", f"adalora {rank}") for rank in (1, 2)),
+    ("dora 2", "paper 2"), ("dora 4", "full"),
+)
 ON_COLA = ("dora 0.5", "dora 1", "dora 2", "lora 1", "lora 2", "full")
 NOISE = 0.002  # of a score; three seeds of the first version's default lay 0.0046 apart
 # the middle of the first three rates, near the best of the first version; others 2e-3
@@ -335,7 +342,11 @@ def write_report() -> None:
         **{f"## Learning rates: a tenth of {task}'s train set, held out": rates_table(task)
            for task in tuned},
         "## Score against parameters": scores_table(ROWS, tuple(EPOCHS)) + FIGURE,
-        "## Controls": scores_table(CONTROLS, ("stsb", "mrpc"))}
+        "## Seed by seed, at about the same number of parameters": differences_table(
+            PAIRS, tuple(EPOCHS)),
+        "## Controls": scores_table(CONTROLS, ("stsb", "mrpc")),
+        "## Controls, seed by seed": differences_table(
+            [(name, row) for name, (_, row, _) in CONTROLS.items()], ("stsb", "mrpc"))}
     for title, text in sections.items():
         parts += [title, text] if text else [f"{title}\n\nNot run yet."]
     others = [f"{line['row']}, {line['task']}, seed {line['seed']}, rate {line['lr']:g}: "
@@ -395,10 +406,29 @@ def scores_table(rows: Any, tasks: tuple[str, ...]) -> str:
     return report.table(["row", *(f"{task}: score; parameters; rate" for task in tasks)], body)
 
 
+def differences_table(pairs: Any, tasks: tuple[str, ...]) -> str:
+    """Return a table of the differences between two rows or controls with the same seed; "" if no
+    seed has both."""
+    body = []
+    for a, b in pairs:
+        cells = []
+        for task in tasks:
+            first, second = ({line["seed"]: line for line in on(row, task)} for row in (a, b))
+            seeds = [seed for seed in SEEDS if seed in first and seed in second]
+            cells.append(", ".join(f"{first[seed]['best'] - second[seed]['best']:+.4f}"
+                                   for seed in seeds) or "not run")
+        body.append([f"{a} minus {b}", *cells])
+    if all(cell == "not run" for line in body for cell in line[1:]):
+        return ""
+    return "The differences of the scores, by rising seed.\n\n" + report.table(
+        ["rows", *tasks], body)
+
+
 def plot() -> None:
     """Write results/glue.svg: score against parameters of the rows with all seeds, a panel per
     task."""
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         print("no figure: pip install -r benchmarks/requirements.txt, then --report",
@@ -435,7 +465,8 @@ def plot() -> None:
     handles = {label: handle for ax in figure.axes
                for handle, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside right center")
-    figure.savefig(HERE / "results" / "glue.svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "glue"}):  # the same figure is the same file
+        figure.savefig(HERE / "results" / "glue.svg", metadata={"Date": None})
 
 
 def main() -> None:
