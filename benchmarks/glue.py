@@ -449,10 +449,17 @@ def plot() -> None:
                              sorted(line["best"] for line in lines)) for lines in found)
             if not points:
                 continue
-            if not points[0][0]:  # the head alone: no place on a logarithmic axis
-                ax.axhline(statistics.median(points[0][1]), color=color, ls=":", label=family)
+            if not points[0][0]:  # no place on a logarithmic axis, and often far below the others
+                ax.text(0.98, 0.03, f"head alone: {statistics.median(points[0][1]):.3f}",
+                        ha="right", transform=ax.transAxes)
                 continue
             x = [place for place, _ in points]
+            if x[0] > 1e6:  # on the axis it would squeeze the others into a corner
+                scores = points[0][1]
+                ax.axhspan(scores[0], scores[-1], color=color, alpha=0.08)
+                ax.axhline(statistics.median(scores), color=color, ls="--",
+                           label=f"{family} ({x[0] / 1e6:.0f} million)")
+                continue
             y = [statistics.median(scores) for _, scores in points]
             low = [middle - scores[0] for middle, (_, scores) in zip(y, points)]
             high = [scores[-1] - middle for middle, (_, scores) in zip(y, points)]
