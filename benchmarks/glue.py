@@ -68,7 +68,7 @@ PAIRS = (
     ("dora 0.25", "lora qv 1"), ("dora 1", "lora qv 4"),
     *((f"dora {rank}", f"lora {rank}") for rank in (1, 2, 4)),
     *((f"dora {rank}", f"adalora {rank}") for rank in (1, 2)),
-    ("dora 2", "paper 2"), ("dora 4", "full"),
+    ("dora 2", "paper 2"), ("dora 0.5", "bitfit"), ("dora 2", "full"),
 )
 ON_COLA = ("dora 0.5", "dora 1", "dora 2", "lora 1", "lora 2", "full")
 NOISE = 0.002  # of a score; three seeds of the first version's default lay 0.0046 apart
