@@ -428,7 +428,6 @@ def plot() -> None:
     """Write results/glue.svg: score against parameters of the rows with all seeds, a panel per
     task."""
     try:
-        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         print("no figure: pip install -r benchmarks/requirements.txt, then --report",
@@ -472,8 +471,7 @@ def plot() -> None:
     handles = {label: handle for ax in figure.axes
                for handle, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside right center")
-    with rc_context({"svg.hashsalt": "glue"}):  # the same figure is the same file
-        figure.savefig(HERE / "results" / "glue.svg", metadata={"Date": None})
+    report.save_figure(figure, HERE / "results" / "glue.svg")
 
 
 def main() -> None:

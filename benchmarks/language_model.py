@@ -465,7 +465,7 @@ def plot(setup: Setup) -> bool:
         ax.set_title(f"{row}, seeds: {len(on_test(setup, row))}", fontsize=10)
     axes[0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, label="live components, mean over the seeds")
-    figure.savefig(setup.log.with_suffix(".svg"), metadata={"Date": None})
+    report.save_figure(figure, setup.log.with_suffix(".svg"))
     return True
 
 

@@ -495,7 +495,7 @@ def plot(tables: Sequence[list[dict[str, Any]]], path: Path) -> None:
             ax.set_yticks(range(len(rows)), rows)
             ax.set_title(title)
     figure.supxlabel(f"worst: of all columns to its left except {', '.join(STRESS)}", fontsize=10)
-    figure.savefig(path)
+    report.save_figure(figure, path)
 
 
 def explain(seeds: int) -> str:

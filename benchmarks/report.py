@@ -1,5 +1,5 @@
-"""What the benchmarks share: a log of runs, a part of README.md each, the machine in words, and
-colours."""
+"""What the benchmarks share: a log of runs, a part of README.md each, the machine in words,
+colours, and how a figure is saved."""
 
 from __future__ import annotations
 
@@ -88,6 +88,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table. The first column is text, the others are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib as SVG. The same figure is the same file, byte for byte."""
+    from matplotlib import rc_context
+    with rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def write_part(name: str, text: str) -> None:
