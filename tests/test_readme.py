@@ -144,10 +144,10 @@ def test_scores_on_stsb():
             f"LoRA has {lora} and {lora_2} with the last two",
             f"{on_dev('lora qv 1', 4e-3)} on query and value alone with {sizes['lora qv 1']:,}",
             f"AdaLoRA has {ada} and {ada_2}",
-            f"{on_dev('bitfit', 8e-3)}, and the places hardly matter",
+            f"{on_dev('bitfit', 8e-3)}, and which matrices get the rank hardly matters",
             f"the {sizes['bitfit']:,} biases alone (BitFit)",
-            f"at rank 1/2 `dora` has {half}, LoRA with the same components from the start {same}",
-            f"shuffled over matrices of one shape {shuffled}",
+            f"at rank 1/2 `dora` has {half}, LoRA in the same matrices {same}",
+            f"in shuffled ones {shuffled}",
             f"differ by up to {max(spreads):.3f}"):
         assert words in WORDS, words
     assert sizes["dora 1"] <= sizes["lora 1"] == 4 * sizes["dora 0.25"]
