@@ -8,6 +8,7 @@
     stage 2   STS-B and MRPC, three seeds, every row
     stage 3   learning rates on a tenth of CoLA's train set, then CoLA
     stage 4   controls: is it the choice of the components, the pruning, or neither?
+    stage 5   the default of dora against other choices, three seeds on STS-B's held-out tenth
 
 A finished run is a line of results/budget_curve.jsonl and is never repeated. A run that was stopped
 continues from its checkpoint. Several of these processes may run at once, with one thread each:
@@ -32,7 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import report  # noqa: E402
 import train_glue  # noqa: E402
-from dora import IMPORTANCE, DoRAError, compact_  # noqa: E402
+from dora import IMPORTANCE, DoRAError, Pruner, compact_  # noqa: E402
+from rank_recovery import PerParameter, PerParameterTwice  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 LOG = HERE / "results" / "budget_curve.jsonl"
@@ -40,6 +42,7 @@ CODE = 1  # raise it when a change of the program changes what these runs comput
 EPOCHS = {"stsb": 4, "mrpc": 6, "cola": 5}
 TUNED_ON = {"stsb": "stsb", "mrpc": "stsb", "cola": "cola"}
 SEEDS = (1, 2, 3)
+STAGES = [1, 2, 3, 4, 5]
 QV = ("query", "value")
 FIGURE = "\n\n![Score against stored parameters, a panel per task](results/glue.svg)"
 EARLIER = HERE / "results" / "first_version.md"
@@ -87,6 +90,15 @@ CONTROLS: dict[str, tuple[str, str, dict[str, Any]]] = {
           if rank == 0.5 else ()),
     )
 }
+# name: as in CONTROLS. The rate of a scale of 16 is tried at half of what suits a scale of 8, too
+CHOICES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "components in order of score / cost": ("per parameter", "dora 0.5", {}),
+    "components in order of score / cost^2": ("per parameter twice", "dora 0.5", {}),
+    "budget in components": ("dora", "dora 0.5", dict(budget_unit="components")),
+    "scale alpha / r = 16": ("dora", "dora 0.5", dict(alpha=16.0)),
+}
+ORDERS = {"per parameter": PerParameter, "per parameter twice": PerParameterTwice}
+VARIANTS = {**CONTROLS, **CHOICES}
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -105,7 +117,7 @@ def finished() -> dict[str, dict[str, Any]]:
 def run(c: dict[str, Any], args: argparse.Namespace) -> bool:
     """Make a run and write its line; return False if another process is at it."""
     key = report.key_of(c)
-    kind, row, more = CONTROLS.get(c["row"], ("dora", c["row"], {}))
+    kind, row, more = VARIANTS.get(c["row"], ("dora", c["row"], {}))
     method, settings, _ = ROWS[row]
     if kind in ("same", "shuffled"):  # plain LoRA, later cut to the ranks that dora found
         top = max(ranks_of(row, c["task"], c["seed"]))
@@ -187,7 +199,7 @@ def best_rate(tried: dict[float, float]) -> float:
 def rate_of(row: str, task: str) -> float | None:
     """Return the learning rate that was chosen for a row or control; None if the choice is not
     finished."""
-    kind, source, _ = CONTROLS.get(row, ("", row, {}))
+    kind, source, _ = VARIANTS.get(row, ("", row, {}))
     source = "lora 2" if kind in ("same", "shuffled") else source
     row, task = ROWS[source][2], TUNED_ON[task]
     tried = tried_rates(row, task)
@@ -200,20 +212,23 @@ def rate_to_try(row: str, task: str) -> float | None:
 
 
 def tried_rates(row: str, task: str) -> dict[float, float]:
-    """Return the score after the last epoch on a task's held-out tenth, by learning rate."""
-    return {line["lr"]: line["last"] for line in finished().values()
-            if (line["row"], line["split"], line["task"]) == (row, "held out", task)}
+    """Return the score after the last epoch on a task's held-out tenth, by learning rate. One seed
+    chooses; dora 0.5 has further ones there, for stage 5."""
+    return {line["lr"]: line["last"] for line in finished().values() if (
+        line["row"], line["split"], line["task"], line["seed"]) == (row, "held out", task, 1)}
 
 
 # ---- controls ------------------------------------------------------------------------------------
 
 
 def control(kind: str, c: dict[str, Any], config: Any) -> tuple[Any, Callable[[], None]]:
-    """Prepare a control. Return its settings and a function that undoes the preparation."""
+    """Prepare a control or choice. Return its settings and a function that undoes the
+    preparation."""
     adapt = train_glue.adapt
+    train_glue.Pruner = ORDERS.get(kind, Pruner)  # type: ignore[misc]
 
     def undo() -> None:
-        train_glue.adapt = adapt
+        train_glue.adapt, train_glue.Pruner = adapt, Pruner  # type: ignore[misc]
         IMPORTANCE.pop("measured", None)
 
     if kind in ("same", "shuffled"):
@@ -270,6 +285,8 @@ def to_do(stages: list[int]) -> Iterator[dict[str, Any]]:
         yield from on_dev(ON_COLA, ("cola",))
     if 4 in stages:
         yield from controls()
+    if 5 in stages:
+        yield from choices()
 
 
 def rates(rows: Any, task: str) -> Iterator[dict[str, Any]]:
@@ -297,6 +314,16 @@ def controls() -> Iterator[dict[str, Any]]:
                 rate, own = rate_of(name, task), rate_of(row, task)
                 if rate and own and report.key_of(cell(row, "dev", task, seed, own)) in done:
                     yield cell(name, "dev", task, seed, rate)
+
+
+def choices() -> Iterator[dict[str, Any]]:
+    """Yield the default and the other choices on STS-B's held-out tenth, seed by seed."""
+    for seed in SEEDS:
+        for row in ("dora 0.5", *CHOICES):
+            if (rate := rate_of(row, "stsb")) is not None:
+                yield cell(row, "held out", "stsb", seed, rate)
+                if row == "scale alpha / r = 16":
+                    yield cell(row, "held out", "stsb", seed, rate / 2)
 
 
 # ---- report --------------------------------------------------------------------------------------
@@ -341,6 +368,7 @@ def write_report() -> None:
     sections = {
         **{f"## Learning rates: a tenth of {task}'s train set, held out": rates_table(task)
            for task in tuned},
+        "## Choices of the default": choices_table(),
         "## Score against parameters": scores_table(ROWS, tuple(EPOCHS)) + FIGURE,
         "## Seed by seed, at about the same number of parameters": differences_table(
             PAIRS, tuple(EPOCHS)),
@@ -383,6 +411,26 @@ def rates_table(task: str) -> str:
              f"inside it. Chosen, in bold, is the lowest rate within {NOISE} of the best: the next "
              "rate up often collapses.\n\n")
     return title + report.table(["row", *(f"{rate:g}" for rate in grid)], body)
+
+
+def choices_table() -> str:
+    """Return the scores of the default and of the other choices; "" if none of these was run."""
+    body = []
+    found = [line for line in finished().values()
+             if (line["split"], line["task"]) == ("held out", "stsb")]
+    for c in dict.fromkeys((c["row"], c["lr"]) for c in choices()):
+        lines = {line["seed"]: line for line in found if (line["row"], line["lr"]) == c}
+        scores = [lines[seed]["last"] if seed in lines else None for seed in SEEDS]
+        known = [score for score in scores if score is not None]
+        body.append([f"{c[0]}, lr {c[1]:g}", *("" if s is None else f"{s:.4f}" for s in scores),
+                     f"{statistics.median(known):.4f}" if known else "not run",
+                     f"{statistics.median(map(size, lines.values())):,.0f}" if known else ""])
+    if not any(line["row"] in CHOICES for line in found):
+        return ""
+    return ("The default at rank 0.5 and one setting changed, on the tenth of STS-B's train set "
+            "that is held out. Score after the last epoch, by seed; parameters are a median.\n\n"
+            ) + report.table(["row", *(f"seed {seed}" for seed in SEEDS), "median", "parameters"],
+                             body)
 
 
 def scores_table(rows: Any, tasks: tuple[str, ...]) -> str:
@@ -478,8 +526,8 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", type=int, nargs="+", choices=(1, 2, 3, 4), default=[1, 2, 3, 4])
-    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *CONTROLS], metavar="ROW",
+    parser.add_argument("--stages", type=int, nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *VARIANTS], metavar="ROW",
                         help='only these rows of the table, such as "dora 2"')
     parser.add_argument("--data-dir", type=Path, default=ROOT / "../shared/data/glue")
     parser.add_argument("--model-dir", type=Path,
@@ -512,7 +560,12 @@ def short(args: argparse.Namespace) -> None:
     assert best_rate({1e-3: 0.8085, 2e-3: 0.8173, 4e-3: 0.8178, 8e-3: 0.0}) == 2e-3
     assert next_rate({5e-3: 0.8175, 1e-2: 0.8178, 2e-2: 0.8}, 1e-2) == 2.5e-3
     assert all(tuned in ROWS for _, _, tuned in ROWS.values())
-    print(f"{len(finished())} finished runs on record, {len(list(to_do([1, 2, 3, 4])))} can start")
+    for kind, order in ORDERS.items():
+        _, undo = control(kind, {}, None)
+        assert train_glue.Pruner is order
+        undo()
+        assert train_glue.Pruner is Pruner
+    print(f"{len(finished())} finished runs on record, {len(list(to_do(STAGES)))} can start")
 
 
 if __name__ == "__main__":
