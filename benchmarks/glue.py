@@ -86,7 +86,8 @@ CONTROLS: dict[str, tuple[str, str, dict[str, Any]]] = {
         ("same ranks, fixed from the start", "same", {}),
         ("same ranks, shuffled over matrices of one shape", "shuffled", {}),
         ("chosen by the measured cost of removal", "measured", dict(interval=50)),
-        *((("r' = 2", "dora", dict(start_rank=2)), ("r' = 4", "dora", dict(start_rank=4)))
+        *((("the default's score, pruned every 50 steps", "dora", dict(interval=50)),
+           ("r' = 2", "dora", dict(start_rank=2)), ("r' = 4", "dora", dict(start_rank=4)))
           if rank == 0.5 else ()),
     )
 }
