@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import report  # noqa: E402
 import train_glue  # noqa: E402
-from dora import IMPORTANCE, DoRAError, Pruner, compact_  # noqa: E402
+from dora import IMPORTANCE, DoRAConfig, DoRAError, Pruner, compact_, inject  # noqa: E402
 from rank_recovery import PerParameter, PerParameterTwice  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -566,7 +566,39 @@ def short(args: argparse.Namespace) -> None:
         assert train_glue.Pruner is order
         undo()
         assert train_glue.Pruner is Pruner
+    check_measured()
     print(f"{len(finished())} finished runs on record, {len(list(to_do(STAGES)))} can start")
+
+
+def check_measured() -> None:
+    """Compare what the measured control keeps with the component whose removal costs most, in a run
+    without a stop and in one that continues from a checkpoint."""
+    from measured import Measured
+    worth = torch.tensor([1.0, 2.0, 4.0, 3.0])  # the rise of the loss per gate that is closed
+
+    class Known(Measured):
+        def loss(self) -> float:
+            return -(self.model[0].c @ worth).item()
+
+    IMPORTANCE["measured"] = (Known(None), "weights", torch.cat)
+    config = DoRAConfig(rank=1, start_rank=4, targets=("0",), importance="measured", beta1=0.0,
+                        beta2=None, interval=3, budget_unit="components")
+    middle: dict[str, Any] = {}  # the state after five steps of the first run
+    for _ in range(2):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        pruner = Pruner(inject(model, config), config, total_steps=20)
+        known = IMPORTANCE["measured"][0]
+        known.config, known.model = config, model
+        if middle:
+            pruner.load_state_dict(middle)
+        while not pruner.done:
+            model(torch.ones(1, 4)).sum().backward()
+            pruner.observe()
+            pruner.step()
+            if pruner.t == 5:
+                middle = pruner.state_dict()
+        assert pruner.mask.tolist() == [False, False, True, False], pruner.mask
+    del IMPORTANCE["measured"]
 
 
 if __name__ == "__main__":

@@ -27,27 +27,25 @@ class Measured:
     """A function for a row of dora.IMPORTANCE, which is called after every optimizer step."""
 
     def __init__(self, config: Any):
-        self.config, self.t = config, 0
+        self.config = config
 
     def watch(self, model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
         """Take the model and its examples; return its layers."""
-        self.model, self.layers = model, layers
+        self.model = model
         bpe = data.BPE.from_folder(self.config.model_dir)
         examples = data.load_task(self.config.task, self.config.data_dir, "train", bpe,
                                   self.config.max_len)
         stream = data.batches(examples, self.config.batch_size, self.config.seed, 0)
         self.batches = [batch for batch, _ in zip(stream, range(BATCHES))]
-        steps = self.config.max_steps or self.config.epochs * -(
-            -len(examples) // (self.config.batch_size * self.config.accumulate))
-        self.first, self.last = phases(steps, self.config)
         return layers
 
     def __call__(self, layers: list[Any]) -> Tensor:
         """Return the rise of the loss for each component, (n,); zeros where no pruning is due."""
-        self.t += 1
-        due = self.t > self.first and (self.t - self.first) % self.config.interval == 0
+        # the step is the Pruner's, which a run that continues from a checkpoint restores
+        t, total = layers[0].progress.t, layers[0].progress.total
+        first, last = phases(total, self.config)
         n = sum(len(layer.c) for layer in layers)
-        if not (due or self.t == self.last):
+        if not (t == last or t > first and (t - first) % self.config.interval == 0):
             return torch.zeros(n)
 
         self.model.eval()
