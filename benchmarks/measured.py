@@ -2,12 +2,18 @@
 
 The sensitivity |c dL/dc| estimates this to first order. Here every live gate is closed once, before
 each pruning, on two batches of the train set.
+
+    python benchmarks/measured.py    # what it sees at the first pruning, STS-B, three seeds
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
+import tempfile
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import train_glue  # noqa: E402
-from dora import phases  # noqa: E402
+from dora import IMPORTANCE, phases  # noqa: E402
 
 BATCHES = 2  # of 32 examples
 
@@ -48,6 +54,12 @@ class Measured:
         if not (t == last or t > first and (t - first) % self.config.interval == 0):
             return torch.zeros(n)
 
+        rise = self.removals(layers)
+        # above 0, since only the order counts; closed gates come last, as with the sensitivity
+        return torch.where(rise == math.inf, 1e-12, rise - rise.min() + 1e-9)
+
+    def removals(self, layers: list[Any]) -> Tensor:
+        """Return what closing each gate adds to the loss, (n,); inf for a gate that is closed."""
         self.model.eval()
         whole, costs = self.loss(), []
         for layer in layers:
@@ -57,11 +69,52 @@ class Measured:
                 costs.append(self.loss() - whole if gate else math.inf)
                 layer.c[i] = gate
         self.model.train()
-        rise = torch.tensor(costs)
-        # above 0, since only the order counts; closed gates come last, as with the sensitivity
-        return torch.where(rise == math.inf, 1e-12, rise - rise.min() + 1e-9)
+        return torch.tensor(costs)
 
     def loss(self) -> float:
         """Return the mean loss of the batches."""
         losses = [train_glue.task_loss(self.model(b.ids, b.mask), b.labels) for b in self.batches]
         return torch.stack(losses).mean().item()
+
+
+class Look(Measured):
+    """Stops at the first pruning and keeps what it saw there."""
+
+    def __call__(self, layers: list[Any]) -> Tensor:
+        scores = super().__call__(layers)
+        if not scores.any():
+            return scores
+
+        self.model.eval()
+        error = torch.cat([self.model(b.ids, b.mask)[:, 0] - b.labels for b in self.batches])
+        lowered = int((self.removals(layers) < 0).sum())
+        raise Seen(f"loss {error.square().mean():.4f}, of which {error.mean().square():.4f} is the square of "
+                   f"the mean error; {lowered} of {len(scores)} removals lower it")
+
+
+class Seen(Exception):
+    """What Look saw."""
+
+
+def main() -> None:
+    """Train to the first pruning and print what the measurement sees there."""
+    adapt = train_glue.adapt
+    for seed in (1, 2, 3):
+        with tempfile.TemporaryDirectory() as out:
+            config = train_glue.make_config(
+                "stsb", "dora", seed=seed, lr=2e-3, epochs=4, batch_size=32, rank=0.5, interval=50,
+                beta1=0.0, beta2=None, data_dir=str(ROOT / "../shared/data/glue"), out=f"{out}/run",
+                model_dir=str(ROOT / "../shared/models/minilm-l6-roberta"), device="cpu")
+            look = Look(config)
+            IMPORTANCE["measured"] = (look, "weights", torch.cat)
+            train_glue.adapt = lambda model, cfg: look.watch(model, adapt(model, cfg))
+            try:
+                with redirect_stdout(StringIO()):
+                    train_glue.train(dataclasses.replace(config, importance="measured"))
+            except Seen as seen:
+                print(f"seed {seed}: {seen}", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
