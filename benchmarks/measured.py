@@ -88,8 +88,9 @@ class Look(Measured):
         self.model.eval()
         error = torch.cat([self.model(b.ids, b.mask)[:, 0] - b.labels for b in self.batches])
         lowered = int((self.removals(layers) < 0).sum())
-        raise Seen(f"loss {error.square().mean():.4f}, of which {error.mean().square():.4f} is the square of "
-                   f"the mean error; {lowered} of {len(scores)} removals lower it")
+        raise Seen(
+            f"loss {error.square().mean():.4f}, of which {error.mean().square():.4f} is the square "
+            f"of the mean error; {lowered} of {len(scores)} removals lower it")
 
 
 class Seen(Exception):
