@@ -238,11 +238,7 @@ def control(kind: str, c: dict[str, Any], config: Any) -> tuple[Any, Callable[[]
             adapt(model, cfg), model, ranks, c["seed"] if kind == "shuffled" else None)
     elif kind == "measured":
         from measured import Measured  # what closing each gate does to the loss
-        measured = Measured(config)
-        IMPORTANCE["measured"] = (measured, "weights", torch.cat)
-        config = dataclasses.replace(
-            config, importance="measured", beta1=0.0, beta2=None)
-        train_glue.adapt = lambda model, cfg: measured.watch(model, adapt(model, cfg))
+        config = Measured(config).install()
     return config, undo
 
 
@@ -416,9 +412,12 @@ def rates_table(task: str) -> str:
 
 def choices_table() -> str:
     """Return the scores of the default and of the other choices; "" if none of these was run."""
-    body = []
     found = [line for line in finished().values()
              if (line["split"], line["task"]) == ("held out", "stsb")]
+    if not any(line["row"] in CHOICES for line in found):
+        return ""
+
+    body = []
     for c in dict.fromkeys((c["row"], c["lr"]) for c in choices()):
         lines = {line["seed"]: line for line in found if (line["row"], line["lr"]) == c}
         scores = [lines[seed]["last"] if seed in lines else None for seed in SEEDS]
@@ -426,8 +425,6 @@ def choices_table() -> str:
         body.append([f"{c[0]}, lr {c[1]:g}", *("" if s is None else f"{s:.4f}" for s in scores),
                      f"{statistics.median(known):.4f}" if known else "not run",
                      f"{statistics.median(map(size, lines.values())):,.0f}" if known else ""])
-    if not any(line["row"] in CHOICES for line in found):
-        return ""
     return ("The default at rank 0.5 and one setting changed, on the tenth of STS-B's train set "
             "that is held out. Score after the last epoch, by seed; parameters are a median.\n\n"
             ) + report.table(["row", *(f"seed {seed}" for seed in SEEDS), "median", "parameters"],
@@ -580,15 +577,15 @@ def check_measured() -> None:
         def loss(self) -> float:
             return -(self.model[0].c @ worth).item()
 
-    IMPORTANCE["measured"] = (Known(None), "weights", torch.cat)
-    config = DoRAConfig(rank=1, start_rank=4, targets=("0",), importance="measured", beta1=0.0,
-                        beta2=None, interval=3, budget_unit="components")
+    known = Known(DoRAConfig(rank=1, start_rank=4, targets=("0",), beta1=0.0, beta2=None,
+                             interval=3, budget_unit="components"))
+    IMPORTANCE["measured"] = (known, "weights", torch.cat)
+    config = dataclasses.replace(known.config, importance="measured")
     middle: dict[str, Any] = {}  # the state after five steps of the first run
     for _ in range(2):
         model = torch.nn.Sequential(torch.nn.Linear(4, 4))
         pruner = Pruner(inject(model, config), config, total_steps=20)
-        known = IMPORTANCE["measured"][0]
-        known.config, known.model = config, model
+        known.model = model
         if middle:
             pruner.load_state_dict(middle)
         while not pruner.done:

@@ -35,6 +35,13 @@ class Measured:
     def __init__(self, config: Any):
         self.config = config
 
+    def install(self) -> Any:
+        """Let train_glue score by this. Return the settings of the run."""
+        adapt = train_glue.adapt
+        IMPORTANCE["measured"] = (self, "weights", torch.cat)
+        train_glue.adapt = lambda model, cfg: self.watch(model, adapt(model, cfg))
+        return dataclasses.replace(self.config, importance="measured", beta1=0.0, beta2=None)
+
     def watch(self, model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
         """Take the model and its examples; return its layers."""
         self.model = model
@@ -78,19 +85,15 @@ class Measured:
 
 
 class Look(Measured):
-    """Stops at the first pruning and keeps what it saw there."""
+    """Stops at the first pruning and says what it saw there."""
 
-    def __call__(self, layers: list[Any]) -> Tensor:
-        scores = super().__call__(layers)
-        if not scores.any():
-            return scores
-
+    def removals(self, layers: list[Any]) -> Tensor:
+        rise = super().removals(layers)
         self.model.eval()
         error = torch.cat([self.model(b.ids, b.mask)[:, 0] - b.labels for b in self.batches])
-        lowered = int((self.removals(layers) < 0).sum())
         raise Seen(
             f"loss {error.square().mean():.4f}, of which {error.mean().square():.4f} is the square "
-            f"of the mean error; {lowered} of {len(scores)} removals lower it")
+            f"of the mean error; {(rise < 0).sum()} of {len(rise)} removals lower it")
 
 
 class Seen(Exception):
@@ -104,16 +107,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as out:
             config = train_glue.make_config(
                 "stsb", "dora", seed=seed, lr=2e-3, epochs=4, batch_size=32, rank=0.5, interval=50,
-                beta1=0.0, beta2=None, data_dir=str(ROOT / "../shared/data/glue"), out=f"{out}/run",
-                model_dir=str(ROOT / "../shared/models/minilm-l6-roberta"), device="cpu")
-            look = Look(config)
-            IMPORTANCE["measured"] = (look, "weights", torch.cat)
-            train_glue.adapt = lambda model, cfg: look.watch(model, adapt(model, cfg))
+                data_dir=str(ROOT / "../shared/data/glue"), out=f"{out}/run", device="cpu",
+                model_dir=str(ROOT / "../shared/models/minilm-l6-roberta"))
             try:
                 with redirect_stdout(StringIO()):
-                    train_glue.train(dataclasses.replace(config, importance="measured"))
+                    train_glue.train(Look(config).install())
             except Seen as seen:
                 print(f"seed {seed}: {seen}", flush=True)
+            finally:
+                train_glue.adapt = adapt
 
 
 if __name__ == "__main__":
