@@ -3,6 +3,7 @@ colours, and how a figure is saved."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -34,8 +35,13 @@ def key_of(run: dict[str, Any]) -> str:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Return the finished runs of a log, a line each."""
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return parse(path.read_text("utf-8")) if path.exists() else []
+
+
+@functools.lru_cache(maxsize=1)  # a report asks for the same log in every cell of its tables
+def parse(text: str) -> list[dict[str, Any]]:
+    """Return the lines of a log, parsed. They are shared: do not change them."""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def add_to_log(path: Path, line: dict[str, Any]) -> None:
