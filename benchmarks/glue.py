@@ -403,10 +403,10 @@ def machines(lines: list[dict[str, Any]]) -> str:
 def rates_table(task: str) -> str:
     """Return the scores on a held-out tenth by learning rate, the chosen ones in bold."""
     rows = dict.fromkeys(tuned for _, _, tuned in ROWS.values())
-    tried = {row: tried_rates(row, task) for row in rows}
+    tried = {row: found for row in rows if (found := tried_rates(row, task))}
     grid = sorted({rate for found in tried.values() for rate in found})
     body = []
-    for row in rows:
+    for row in tried:
         best = rate_of(row, task)
         cells = [f"{tried[row][rate]:.4f}" if rate in tried[row] else "" for rate in grid]
         body.append([row, *(f"**{text}**" if rate == best else text
