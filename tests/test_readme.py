@@ -108,15 +108,17 @@ def test_numbers_are_the_benchmarks():
     """Figures of the synthetic networks, compared with what the script wrote."""
     table = (ROOT / "benchmarks/results/rank_recovery_table.md").read_text(encoding="utf-8")
     lines = table.split("| Methods |")[1].split("\n\n")[0].split("\n")[2:]
-    misplaced = {}  # by method: in the worst pattern and in the short one
+    found = {}  # by method: (misplaced, loss) in the worst pattern and in the short one
     for line in lines:
         method, *_, short, worst = (cell.strip() for cell in line.strip("|").split("|"))
-        misplaced[method] = [cell.split(" / ")[0] for cell in (worst, short)]
-    dora_, ada, lora, paper = (misplaced[name][0] for name in ("dora", "adalora", "lora", "paper"))
+        found[method] = worst.split(" / "), short.split(" / ")
+    (own, ada, lora, paper), losses = zip(
+        *(found[method][0] for method in ("dora", "adalora", "lora", "paper")))
     for words in (
-            f"`dora` puts {dora_} % of its adapter's parameters above",
+            f"`dora` puts {own} % of its adapter's parameters above",
             f"`adalora` {ada} %, `lora` {lora} % and `paper` {paper} %",
-            f"of 150 steps only, is left out: there `dora` has {misplaced['dora'][1]} %."):
+            f"losses are {', '.join(losses[:3])} and {losses[3]} times the smallest possible",
+            "in a 15th, of 150 steps only, `dora` has {} % and {}.".format(*found["dora"][1])):
         assert words in WORDS, words
 
 
@@ -147,6 +149,14 @@ def test_table_of_results():
             ("CoLA, Matthews", (f"{scores[1]:.4f}" for scores, _ in cola))):
         line = "|".join(["", *(f" {cell} " if cell else " " for cell in (title, *cells)), ""])
         assert line in TEXT.split("\n"), line
+
+    for name, task in (("stsb", stsb), ("cola", cola)):
+        score = {row: scores[1] for row, (scores, _) in zip(RATES, task)}
+        stored = {row: size for row, (_, size) in zip(RATES, task)}
+        for rank in (1, 2):  # what the text says of them
+            assert stored[f"dora {rank}"] <= stored[f"lora {rank}"], name
+            assert score[f"dora {rank}"] > score[f"lora {rank}"], name
+    assert stored["lora 1"] == 4 * recorded("stsb", "dora 0.25", 2e-3)[1]
 
 
 def test_scores_in_the_text():
