@@ -140,23 +140,22 @@ RATES = {  # of the table's rows, on STS-B and CoLA, as RESULTS.md has them
 
 def test_table_of_results():
     """Medians and sizes, compared with the recorded runs of three seeds."""
-    stsb, cola = ([recorded(task, row, rates[i]) for row, rates in RATES.items()]
+    stsb, cola = ({row: recorded(task, row, rates[i]) for row, rates in RATES.items()}
                   for i, task in enumerate(("stsb", "cola")))
     for title, cells in (
             ("", (row.replace("0.5", "1/2") for row in RATES)),
-            ("adapter parameters", (f"{max(a, b):,}" for (_, a), (_, b) in zip(stsb, cola))),
-            ("STS-B, Pearson", (f"{scores[1]:.4f}" for scores, _ in stsb)),
-            ("CoLA, Matthews", (f"{scores[1]:.4f}" for scores, _ in cola))):
+            ("adapter parameters", (f"{max(stsb[row][1], cola[row][1]):,}" for row in RATES)),
+            ("STS-B, Pearson", (f"{scores[1]:.4f}" for scores, _ in stsb.values())),
+            ("CoLA, Matthews", (f"{scores[1]:.4f}" for scores, _ in cola.values()))):
         line = "|".join(["", *(f" {cell} " if cell else " " for cell in (title, *cells)), ""])
         assert line in TEXT.split("\n"), line
 
-    for name, task in (("stsb", stsb), ("cola", cola)):
-        score = {row: scores[1] for row, (scores, _) in zip(RATES, task)}
-        stored = {row: size for row, (_, size) in zip(RATES, task)}
+    for runs in (stsb, cola):
         for rank in (1, 2):  # what the text says of them
-            assert stored[f"dora {rank}"] <= stored[f"lora {rank}"], name
-            assert score[f"dora {rank}"] > score[f"lora {rank}"], name
-    assert stored["lora 1"] == 4 * recorded("stsb", "dora 0.25", 2e-3)[1]
+            (dora, size), (lora, lora_size) = runs[f"dora {rank}"], runs[f"lora {rank}"]
+            assert size <= lora_size
+            assert dora[1] > lora[1]
+    assert stsb["lora 1"][1] == 4 * recorded("stsb", "dora 0.25", 2e-3)[1]
 
 
 def test_scores_in_the_text():
