@@ -580,7 +580,9 @@ def short(args: argparse.Namespace) -> None:
         undo()
         assert train_glue.Pruner is Pruner
     check_measured()
-    print(f"{len(finished())} finished runs on record, {len(list(to_do(STAGES)))} can start")
+    done = finished()
+    left = sum(report.key_of(c) not in done for c in to_do(STAGES))
+    print(f"{len(done)} finished runs on record, {left} can start")
 
 
 def check_measured() -> None:
