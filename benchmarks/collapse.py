@@ -69,7 +69,7 @@ def run(cell: dict[str, Any], args: argparse.Namespace) -> None:
     metric = train_glue.TASKS[cell["task"]].metrics[0]
     line = {**cell, "metric": metric, "score": found[metric], "spread": found["spread"],
             "loss": statistics.mean(losses[-10:]), "seconds": round(time.monotonic() - started),
-            "torch": torch.__version__}
+            "torch": torch.__version__, "machine": report.machine(args.threads)}
     report.add_to_log(LOG, line)
     print(line, flush=True)
 
@@ -93,7 +93,7 @@ def write_table() -> None:
     report.write_part("collapse", "## collapse.py: how often a run collapses\n\n" + "\n".join(
         __doc__.strip().splitlines()[8:]) + "\n\n" + report.table(head, rows) + "\n\n" +
         f"`python benchmarks/collapse.py`, MiniLM-L6, batch of the task's row of Table 8; "
-        f"{report.machine(1)}.")
+        f"{report.machines(report.read_log(LOG))}.")
 
 
 def main() -> None:

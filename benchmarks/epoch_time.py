@@ -136,7 +136,7 @@ def main() -> None:
             report.table(["task", "steps", "ours", "PEFT LoRA", "ratio", "dev, ours",
                           "dev, PEFT LoRA"], cells), "",
             f"The ratio's target is at most 0.45. `python benchmarks/epoch_time.py`, "
-            f"{results[task]['machine']}."]))
+            f"{report.machines(results.values())}."]))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -366,7 +365,7 @@ def write_report() -> None:
         f"{', '.join(f'{task} {n}' for task, n in EPOCHS.items())}, float32, one thread per run. A "
         "score is that of the best dev epoch after the last pruning: median (smallest to largest, "
         "number of seeds). Parameters are what the adapter file stores, the head left out.",
-        f"{len(lines)} runs, {hours:.1f} hours of one core: {machines(lines)}.",
+        f"{len(lines)} runs, {hours:.1f} hours of one core: {report.machines(lines)}.",
     ]
     tuned = [task for task in EPOCHS if any(tried_rates(row, task) for row in TUNED)]
     sections = {
@@ -392,13 +391,6 @@ def write_report() -> None:
         parts.append(EARLIER.read_text("utf-8"))
     (HERE / "RESULTS.md").write_text("\n\n".join(part.strip() for part in parts) + "\n", "utf-8")
     plot()
-
-
-def machines(lines: list[dict[str, Any]]) -> str:
-    """Return how many runs were made on which machine. The first ones did not note theirs."""
-    counts = Counter(line.get("machine") or f"a machine that was not noted, torch {line['torch']}"
-                     for line in lines)
-    return "; ".join(f"{n} on {machine}" for machine, n in counts.items())
 
 
 def rates_table(task: str) -> str:
@@ -579,6 +571,9 @@ def short(args: argparse.Namespace) -> None:
         assert train_glue.Pruner is order
         undo()
         assert train_glue.Pruner is Pruner
+    assert report.machines([{"machine": "A"}, {"machine": "A"}]) == "A"
+    assert report.machines([{"machine": "A"}, {"torch": "2"}]) == (
+        "1 on A; 1 on a machine that was not noted, torch 2")
     check_measured()
     done = finished()
     left = sum(report.key_of(c) not in done for c in to_do(STAGES))

@@ -23,7 +23,6 @@ run at once, with one thread each: they take different runs.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import math
 import statistics
@@ -47,7 +46,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import report  # noqa: E402
 from dora import (METHODS, DoRAConfig, DoRAError, NotFiniteError, Pruner,  # noqa: E402
                   atomic_file, compact_, inject, merge_)
-from glue import best_rate, next_rate  # noqa: E402
+from glue import NOISE, best_rate, next_rate  # noqa: E402
 from train_glue import locked, peak_memory  # noqa: E402
 
 CODE = 1  # raise it when a change of the program changes what these runs compute
@@ -379,8 +378,7 @@ def run(c: dict[str, Any], setup: Setup, folder: Path) -> None:
     except NotFiniteError as error:
         line["diverged"] = str(error)
 
-    packages = ("torch", "transformers", "sacrebleu")
-    line["versions"] = {name: importlib.metadata.version(name) for name in packages}
+    line["torch"], line["machine"] = torch.__version__, report.machine(1)
     report.add_to_log(setup.log, line)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
@@ -440,12 +438,13 @@ def write_report(setup: Setup) -> None:
         report.table(["row", "parameters", "learning rate", "seeds", "NLL", "BLEU", "s per step",
                       "peak memory, GB"], [results(setup, row) for row in setup.rows]),
         f"The NLL on the held-out representations after {setup.choice_steps} steps, with one seed, "
-        "chose the learning rates. A row tries further rates until its best one, in bold, lies "
-        "between two others.",
+        "chose the learning rates. A row tries further rates until its best one lies between two "
+        f"others. Chosen, in bold, is the lowest rate within {NOISE} of the best.",
         report.table(["row", "learning rate: NLL"], [choice(setup, row) for row in setup.rows]),
         "![live components per layer and matrix](results/language_model.svg)" if plot(setup) else
         "The map of the ranks is drawn from finished runs.",
-        f"`python benchmarks/language_model.py`, {report.machine(1)}."]))
+        "`python benchmarks/language_model.py`, runs: "
+        f"{report.machines(finished(setup).values())}."]))
 
 
 def plot(setup: Setup) -> bool:

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,16 @@ def machine(threads: int, device: str = "cpu") -> str:
         except importlib.metadata.PackageNotFoundError:
             pass
     return f"{name}; {platform.system()}; {', '.join(versions)}"
+
+
+def machines(lines: Iterable[dict[str, Any]]) -> str:
+    """Return the machine that the runs of a log were made on, or how many on each of several. The
+    oldest runs did not note theirs."""
+    counts = Counter(line.get("machine") or f"a machine that was not noted, torch {line['torch']}"
+                     for line in lines)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "; ".join(f"{n} on {name}" for name, n in counts.items()) or "no run yet"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
