@@ -486,7 +486,8 @@ def plot() -> None:
         return
 
     figure = Figure(figsize=(4.6 * len(tasks) + 1.4, 4.2), layout="constrained")
-    for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
+    axes = figure.subplots(1, len(tasks), squeeze=False, sharex=True)[0]
+    for ax, task in zip(axes, tasks):
         for family, color in report.COLORS.items():
             found = [lines for row, lines in whole[task].items()
                      if row.rstrip("0123456789. ") == family]
