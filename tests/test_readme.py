@@ -160,8 +160,10 @@ def test_table_of_results():
         for rank in (1, 2):  # what the text says of them
             (dora, size), (lora, lora_size) = runs[f"dora {rank}"], runs[f"lora {rank}"]
             assert size <= lora_size
-            assert median(dora) > median(lora)
-            assert runs is not mrpc or all(map(operator.gt, dora, lora))  # with every seed
+            most = max(max(scores) - min(scores) for scores, _ in runs.values())
+            assert 0 < median(dora) - median(lora) < most  # the seeds of one row differ by more
+    for rank in (1, 2):
+        assert all(map(operator.gt, mrpc[f"dora {rank}"][0], mrpc[f"lora {rank}"][0]))
     for task, runs in (("stsb", stsb), ("mrpc", mrpc)):
         assert 8 * recorded(task, "dora 0.25", 2e-3)[1] <= runs["lora 2"][1]
 
