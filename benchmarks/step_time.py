@@ -13,7 +13,7 @@ Rows take turns in one process, in random order. A ratio is the median over roun
 of the same round). On the CPU with one thread a time is the process's CPU time, which hardly
 depends on other load on the machine; otherwise it is wall-clock time. Memory is measured in one
 process per row: the largest resident size (Linux) in three steps, less that of the loaded model.
-With --short nothing is asserted of a time, since three rounds on a busy machine show anything: the
+With --short nothing is asserted of a time, since one round on a busy machine shows anything: the
 operations of a step, the products' floating-point operations and the memory are compared.
 
 A GPU that is faster than the host waits for it. Two figures show this without a GPU, for 12 layers:
@@ -272,7 +272,8 @@ def gflops(run: Callable[[Row, Batch], None], row: Row, batch: Batch) -> float:
 
 def measure(shape: str, size: int, width: int, names: tuple[str, ...], seconds: float,
             device: str, mode: str = "float32", counted: bool = False) -> dict[str, Any]:
-    """Time rounds of all rows in turn, for so many seconds; at least three."""
+    """Time rounds of all rows in turn, for so many seconds; at least three, or one if the operations
+    and the floating-point operations are to be counted."""
     keep_memory()
     rows = {name: build(name, load(shape, is_peer(name), device, mode), mode) for name in names}
     times: dict[str, list[float]] = {name: [] for name in rows}
@@ -282,9 +283,9 @@ def measure(shape: str, size: int, width: int, names: tuple[str, ...], seconds: 
     for name, row in rows.items():
         step(row, make_batch(size, width, device))  # the first step of a compiled model compiles
         if shape == "host" or counted:
-            counts[name] = operations(row, make_batch(size, width, device))
+            counts[name] = operations(row, make_batch(2, 8, device))  # ours have as many at any size
     end = time.monotonic() + seconds
-    while time.monotonic() < end or len(shares) < 3:
+    while time.monotonic() < end or len(shares) < (1 if counted else 3):
         batch = make_batch(size, width, device)
         for name in random.sample(list(rows), len(rows)):
             times[name].append(timed(step, rows[name], batch, device=device))
@@ -461,7 +462,7 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
         cases = [("base", size, width, CUDA, mode) for size, width in ((16, 64), (32, 128))
                  for mode in args.modes or MODES]
     if args.short:
-        args.seconds, peft = 12, importlib.util.find_spec("peft")
+        args.seconds, peft = 0, importlib.util.find_spec("peft")
         names = tuple(name for name in SHORT if peft or not is_peer(name))
         cases = [("minilm", 16, w, names, "float32") for w in (16, 64)]
     return [c for c in cases if args.shape in (None, c[0]) and args.width in (None, c[2])]
