@@ -272,8 +272,8 @@ def gflops(run: Callable[[Row, Batch], None], row: Row, batch: Batch) -> float:
 
 def measure(shape: str, size: int, width: int, names: tuple[str, ...], seconds: float,
             device: str, mode: str = "float32", counted: bool = False) -> dict[str, Any]:
-    """Time rounds of all rows in turn, for so many seconds; at least three, or one if the operations
-    and the floating-point operations are to be counted."""
+    """Time rounds of all rows in turn, for so many seconds: at least three, or one if operations
+    are counted too."""
     keep_memory()
     rows = {name: build(name, load(shape, is_peer(name), device, mode), mode) for name in names}
     times: dict[str, list[float]] = {name: [] for name in rows}
@@ -283,7 +283,8 @@ def measure(shape: str, size: int, width: int, names: tuple[str, ...], seconds: 
     for name, row in rows.items():
         step(row, make_batch(size, width, device))  # the first step of a compiled model compiles
         if shape == "host" or counted:
-            counts[name] = operations(row, make_batch(2, 8, device))  # ours have as many at any size
+            # of our rows the count does not depend on the size of the batch
+            counts[name] = operations(row, make_batch(2, 8, device))
     end = time.monotonic() + seconds
     while time.monotonic() < end or len(shares) < (1 if counted else 3):
         batch = make_batch(size, width, device)
