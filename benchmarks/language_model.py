@@ -60,6 +60,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "adalora 2": dict(METHODS["adalora"], rank=2.0, budget_unit="parameters"),
 }
 
+PAIRS = (("dora 2", "lora 2"), ("dora 2", "adalora 2"), ("dora 0.5", "lora 2"))  # seed by seed
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -418,6 +420,14 @@ def results(setup: Setup, row: str) -> list[str]:
             f"{max(line['memory'] for line in lines) / 1e3:.1f}"]
 
 
+def difference(setup: Setup, first: str, second: str) -> list[str]:
+    """Return a row of the table of differences between two rows with the same seed."""
+    a, b = ({line["seed"]: line for line in on_test(setup, row)} for row in (first, second))
+    cells = [", ".join(f"{a[seed][name] - b[seed][name]:+.{digits}f}" for seed in sorted(a)
+                       if seed in b) or "not run" for name, digits in (("nll", 4), ("bleu", 2))]
+    return [f"{first} minus {second}", *cells]
+
+
 def choice(setup: Setup, row: str) -> list[str]:
     """Return a row of the table of learning rates, the chosen one in bold."""
     best = rate_of(setup, row)
@@ -437,6 +447,9 @@ def write_report(setup: Setup) -> None:
         "adapter file stores.",
         report.table(["row", "parameters", "learning rate", "seeds", "NLL", "BLEU", "s per step",
                       "peak memory, GB"], [results(setup, row) for row in setup.rows]),
+        "The differences between runs of the same seed, by rising seed. A lower NLL is better.",
+        report.table(["rows", "NLL", "BLEU"], [
+            difference(setup, *pair) for pair in PAIRS if {*pair} <= {*setup.rows}]),
         f"The NLL on the held-out representations after {setup.choice_steps} steps, with one seed, "
         "chose the learning rates. A row tries further rates until its best one lies between two "
         f"others. Chosen, in bold, is the lowest rate within {NOISE} of the best.",
@@ -499,8 +512,8 @@ def short(setup: Setup) -> None:
     if not (setup.data / "valid.txt").exists():
         print(f"skipped: {setup.data / 'valid.txt'} does not exist")
         return
-    setup = replace(setup, load=tiny, rows=("dora 2",), seeds=(1,), pairs=64, choice_steps=4,
-                    save_every=1, meanings=5, max_tokens=12)
+    setup = replace(setup, load=tiny, rows=("dora 2", "lora 2"), seeds=(1,), pairs=64,
+                    choice_steps=4, save_every=1, meanings=5, max_tokens=12)
     model, tokenizer = tiny()
     pairs = encode(tokenizer, sets(setup)[0])
     ids, wanted = collate(pairs[:5])
@@ -515,7 +528,7 @@ def short(setup: Setup) -> None:
             work(setup)
             text = report.README.read_text("utf-8")
         lines = list(finished(setup).values())
-        assert [line["row"] for line in lines if "bleu" in line] == ["dora 2"], lines
+        assert [line["row"] for line in lines if "bleu" in line] == [*setup.rows], lines
         assert "not run" not in text and setup.log.with_suffix(".svg").exists(), text
     print(f"{len(lines)} runs of a tiny model; runs that were stopped ended with the same numbers")
 
