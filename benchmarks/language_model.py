@@ -415,8 +415,9 @@ def results(setup: Setup, row: str) -> list[str]:
         return f"{middle} ({low} to {high})"
 
     per_step = sum(line["seconds"] for line in lines) / sum(line["steps"] for line in lines)
-    return [row, f"{lines[0]['parameters']:,}", f"{lines[0]['lr']:g}", str(len(lines)),
-            spread("nll", 4), spread("bleu", 2), f"{per_step:.1f}",
+    parameters = max(line["parameters"] for line in lines)
+    return [row, f"{parameters:,}", f"{lines[0]['lr']:g}", str(len(lines)), spread("nll", 4),
+            spread("bleu", 2), f"{per_step:.1f}",
             f"{max(line['memory'] for line in lines) / 1e3:.1f}"]
 
 
@@ -443,8 +444,8 @@ def write_report(setup: Setup) -> None:
         "NLL is in nats per token, on the first sentence of each representation of the test file. "
         "BLEU (sacrebleu, in percent, greedy decoding) is that of one sentence per representation "
         "against all of its sentences. Both are median (smallest to largest) over the seeds. The "
-        "seconds are the CPU time of an optimizer step of 16 pairs, the parameters those that an "
-        "adapter file stores.",
+        "seconds are the CPU time of an optimizer step of 16 pairs, the parameters the most that "
+        "an adapter file stores.",
         report.table(["row", "parameters", "learning rate", "seeds", "NLL", "BLEU", "s per step",
                       "peak memory, GB"], [results(setup, row) for row in setup.rows]),
         "The differences between runs of the same seed, by rising seed. A lower NLL is better.",
