@@ -186,11 +186,11 @@ def next_rate(tried: dict[float, float], middle: float = 2e-3) -> float | None:
 
     if len(tried) == 8:
         return None
-    best = max(tried, key=lambda rate: tried[rate])
-    if best == max(tried):
-        return best * 2
     chosen = best_rate(tried)
-    return chosen / 2 if chosen == min(tried) else None
+    if chosen == min(tried):
+        return chosen / 2
+    best = max(tried, key=lambda rate: (tried[rate], rate))  # of several, the highest
+    return best * 2 if best == max(tried) else None
 
 
 def best_rate(tried: dict[float, float]) -> float:
@@ -563,9 +563,10 @@ def short(args: argparse.Namespace) -> None:
     flat: dict[float, float] = {}  # of a method that learns at no rate
     while (rate := next_rate(flat)) is not None:
         flat[rate] = LARGER_CLASS["mrpc"]
-    assert len(flat) == 8
+    assert len(flat) == 8 and max(flat) == 4e-3
     assert best_rate({1e-3: 0.8085, 2e-3: 0.8173, 4e-3: 0.8178, 8e-3: 0.0}) == 2e-3
     assert next_rate({5e-3: 0.8175, 1e-2: 0.8178, 2e-2: 0.8}, 1e-2) == 2.5e-3
+    assert next_rate({1e-3: 0.7377, 5e-4: 0.7268, 2e-3: 0.7623, 4e-3: 0.7623}, 1e-3) == 8e-3
     assert all(tuned in ROWS for tuned in TUNED)
     for kind, order in ORDERS.items():
         _, undo = control(kind, {}, None)
