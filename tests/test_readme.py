@@ -181,15 +181,16 @@ def test_scores_in_the_text():
     scored = {task: [recorded(task, row, rates[i])[0] for row, rates in RATES.items()]
               for i, task in enumerate(SCORED)}
     scored["stsb"] += [scores for scores, _ in stsb.values()]
-    scored["mrpc"].append(quarter)
+    dora, lora = (recorded("mrpc", row, rate)[0]
+                  for row, rate in (("dora 4", 5e-4), ("lora 4", 2e-3)))
+    assert median(dora) == median(lora)
+    assert sum(b > a for a, b in zip(dora, lora)) == 2  # LoRA leads with two seeds of three
+    scored["mrpc"] += [quarter, dora, lora]
     spread = {task: f"{max(max(scores) - min(scores) for scores in rows):.3f}"
               for task, rows in scored.items()}
-    lora, dora = (recorded("mrpc", row, rate, [1])[0][0]
-                  for row, rate in (("lora 4", 2e-3), ("dora 4", 5e-4)))
-    assert lora > dora
     for words in (
             "up to {stsb} on STS-B, {mrpc} on MRPC and {cola} on CoLA".format(**spread),
-            f"At rank 4 on MRPC, with one seed so far, LoRA leads, {lora:.4f} to {dora:.4f}",
+            f"At rank 4 on MRPC the two share a median of {median(dora):.4f}",
             f"has {median(quarter):.4f} on MRPC and {middle['quarter']} on STS-B",
             f"LoRA on query and value alone, with {size['qv']} parameters, has {middle['qv']}",
             f"AdaLoRA at rank 2 {middle['ada']}",
