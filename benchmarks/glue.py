@@ -239,6 +239,7 @@ def control(kind: str, c: dict[str, Any], config: Any) -> tuple[Any, Callable[[]
         IMPORTANCE.pop("measured", None)
 
     if kind in ("same", "shuffled"):
+        train_glue.Pruner = FixedRanks  # type: ignore[misc]
         ranks = ranks_of(CONTROLS[c["row"]][1], c["task"], c["seed"])
         train_glue.adapt = lambda model, cfg: fixed_ranks(
             adapt(model, cfg), model, ranks, c["seed"] if kind == "shuffled" else None)
@@ -271,6 +272,15 @@ def fixed_ranks(layers: dict[str, Any], model: Any, ranks: list[int],
         layer.mask[given[name]:] = False
     compact_(model)
     return layers
+
+
+class FixedRanks(Pruner):
+    """The Pruner of layers that were compacted before training, so that a run can continue."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the step; there is no mask to restore."""
+        self.t = state["t"]
+        self.progress.update(self)
 
 
 # ---- stages --------------------------------------------------------------------------------------
@@ -577,6 +587,7 @@ def short(args: argparse.Namespace) -> None:
     assert report.machines([{"machine": "A"}, {"torch": "2"}]) == (
         "1 on A; 1 on a machine that was not noted, torch 2")
     check_measured()
+    check_fixed_ranks()
     done = finished()
     left = sum(report.key_of(c) not in done for c in to_do(STAGES))
     print(f"{len(done)} finished runs on record, {left} can start")
@@ -611,6 +622,30 @@ def check_measured() -> None:
                 middle = pruner.state_dict()
         assert pruner.mask.tolist() == [False, False, True, False], pruner.mask
     del IMPORTANCE["measured"]
+
+
+def check_fixed_ranks() -> None:
+    """Compare the ranks of a control that continues from a checkpoint with the given ones, which
+    are shuffled over the matrices of equal shape only."""
+    config = DoRAConfig(rank=2, targets=("0", "1", "2"), **train_glue.METHODS["lora"])
+    for shuffle in (None, 1):
+        first, second = (torch.nn.Sequential(*(torch.nn.Linear(4, n) for n in (4, 4, 5)))
+                         for _ in range(2))
+        state = None
+        for model in (first, second):
+            layers = fixed_ranks(inject(model, config), model, [2, 0, 1], shuffle)
+            pruner = FixedRanks(layers, config, total_steps=20)
+            if state:
+                pruner.load_state_dict(state)
+                compact_(model)  # as a run that continues does
+            model(torch.ones(1, 4)).sum().backward()
+            pruner.observe()
+            pruner.step()
+            state = pruner.state_dict()
+            *shared, last = (getattr(layer, "rank", 0) for layer in model)
+            assert last == 1 and sorted(shared) == [0, 2], shared
+            assert shuffle or shared == [2, 0]
+        assert pruner.t == 2, pruner.t
 
 
 if __name__ == "__main__":
