@@ -45,6 +45,7 @@ STAGES = [1, 2, 3, 4, 5]
 QV = ("query", "value")
 LARGER_CLASS = {"mrpc": 279 / 408}  # of the dev set. It scores 0 on CoLA, and STS-B has no classes
 FIGURE = "\n\n![Score against stored parameters, a panel per task](results/glue.svg)"
+FINDINGS = HERE / "results" / "findings.md"  # what the runs say; tests/test_readme.py checks it
 EARLIER = HERE / "results" / "first_version.md"
 
 # name: (method, its settings, the row whose learning rate it takes)
@@ -93,6 +94,13 @@ CONTROLS: dict[str, tuple[str, str, dict[str, Any]]] = {
           if rank == 0.5 else ()),
     )
 }
+PLACED, SHUFFLED = (  # LoRA with the places of dora 0.5 and dora 2, and with others
+    [name for name, (kind, _, _) in CONTROLS.items() if kind == wanted]
+    for wanted in ("same", "shuffled"))
+CONTROL_PAIRS = (
+    *((name, row) for name, (_, row, _) in CONTROLS.items()),
+    *zip(PLACED, SHUFFLED), (PLACED[-1], "lora 2"), (SHUFFLED[-1], "lora 2"),
+)
 # name: as in CONTROLS. The rate of a scale of 16 is tried at half of what suits a scale of 8, too
 CHOICES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "components in order of score / cost": ("per parameter", "dora 0.5", {}),
@@ -377,6 +385,8 @@ def write_report() -> None:
         "number of seeds). Parameters are what the adapter file stores, the head left out.",
         f"{len(lines)} runs, {hours:.1f} hours of one core: {report.machines(lines)}.",
     ]
+    if FINDINGS.exists():
+        parts.append(FINDINGS.read_text("utf-8"))
     tuned = [task for task in EPOCHS if any(tried_rates(row, task) for row in TUNED)]
     sections = {
         **{f"## Learning rates: a tenth of {task}'s train set, held out": rates_table(task)
@@ -385,9 +395,9 @@ def write_report() -> None:
         "## Score against parameters": scores_table(ROWS, tuple(EPOCHS)) + FIGURE,
         "## Seed by seed, at about the same number of parameters": differences_table(
             PAIRS, tuple(EPOCHS)),
-        "## Controls": scores_table(CONTROLS, ("stsb", "mrpc")),
+        "## Controls": controls_table(),
         "## Controls, seed by seed": differences_table(
-            [(name, row) for name, (_, row, _) in CONTROLS.items()], ("stsb", "mrpc"))}
+            CONTROL_PAIRS, ("stsb", "mrpc"))}
     for title, text in sections.items():
         parts += [title, text] if text else [f"{title}\n\nNot run yet."]
     others = [f"{line['row']}, {line['task']}, seed {line['seed']}, rate {line['lr']:g}: "
@@ -460,6 +470,18 @@ def scores_table(rows: Any, tasks: tuple[str, ...]) -> str:
     if not any(on(row, task) for row in rows for task in tasks):
         return ""
     return report.table(["row", *(f"{task}: score; parameters; rate" for task in tasks)], body)
+
+
+def controls_table() -> str:
+    """Return the scores of the controls and what each of them is; "" if none was run."""
+    table = scores_table(CONTROLS, ("stsb", "mrpc"))
+    return table and (
+        "Is it the choice of the components, the pruning, or neither? *Same ranks* is plain LoRA "
+        "that has from the start, in each matrix, as many components as dora kept. *Shuffled* has "
+        "the same numbers in other matrices. Both take LoRA's learning rate, the others dora's. "
+        "*Measured cost*: before each pruning, which is then every 50 steps, each gate is closed "
+        "once on a few training batches, and the score is what this adds to the loss. *r'* is the "
+        "number of components per matrix at the start, 1 for dora 0.5.\n\n") + table
 
 
 def differences_table(pairs: Any, tasks: tuple[str, ...]) -> str:

@@ -200,6 +200,52 @@ def test_scores_in_the_text():
         assert words in WORDS, words
 
 
+def test_findings():
+    """What RESULTS.md says in words: counts of seeds and medians, compared with its tables."""
+    text = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
+    words = " ".join(text.split())
+    cells = {}  # by row, or by "a minus b": the cells of STS-B, MRPC and, but for controls, CoLA
+    for line in text.split("## The first version")[0].split("\n"):
+        name, *found = (cell.strip() for cell in line.strip("|").split("|"))
+        if found and re.match(r"[-+]?0\.\d{4}\b", found[0]) and len(found) <= 3:
+            cells[name] = found
+
+    def ahead(*pairs, tasks=slice(None)):
+        """Of the seeds that both rows of a pair have: those with which the first is ahead."""
+        found = [float(number) for pair in pairs for cell in cells[" minus ".join(pair)][tasks]
+                 for number in re.findall(r"[-+]\d\.\d{4}", cell)]
+        return f"{sum(number > 0 for number in found)} of {len(found)}"
+
+    def middles(row):
+        return [float(cell.split()[0]) for cell in cells[row] if cell != "not run"]
+
+    def leads(*pairs):
+        """How many medians the first rows lead in, of those that both rows have."""
+        found = [(a, b) for pair in pairs for a, b in zip(*map(middles, pair))]
+        return f"{sum(a > b for a, b in found)} of {len(found)}"
+
+    lora, qv, ada = ([(f"dora {a}", f"{name} {b}") for a, b in ranks] for name, ranks in (
+        ("lora", [(1, 1), (2, 2)]), ("lora qv", [(0.25, 1), (1, 4)]),
+        ("adalora", [(1, 1), (2, 2)])))
+    share = [100 * a / b for a, b in zip(middles("dora 0.25"), middles("lora 2"))]
+    quarter = 100 * middles("dora 0.5")[2] / middles("lora 2")[2]
+    stsb, mrpc, cola = (slice(i, i + 1) for i in range(3))
+    for sentence in (
+            f"matrices with {ahead(*lora)} seeds at ranks 1 and 2 (three tasks), and in "
+            f"{leads(*lora)} medians",
+            f"query and value alone with {ahead(*qv)} seeds, and in {leads(*qv)} medians",
+            f"AdaLoRA with {ahead(*ada)} seeds, and in {leads(*ada)} medians",
+            f"the paper's own settings with {ahead(('dora 2', 'paper 2'))} seeds at rank 2",
+            f"At rank 4 it is even with LoRA ({ahead(('dora 4', 'lora 4'))} seeds)",
+            f"keeps {share[0]:.1f} % of its score on STS-B and {share[1]:.1f} % on MRPC",
+            f"with a quarter it keeps {quarter:.0f} % there"):
+        assert sentence in words, sentence
+    for pair, counts in ((("dora 0.5", "bitfit"), "1 of 3, 3 of 3"),
+                         (("dora 2", "full"), "2 of 3, 3 of 3, 0 of 3")):
+        assert ", ".join(ahead(pair, tasks=task) for task in (stsb, mrpc, cola)[
+            :counts.count("of")]) == counts
+
+
 def test_language_model():
     """The losses per token at rank 2, their order with each seed and BLEU, compared with the
     recorded runs."""
