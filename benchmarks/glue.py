@@ -42,6 +42,7 @@ EPOCHS = {"stsb": 4, "mrpc": 6, "cola": 5}
 TENTH = {"stsb": 574, "mrpc": 366, "cola": 855}  # examples that held_out() holds out
 SEEDS = (1, 2, 3)
 STAGES = [1, 2, 3, 4, 5]
+BOTH = ("stsb", "mrpc")  # the tasks of stages 1, 2 and 4
 QV = ("query", "value")
 LARGER_CLASS = {"mrpc": 279 / 408}  # of the dev set. It scores 0 on CoLA, and STS-B has no classes
 FIGURE = "\n\n![Score against stored parameters, a panel per task](results/glue.svg)"
@@ -81,25 +82,24 @@ NOISE = 0.002  # of a score; three seeds of the first version's default lay 0.00
 # The other tasks start at half of it: at STS-B's rate LoRA collapses on MRPC
 START_LR = {"full": 1e-4, "lora 2": 4e-3, "lora qv 1": 4e-3, "adalora 2": 4e-3, "paper 2": 4e-3}
 
+SAME = "same ranks, fixed from the start"
+SHUFFLED = "same ranks, shuffled over matrices of one shape"
 # name: (how the components are chosen, the dora row that it belongs to, further settings)
 CONTROLS: dict[str, tuple[str, str, dict[str, Any]]] = {
     f"{title}, {rank}": (kind, f"dora {rank}", more)
     for rank in (0.5, 2)
     for title, kind, more in (
-        ("same ranks, fixed from the start", "same", {}),
-        ("same ranks, shuffled over matrices of one shape", "shuffled", {}),
+        (SAME, "same", {}), (SHUFFLED, "shuffled", {}),
         ("chosen by the measured cost of removal", "measured", dict(interval=50)),
         *((("the default's score, pruned every 50 steps", "dora", dict(interval=50)),
            ("r' = 2", "dora", dict(start_rank=2)), ("r' = 4", "dora", dict(start_rank=4)))
           if rank == 0.5 else ()),
     )
 }
-PLACED, SHUFFLED = (  # LoRA with the places of dora 0.5 and dora 2, and with others
-    [name for name, (kind, _, _) in CONTROLS.items() if kind == wanted]
-    for wanted in ("same", "shuffled"))
 CONTROL_PAIRS = (
     *((name, row) for name, (_, row, _) in CONTROLS.items()),
-    *zip(PLACED, SHUFFLED), (PLACED[-1], "lora 2"), (SHUFFLED[-1], "lora 2"),
+    *((f"{SAME}, {rank}", f"{SHUFFLED}, {rank}") for rank in (0.5, 2)),
+    (f"{SAME}, 2", "lora 2"), (f"{SHUFFLED}, 2", "lora 2"),
 )
 # name: as in CONTROLS. The rate of a scale of 16 is tried at half of what suits a scale of 8, too
 CHOICES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -298,10 +298,10 @@ def to_do(stages: list[int]) -> Iterator[dict[str, Any]]:
     """Yield the runs that can be made now, in their order; those that depend on others follow as
     soon as these are finished."""
     if 1 in stages:
-        for task in ("stsb", "mrpc"):
+        for task in BOTH:
             yield from rates(TUNED, task)
     if 2 in stages:
-        yield from on_dev(ROWS, ("stsb", "mrpc"))
+        yield from on_dev(ROWS, BOTH)
     if 3 in stages:
         yield from rates(dict.fromkeys(ROWS[row][2] for row in ON_COLA), "cola")
         yield from on_dev(ON_COLA, ("cola",))
@@ -337,7 +337,7 @@ def repeats(name: str, task: str) -> bool:
 def controls() -> Iterator[dict[str, Any]]:
     """Yield the controls whose dora run is finished."""
     done = finished()
-    for task in ("stsb", "mrpc"):
+    for task in BOTH:
         for seed in SEEDS:
             for name, (kind, row, _) in CONTROLS.items():
                 if repeats(name, task):
@@ -393,9 +393,8 @@ def write_report() -> None:
         "score is that of the best dev epoch after the last pruning: median (smallest to largest, "
         "number of seeds). Parameters are what the adapter file stores, the head left out.",
         f"{len(lines)} runs, {hours:.1f} hours of one core: {report.machines(lines)}.",
+        FINDINGS.read_text("utf-8"),
     ]
-    if FINDINGS.exists():
-        parts.append(FINDINGS.read_text("utf-8"))
     tuned = [task for task in EPOCHS if any(tried_rates(row, task) for row in TUNED)]
     sections = {
         **{f"## Learning rates: a tenth of {task}'s train set, held out": rates_table(task)
@@ -406,7 +405,7 @@ def write_report() -> None:
             PAIRS, tuple(EPOCHS)),
         "## Controls": controls_table(),
         "## Controls, seed by seed": differences_table(
-            CONTROL_PAIRS, ("stsb", "mrpc"))}
+            CONTROL_PAIRS, BOTH)}
     for title, text in sections.items():
         parts += [title, text] if text else [f"{title}\n\nNot run yet."]
     others = [f"{line['row']}, {line['task']}, seed {line['seed']}, rate {line['lr']:g}: "
@@ -416,8 +415,7 @@ def write_report() -> None:
         parts.append("Runs on dev at rates of two earlier rules, and so not in the tables: the "
                      "best one of the held-out tenth, until dora 2 collapsed with it, and for MRPC "
                      f"that of STS-B, until LoRA collapsed with it: {'; '.join(others)}.")
-    if EARLIER.exists():
-        parts.append(EARLIER.read_text("utf-8"))
+    parts.append(EARLIER.read_text("utf-8"))
     (HERE / "RESULTS.md").write_text("\n\n".join(part.strip() for part in parts) + "\n", "utf-8")
     plot()
 
@@ -483,7 +481,7 @@ def scores_table(rows: Any, tasks: tuple[str, ...]) -> str:
 
 def controls_table() -> str:
     """Return the scores of the controls and what each of them is; "" if none was run."""
-    table = scores_table(CONTROLS, ("stsb", "mrpc"))
+    table = scores_table(CONTROLS, BOTH)
     return table and (
         "Is it the choice of the components, the pruning, or neither? *Same ranks* is plain LoRA "
         "that has from the start, in each matrix, as many components as dora kept. *Shuffled* has "
@@ -491,8 +489,7 @@ def controls_table() -> str:
         "*Measured cost*: before each pruning, which is then every 50 steps, each gate is closed "
         "once on a few training batches, and the score is what this adds to the loss. *r'* is the "
         "number of components per matrix at the start, 1 for dora 0.5. On MRPC dora prunes every "
-        "50 steps anyway (Table 8). There the two runs of that row repeat dora 0.5 on another "
-        "machine, and every score is the same.\n\n") + table
+        "50 steps anyway (Table 8).\n\n") + table
 
 
 def differences_table(pairs: Any, tasks: tuple[str, ...]) -> str:
@@ -611,7 +608,7 @@ def short(args: argparse.Namespace) -> None:
     assert next_rate({5e-3: 0.8175, 1e-2: 0.8178, 2e-2: 0.8}, 1e-2) == 2.5e-3
     assert next_rate({1e-3: 0.7377, 5e-4: 0.7268, 2e-3: 0.7623, 4e-3: 0.7623}, 1e-3) == 8e-3
     assert all(tuned in ROWS for tuned in TUNED)
-    assert [(name, task) for name in CONTROLS for task in ("stsb", "mrpc") if repeats(name, task)
+    assert [(name, task) for name in CONTROLS for task in BOTH if repeats(name, task)
             ] == [("the default's score, pruned every 50 steps, 0.5", "mrpc")]
     for kind, order in ORDERS.items():
         _, undo = control(kind, {}, None)

@@ -124,12 +124,19 @@ def test_numbers_are_the_benchmarks():
         assert words in WORDS, words
 
 
+LOG = (ROOT / "benchmarks/results/budget_curve.jsonl").read_text(encoding="utf-8")
+RUNS = sorted(map(json.loads, LOG.splitlines()), key=lambda run: run["seed"])
+
+
+def on_dev(task, row, lr):
+    """Return the recorded runs of a row on dev, by rising seed."""
+    return [run for run in RUNS
+            if (run["task"], run["split"], run["row"], run["lr"]) == (task, "dev", row, lr)]
+
+
 def recorded(task, row, lr):
     """Return a row's dev scores by rising seed, and the most that one of its runs stores."""
-    lines = (ROOT / "benchmarks/results/budget_curve.jsonl").read_text("utf-8").splitlines()
-    found = [run for run in map(json.loads, lines)
-             if (run["task"], run["split"], run["row"], run["lr"]) == (task, "dev", row, lr)]
-    found.sort(key=lambda run: run["seed"])
+    found = on_dev(task, row, lr)
     assert [run["seed"] for run in found] == [1, 2, 3], (task, row)
     assert not any(run["collapsed"] for run in found), (task, row)
     return ([run["best"] for run in found],
@@ -206,29 +213,28 @@ RESULTS = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
 FINDINGS = " ".join(RESULTS.split("## Learning rates")[0].split())
 
 
-def cells():
-    """The cells of RESULTS.md's tables by row, or by "a minus b": STS-B, MRPC and perhaps CoLA."""
-    found = {}
-    tables = RESULTS.split("## Score against parameters")[1].split("## The first version")[0]
-    for line in tables.split("\n"):
-        name, *rest = (cell.strip() for cell in line.strip("|").split("|"))
-        if rest and re.match(r"[-+]?0\.\d{4}\b", rest[0]):
-            found[name] = rest
-    return found
+TABLES = RESULTS.split("## Score against parameters")[1].split("## The first version")[0]
+CELLS = {name: cells for name, *cells in (  # STS-B, MRPC and perhaps CoLA, by row or "a minus b"
+    map(str.strip, line.strip("|").split("|")) for line in TABLES.split("\n"))}
+
+
+def differences(*pairs, tasks=SCORED):
+    """The differences of both rows of a pair, by seed."""
+    return [float(number) for pair in pairs
+            for task, cell in zip(SCORED, CELLS[" minus ".join(pair)]) if task in tasks
+            for number in re.findall(r"[-+]\d\.\d{4}", cell)]
 
 
 def ahead(*pairs, tasks=SCORED, sign=1):
     """Of the seeds that both rows of a pair have: those with which the first is ahead, or with
     sign = -1 behind."""
-    differences = [float(number) for pair in pairs for task, cell in zip(
-        SCORED, cells()[" minus ".join(pair)]) if task in tasks
-        for number in re.findall(r"[-+]\d\.\d{4}", cell)]
-    return f"{sum(sign * number > 0 for number in differences)} of {len(differences)}"
+    found = differences(*pairs, tasks=tasks)
+    return f"{sum(sign * number > 0 for number in found)} of {len(found)}"
 
 
 def middles(row):
     """The medians of a row, of the tasks that were run."""
-    return [float(cell.split()[0]) for cell in cells()[row] if cell != "not run"]
+    return [float(cell.split()[0]) for cell in CELLS[row] if cell != "not run"]
 
 
 def leads(*pairs):
@@ -245,16 +251,20 @@ def test_findings_on_the_methods():
     bitfit, full = ("dora 0.5", "bitfit"), ("dora 2", "full")
     share = [100 * a / b for a, b in zip(middles("dora 0.25"), middles("lora 2"))]
     quarter = 100 * middles("dora 0.5")[2] / middles("lora 2")[2]
+    most, *_, least = sorted(differences(full, tasks=["cola"]))
+    lead = middles("dora 1")[0] - middles("adalora 1")[0]
     for words in (
             f"{ahead(*lora)} seeds at ranks 1 and 2 (three tasks), and in {leads(*lora)} medians",
             f"query and value alone with {ahead(*qv)} seeds, and in {leads(*qv)} medians",
-            f"AdaLoRA with {ahead(*ada)} seeds, and in {leads(*ada)} medians",
+            f"AdaLoRA with {ahead(*ada)} seeds, and in {leads(*ada)} medians, on STS-B at "
+            f"rank 1 by {lead:.4f} only",
             f"the paper's own settings with {ahead(('dora 2', 'paper 2'))} seeds at rank 2",
             f"At rank 4 it is even with LoRA ({ahead(('dora 4', 'lora 4'))} seeds)",
             f"ahead on STS-B ({ahead(bitfit, tasks=['stsb'], sign=-1)} seeds) and behind on MRPC "
             f"({ahead(bitfit, tasks=['mrpc'])})",
             f"behind `dora` at rank 2 on MRPC ({ahead(full, tasks=['mrpc'])} seeds)",
-            f"far ahead on CoLA ({ahead(full, tasks=['cola'], sign=-1)}, by 0.05 to 0.12)",
+            f"far ahead on CoLA ({ahead(full, tasks=['cola'], sign=-1)}, by {-least:.2f} to "
+            f"{-most:.2f})",
             f"keeps {share[0]:.1f} % of its score on STS-B and {share[1]:.1f} % on MRPC",
             f"with a quarter it keeps {quarter:.0f} % there"):
         assert words in FINDINGS, words
@@ -276,6 +286,9 @@ def test_findings_on_the_controls():
         counts = [ahead(*pairs, tasks=[task], sign=sign) for task in ("stsb", "mrpc")]
         assert words.format(*counts) in FINDINGS, (words, counts)
     assert f"far behind, with {ahead(*surplus, tasks=['mrpc'], sign=-1)} seeds" in FINDINGS
+    own, again = ({run["seed"]: run["epochs"] for run in on_dev("mrpc", row, 2e-3)}
+                  for row in ("dora 0.5", "the default's score, pruned every 50 steps, 0.5"))
+    assert len(again) == 2 and again.items() <= own.items()  # the same after every epoch
 
 
 def test_language_model():
