@@ -9,6 +9,7 @@
     stage 3   learning rates on a tenth of CoLA's train set, then CoLA
     stage 4   controls: is it the choice of the components, the pruning, or neither?
     stage 5   the default of dora against other choices, three seeds on STS-B's held-out tenth
+    stage 6   from LoRA to dora in steps, MRPC and STS-B, three seeds
 
 A finished run is a line of results/budget_curve.jsonl and is never repeated. A run that was stopped
 continues from its checkpoint. Several of these processes may run at once, with one thread each:
@@ -41,8 +42,8 @@ CODE = 1  # raise it when a change of the program changes what these runs comput
 EPOCHS = {"stsb": 4, "mrpc": 6, "cola": 5}
 TENTH = {"stsb": 574, "mrpc": 366, "cola": 855}  # examples that held_out() holds out
 SEEDS = (1, 2, 3)
-STAGES = [1, 2, 3, 4, 5]
-BOTH = ("stsb", "mrpc")  # the tasks of stages 1, 2 and 4
+STAGES = [1, 2, 3, 4, 5, 6]
+BOTH = ("stsb", "mrpc")  # the tasks of stages 1, 2, 4 and 6
 QV = ("query", "value")
 LARGER_CLASS = {"mrpc": 279 / 408}  # of the dev set. It scores 0 on CoLA, and STS-B has no classes
 FIGURE = "\n\n![Score against stored parameters, a panel per task](results/glue.svg)"
@@ -109,7 +110,19 @@ CHOICES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "scale alpha / r = 16": ("dora", "dora 0.5", dict(alpha=16.0)),
 }
 ORDERS = {"per parameter": PerParameter, "per parameter twice": PerParameterTwice}
-VARIANTS = {**CONTROLS, **CHOICES}
+# name: as in CONTROLS. With both steps LoRA is dora with nothing pruned
+AT_RATE, UNPRUNED = "lora 2 at dora's rate", "dora 2, nothing pruned"
+STEPS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    AT_RATE: ("lora", "dora 2", {}),
+    f"{AT_RATE}, with gates": ("lora", "dora 2", dict(gate=True)),
+    f"{AT_RATE}, dropout on A x": ("lora", "dora 2", dict(dropout_on="components")),
+    UNPRUNED: ("lora", "dora 2", dict(gate=True, dropout_on="components")),
+}
+STEP_PAIRS = (
+    (AT_RATE, "lora 2"), *((row, AT_RATE) for row in STEPS if row != AT_RATE),
+    ("dora 2", UNPRUNED), (UNPRUNED, "lora 2"),
+)
+VARIANTS = {**CONTROLS, **CHOICES, **STEPS}
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -133,6 +146,8 @@ def run(c: dict[str, Any], args: argparse.Namespace) -> bool:
     if kind in ("same", "shuffled"):  # plain LoRA, later cut to the ranks that dora found
         top = max(ranks_of(row, c["task"], c["seed"]))
         method, settings = "lora", dict(rank=float(top), alpha=8.0 * top / max(1, settings["rank"]))
+    elif kind == "lora":
+        method = "lora"
     data_dir = held_out(args.data_dir) if c["split"] == "held out" else args.data_dir
     out = ROOT / "runs" / "budget-curve" / key
     config = train_glue.make_config(
@@ -309,6 +324,8 @@ def to_do(stages: list[int]) -> Iterator[dict[str, Any]]:
         yield from controls()
     if 5 in stages:
         yield from choices()
+    if 6 in stages:
+        yield from on_dev(STEPS, BOTH[::-1])  # MRPC first: there dora leads by more
 
 
 def rates(rows: Any, task: str) -> Iterator[dict[str, Any]]:
@@ -405,7 +422,9 @@ def write_report() -> None:
             PAIRS, tuple(EPOCHS)),
         "## Controls": controls_table(),
         "## Controls, seed by seed": differences_table(
-            CONTROL_PAIRS, BOTH)}
+            CONTROL_PAIRS, BOTH),
+        "## From LoRA to dora in steps": steps_table(),
+        "## From LoRA to dora in steps, seed by seed": differences_table(STEP_PAIRS, BOTH)}
     for title, text in sections.items():
         parts += [title, text] if text else [f"{title}\n\nNot run yet."]
     others = [f"{line['row']}, {line['task']}, seed {line['seed']}, rate {line['lr']:g}: "
@@ -490,6 +509,16 @@ def controls_table() -> str:
         "once on a few training batches, and the score is what this adds to the loss. *r'* is the "
         "number of components per matrix at the start, 1 for dora 0.5. On MRPC dora prunes every "
         "50 steps anyway (Table 8).\n\n") + table
+
+
+def steps_table() -> str:
+    """Return the scores of the steps from LoRA to dora; "" if none was run."""
+    table = scores_table(("lora 2", *STEPS, "dora 2"), BOTH)
+    return table and (
+        "What of dora helps, if the choice of the matrices does not? LoRA takes dora's learning "
+        "rate, then its gates or its dropout, which applies to A x and not to x. With all three it "
+        "is dora with two components in every matrix, no penalty and nothing pruned. The last step "
+        "to dora starts with three per matrix and prunes one in three.\n\n") + table
 
 
 def differences_table(pairs: Any, tasks: tuple[str, ...]) -> str:
@@ -615,6 +644,9 @@ def short(args: argparse.Namespace) -> None:
         assert train_glue.Pruner is order
         undo()
         assert train_glue.Pruner is Pruner
+    unpruned = dict(importance=None, schedule=None, penalty=None)  # the settings that prune nothing
+    assert {**train_glue.METHODS["lora"], **STEPS[UNPRUNED][2]} == {
+        **unpruned, "gate": DoRAConfig().gate, "dropout_on": DoRAConfig().dropout_on}
     assert report.machines([{"machine": "A"}, {"machine": "A"}]) == "A"
     assert report.machines([{"machine": "A"}, {"torch": "2"}]) == (
         "1 on A; 1 on a machine that was not noted, torch 2")
