@@ -227,10 +227,11 @@ Layers = Sequence[DoRALinear]
 
 
 def sensitivity(layers: Layers) -> Tensor:
-    """I_i = |c_i dL/dc_i|, (n,): how much removing component i changes the loss, to first order.
+    """I_i = |c_i dℓ/dc_i|, (n,): how much removing component i changes the loss ℓ, to first order.
 
-    This is AdaLoRA's Eq. 8 for a whole component: c_i dL/dc_i = <dL/dW, Delta W_i>, and by Euler's
-    identity a_i . dL/da_i and b_i . dL/db_i are the same number.
+    This is AdaLoRA's Eq. 8 for a whole component: by Euler's identity, a_i . dℓ/da_i and
+    b_i . dℓ/db_i are the same number as c_i dℓ/dc_i, if ℓ is the loss without the penalty. Without
+    dropout it is also <dℓ/dW, Delta W_i>.
     """
     c = concatenate(layer.c for layer in layers)
     grad = concatenate(gradient(layer.c) for layer in layers)
@@ -266,12 +267,12 @@ IMPORTANCE: dict[str, tuple[Callable[..., Any], str, Callable[..., Tensor]]] = {
 
 
 def slow_first(p: float, surplus: int) -> int:
-    """Components above b(T) that are left at progress p in [0, 1]: few leave early (Eq. 9)."""
+    """Return what is left of the surplus at progress p in [0, 1]: little goes early (Eq. 9)."""
     return surplus - int(surplus * p**3)
 
 
 def fast_first(p: float, surplus: int) -> int:
-    """The same, but most leave early (AdaLoRA)."""
+    """The same, but most of it goes early (AdaLoRA)."""
     return int(surplus * (1 - p) ** 3)
 
 
@@ -307,7 +308,8 @@ def budget(step: int, total_steps: int, config: DoRAConfig, per_rank: int) -> in
 
 
 def keep_mask(scores: Tensor, costs: Tensor, budget: int) -> Tensor:
-    """Return (n,) bool: by falling score (n,), each that fits; ties go to the earlier position."""
+    """Return a mask (n,): take the components by falling score (n,), and keep each that still fits
+    into the budget. Of equal scores the earlier one goes first."""
     # differs: the authors prune `score <= kthvalue`, which drops all ties and at least one gate
     kept, prices = [], costs.tolist()
     for i in scores.argsort(descending=True, stable=True).tolist():
@@ -383,7 +385,7 @@ class Pruner:
 
         Call this after backward() and before clipping; with a GradScaler, after its unscale_().
         """
-        check_gradients(self.layers)
+        check_gradients(self)
         self.observed = True
         if not self.done:
             self._measure("gradients")
@@ -543,7 +545,7 @@ def frobenius(layers: Layers) -> Tensor:
 
 
 def triplet(layers: Layers) -> list[Tensor]:
-    """|w dL/dw| of every entry of c (r',), A (r', d_in) and B^T (r', d_out), per layer: AdaLoRA's
+    """|w dℓ/dw| of every entry of c (r',), A (r', d_in) and B^T (r', d_out), per layer: AdaLoRA's
     Eq. 8."""
     weights: list[Any] = [w for layer in layers for w in (layer.c, layer.A, layer.B)]
     products = torch._foreach_mul(weights, [gradient(w) for w in weights])
@@ -605,7 +607,7 @@ def as_list(I: Tensor | list[Tensor]) -> list[Tensor]:
 
 
 def join(parts: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
-    """Make one vector of tensors of any shape, on the device of the first of `like`."""
+    """Make one vector of tensors, on the device of the first of `like`."""
     return concatenate([part.flatten().to(like[0].device) for part in parts])
 
 
@@ -1003,9 +1005,12 @@ def check_observed(pruner: Pruner) -> None:
                         f"observe() after backward() in every step")
 
 
-def check_gradients(layers: dict[str, DoRALinear]) -> None:
-    """Raise DoRAError if no component has a gradient."""
-    parameters = [p for layer in layers.values() for p in (layer.c, layer.A, layer.B)]
+def check_gradients(pruner: Pruner) -> None:
+    """Raise DoRAError if this step was observed already, or if no component has a gradient."""
+    if pruner.observed:
+        raise DoRAError(f"step {pruner.t + 1}: a second pruner.observe() before pruner.step(); "
+                        f"when accumulating gradients, call it once, after the last backward()")
+    parameters = [p for layer in pruner.layers.values() for p in (layer.c, layer.A, layer.B)]
     if parameters and all(p.grad is None for p in parameters):
         raise DoRAError("no component has a gradient; call observe() after backward() and before "
                         "zero_grad(), and use_reentrant=False in gradient checkpointing")
@@ -1054,19 +1059,24 @@ def check_state(pruner: Pruner, state: dict[str, Any]) -> None:
 
     importance = pruner.config.importance
     I = IMPORTANCE[importance][0](list(pruner.layers.values())) if importance else []
-    shapes = [part.shape for part in ([I] if isinstance(I, Tensor) else I)]
+    shapes = [part.shape for part in as_list(I)]
     if state["I_bar"] and [part.shape for part in state["I_bar"]] != shapes:
         raise DoRAError(f"the state holds other scores than those of importance = {importance}; "
                         f"use the settings that it was saved with")
 
 
 def check_budget(layers: dict[str, DoRALinear]) -> None:
-    """Raise DoRAError unless the last pruning is done and its mask is held."""
+    """Raise DoRAError unless the last pruning is done, its mask is held and no component is NaN."""
     progress = progress_of(layers)
     spent = sum(layer.rank * cost(layer, layer.config) for layer in layers.values())
     for name, layer in layers.items():
+        if not all(p.isfinite().all() for p in (layer.A, layer.B, layer.c)):
+            raise NotFiniteError(f"{name}: a component is NaN or infinite; lower the learning rate")
         if layer.config.schedule is None:
             continue
+        if not progress.per_rank:
+            raise DoRAError("these layers were not made by inject(), which notes the budget of the "
+                            "whole model; make them with inject()")
         if not progress.total:
             raise DoRAError("no Pruner has run on these layers; make one, and call observe() and "
                             "step() in every step, or restore the state of the one that has")
@@ -1283,6 +1293,7 @@ def save_adapter(model: nn.Module, folder: str | Path, metadata: dict[str, str] 
     if not layers:
         raise DoRAError("the model has no DoRALinear; save the adapter before merge_()")
     check_budget(layers)
+    check_same_model(layers)
     check_moved(layers)
     heads = modules_to_save(model, layers)
 
@@ -1308,7 +1319,7 @@ def save_adapter(model: nn.Module, folder: str | Path, metadata: dict[str, str] 
 
 
 def check_names(folder: Path, tensors: dict[str, Tensor], live: dict[str, DoRALinear]) -> None:
-    """Raise DoRAError if a reader would take a head's tensors, of any shape, for components."""
+    """Raise DoRAError if a reader would take tensors of a head for components."""
     for name in split_adapter(folder, tensors)[0]:
         if name not in live:
             raise DoRAError(f"{name}.lora_A or .lora_B has the name of an adapter's part, so that "
@@ -1340,6 +1351,15 @@ def fingerprint(weights: Iterable[Tensor]) -> str:
     return f"{crc:08x}"
 
 
+def check_same_model(layers: dict[str, DoRALinear]) -> None:
+    """Raise DoRAError unless the matrices have the names that they had in inject(), by which it
+    noted everything that training may change."""
+    for name, layer in layers.items():
+        if layer.progress.samples and plain(name) != plain(layer.name):
+            raise DoRAError(f"{name} was {layer.name} in inject(); save the model that inject() "
+                            f"was given")
+
+
 def check_moved(layers: dict[str, DoRALinear]) -> None:
     """Raise DoRAError if every update is exactly 0, as before training."""
     if not any(layer.c.any() and layer.A.any() and layer.B.any() for layer in layers.values()):
@@ -1351,9 +1371,9 @@ def check_moved(layers: dict[str, DoRALinear]) -> None:
 def modules_to_save(model: nn.Module, layers: dict[str, DoRALinear]) -> list[str]:
     """Return the names of the modules, outside the layers, that training changed.
 
-    These are the modules with a parameter that requires a gradient, or with anything that changed
-    since inject(), such as running statistics; and of the modules around them the largest in which
-    everything trains. Raises DoRAError for one that cannot be saved whole, as PEFT does it.
+    These have a parameter that requires a gradient, or something else that changed since inject(),
+    such as running statistics. Where everything in the module around one trains, that module takes
+    its place. Raises DoRAError for a change that whole modules, as PEFT saves them, cannot hold.
     """
     start, now = progress_of(layers).samples, samples(model)
     trains = {plain(name): p.requires_grad
@@ -1381,8 +1401,8 @@ def modules_to_save(model: nn.Module, layers: dict[str, DoRALinear]) -> list[str
 
 
 def head_tensors(model: nn.Module, heads: list[str]) -> dict[str, Tensor]:
-    """Return the tensors of these modules, of any shape, by name. Raises DoRAError for a module
-    with other state."""
+    """Return the tensors of these modules by name. Raises DoRAError for a module with other
+    state."""
     modules = {plain(name): m for name, m in model.named_modules(remove_duplicate=False)}
     found = {}
     for head in heads:
@@ -1531,8 +1551,8 @@ def check_pair(folder: str | Path, name: str, A: Tensor, B: Tensor, base: Any) -
 
 
 def is_base(file: Path, key: str, tensor: Tensor, state: dict[str, Tensor]) -> bool:
-    """Whether a tensor only repeats the frozen model, as PEFT does for lm_head; DoRAError if not
-    quite."""
+    """Whether a tensor is a copy of a frozen weight, which PEFT adds for lm_head. Raises DoRAError
+    if it differs from the model's weight."""
     name, found, leaf = key.rpartition(".base_layer.")
     if not found:
         return False
@@ -1546,7 +1566,7 @@ def is_base(file: Path, key: str, tensor: Tensor, state: dict[str, Tensor]) -> b
 
 
 def check_twins(file: Path, key: str, head: dict[str, Tensor], names: list[str]) -> None:
-    """Raise DoRAError if a tensor belongs to a module with other names that it does not hold for.
+    """Raise DoRAError if a module has several names, and the file has other values under one.
 
     PEFT gives each name a module of its own.
     """

@@ -95,7 +95,7 @@ def trained(config, steps=40, dtype=torch.float64, seed=0, **options):
 
 
 def feed(pruner, scores, open_gates=True):
-    """One step in which `sensitivity` of component i is scores[i]: c = 1 and dL/dc = the score.
+    """One step in which `sensitivity` of component i is scores[i]: c = 1 and dℓ/dc = the score.
 
     With beta1 = 0 and beta2 = None the pruner's score is this number itself.
     """

@@ -64,7 +64,7 @@ def test_eq6_is_the_sum_of_outer_products(scale, divisor, dropout_on):
 
 
 def test_eq6_gradients():
-    """dL/da_i, dL/db_i and dL/dc_i equal those that autograd finds through the explicit sum."""
+    """dℓ/da_i, dℓ/db_i and dℓ/dc_i equal those that autograd finds through the explicit sum."""
     layer = layer_of(4, 6, rank=3, start_rank=3)
     A, B, c = (p.detach().clone().requires_grad_() for p in (layer.A, layer.B, layer.c))
     x = inputs(10, 6)

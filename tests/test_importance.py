@@ -193,7 +193,7 @@ def test_sensitivity_by_hand():
 
 
 def test_sensitivity_is_the_removal_derivative():
-    """|c dL/dc| equals the central difference of the loss as component i fades, c_i (1 ± h)."""
+    """|c dℓ/dc| equals the central difference of the loss as component i fades, c_i (1 ± h)."""
     model, layers = random_model()
     h = 1e-5
     for layer in layers.values():
@@ -225,7 +225,7 @@ def test_sensitivity_foretells_a_removal():
 
 @pytest.mark.parametrize("dropout_on", ["input", "components"])
 def test_three_euler_products_agree(dropout_on):
-    """a_i . dL/da_i = b_i . dL/db_i = c_i dL/dc_i, under dropout too: the output is linear in
+    """a_i . dℓ/da_i = b_i . dℓ/db_i = c_i dℓ/dc_i, under dropout too: the output is linear in
     each."""
     model, layers = adapted(net_config(dropout=0.4, dropout_on=dropout_on))
     randomize(layers)
@@ -239,7 +239,7 @@ def test_three_euler_products_agree(dropout_on):
 
 
 def test_euler_product_is_the_gradient_along_the_component():
-    """With dropout off it also equals <dL/dW, Delta W_i>, with dL/dW from a model in which W0 + the
+    """With dropout off it also equals <dℓ/dW, Delta W_i>, with dℓ/dW from a model in which W0 + the
     update is one plain matrix."""
     model, layers = random_model()
     merged, twins = adapted(net_config())                # zero update: its base becomes W
@@ -290,7 +290,7 @@ def as_list(I):
 # ---- AdaLoRA's triplet --------------------------------------------------------------------------
 
 def test_triplet_by_hand():
-    """One step, beta 0.85: an entry with |w dL/dw| = I has I_bar .15 I, U_bar .15 * .85 I, score
+    """One step, beta 0.85: an entry with |w dℓ/dw| = I has I_bar .15 I, U_bar .15 * .85 I, score
     .019125 I^2. c 2 * 1, A (1 * 3, 2 * 1), B (1 * 4, 0 * 5, -1 * 2):
     .019125 * (4 + (9 + 4) / 2 + (16 + 0 + 4) / 3)."""
     layer = one([[1, 2]], [[1, 0, -1]], [2], **METHODS["adalora"])

@@ -1117,6 +1117,22 @@ def test_m21_runs_that_cannot_decide(changes, steps, says):
         refused(says, run)
 
 
+def test_saving_another_model_than_the_one_of_inject(tmp_path):
+    """inject() notes by name what training may change, such as running statistics. Saving the model
+    around the one that it was given, or a part of it, would lose them: an error that says so."""
+    def make():
+        return chain(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), nn.Tanh, nn.Linear)
+
+    for target, inside, saved, names in (
+            ("0", lambda m: m[0], lambda m: m, "0.0 was 0 in"),
+            ("0.0", lambda m: m, lambda m: m[0], "0 was 0.0 in"),
+            ("0.0", lambda m: m, nn.Sequential, "0.0.0 was 0.0 in")):
+        model, config = make(), cfg(target)
+        fit(model, config, inject(inside(model), config))
+        refused(f"^{names} inject.*save the model", save_adapter, saved(model), tmp_path)
+    save_adapter(model, tmp_path)
+
+
 def test_m22_a_state_dict_in_a_fresh_inject(tmp_path):
     """M22: weights of a finished run in a fresh inject(): saving says that the Pruner's state is
     missing; with it, the saved adapter gives the outputs."""

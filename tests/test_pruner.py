@@ -17,7 +17,9 @@ from small import (
 )
 from torch import nn
 
-from dora import METHODS, DoRAError, DoRALinear, Pruner, budget, compact_, dem_penalty
+from dora import (
+    METHODS, DoRAError, DoRALinear, NotFiniteError, Pruner, budget, compact_, dem_penalty, merge_,
+    save_adapter)
 
 EXACT = dict(beta1=0.0, beta2=None)        # the score of a step is that step's number
 
@@ -192,6 +194,20 @@ def test_a_step_without_observe():
         feed(pruner, torch.ones(18))
     with pytest.raises(DoRAError, match=r"step 16.*observe\(\)"):
         pruner.step()
+
+
+def test_a_second_observe_in_a_step():
+    """observe() for each of two micro-batches would count the gradient of the first one twice: an
+    error that names the step and changes no average. The run goes on with step()."""
+    _layers, pruner = pruner_of(20)
+    feed(pruner, torch.ones(18))
+    pruner.observe()
+    before = [part.clone() for part in (*pruner.I_bar, *pruner.U_bar)]
+    with pytest.raises(DoRAError, match=r"step 2: a second pruner\.observe\(\)"):
+        pruner.observe()
+    assert all(map(torch.equal, before, (*pruner.I_bar, *pruner.U_bar)))
+    pruner.step()
+    assert pruner.t == 2
 
 
 @pytest.mark.parametrize("importance", ["sensitivity", "triplet", "norm", "frobenius"])
@@ -484,6 +500,39 @@ def test_compaction_between_an_optimizer_step_and_pruner_step():
     layer = next(layer for layer in layers.values() if layer.rank < 2)
     layer.c.data[~layer.mask] = 0.1
     with pytest.raises(DoRAError, match=r"pruned gate is not 0.*pruner\.step\(\)"):
+        compact_(model)
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_component_that_is_not_finite_after_the_last_pruning(method, bad, tmp_path):
+    """The final phase has no pruning that would look at the scores: compact_, merge_ and
+    save_adapter, before and after compaction, name the layer and write nothing."""
+    model, layers, _ = trained(net_config(rank=2, **METHODS[method] | dict(dropout=0.0)))
+    layer = layers["layer.1.up"]
+    for compacted in (False, True):
+        value = layer.B.data[0, -1].clone()
+        layer.B.data[0, -1] = bad
+        for call in (compact_, merge_, lambda model: save_adapter(model, tmp_path / "adapter")):
+            with pytest.raises(NotFiniteError, match=r"layer\.1\.up: a component is NaN"):
+                call(model)
+        layer.B.data[0, -1] = value
+        compact_(model)
+    assert not (tmp_path / "adapter").exists()
+    save_adapter(model, tmp_path / "adapter")
+
+
+def test_layers_that_were_not_made_by_inject():
+    """A DoRALinear put in by hand trains under a Pruner, but nobody noted the budget of the whole
+    model: compact_ says so."""
+    config = net_config(rank=1, start_rank=2, targets=("layer.0.query",))
+    model = plain()
+    layer = model.layer[0].query = DoRALinear(model.layer[0].query, config)
+    pruner = Pruner({"layer.0.query": layer}, config, 40)
+    _, step = trainer(model, pruner)
+    for _ in range(40):
+        step()
+    with pytest.raises(DoRAError, match=r"not made by inject\(\)"):
         compact_(model)
 
 
