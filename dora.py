@@ -230,7 +230,7 @@ def sensitivity(layers: Layers) -> Tensor:
     """I_i = |c_i dℓ/dc_i|, (n,): how much removing component i changes the loss ℓ, to first order.
 
     This is AdaLoRA's Eq. 8 for a whole component. In a loss without the penalty a_i . dℓ/da_i and
-    b_i . dℓ/db_i are the same number (Euler's identity); without dropout <dℓ/dW, Delta W_i> is, too.
+    b_i . dℓ/db_i are the same number (Euler's identity), and <dℓ/dW, Delta W_i> without dropout.
     """
     c = concatenate(layer.c for layer in layers)
     grad = concatenate(gradient(layer.c) for layer in layers)
@@ -307,8 +307,7 @@ def budget(step: int, total_steps: int, config: DoRAConfig, per_rank: int) -> in
 
 
 def keep_mask(scores: Tensor, costs: Tensor, budget: int) -> Tensor:
-    """Return a mask (n,): take the components by falling score (n,), and keep each that still fits
-    into the budget. Of equal scores the earlier one goes first."""
+    """Return a mask (n,): by falling score, keep each one that fits; ties go to the earlier."""
     # differs: the authors prune `score <= kthvalue`, which drops all ties and at least one gate
     kept, prices = [], costs.tolist()
     for i in scores.argsort(descending=True, stable=True).tolist():
