@@ -72,8 +72,8 @@ class Task(NamedTuple):
             return self.labels.index(cell)
 
         if not self.labels:
-            try:
-                share = float(cell) / self.top
+            try:  # without Python's own spellings of a number, such as 0_5
+                share = float(cell if cell.isascii() and "_" not in cell else "nan") / self.top
             except ValueError:
                 share = math.nan
             if 0 <= share <= 1:  # False for NaN
@@ -165,6 +165,8 @@ def load_task(name: str, data_dir: AnyPath, split: str, bpe: "BPE", max_len: int
     for number, cells in enumerate(rows, 2 if has_header else 1):
         try:
             texts, label = parse_row(task, columns, cells, labelled)
+            if not labelled:
+                check_index(columns, cells, len(examples))
         except ValueError as problem:
             malformed.append(f"{path} line {number}: {problem}")
             if len(malformed) > allowed:
@@ -185,13 +187,23 @@ def parse_row(task: Task, columns: Sequence[str], cells: Sequence[str],
               labelled: bool) -> tuple[list[str], int | float | None]:
     """Return the texts and the label (None in a test file) of a row. ValueError if malformed."""
     if len(cells) != len(columns):
-        found = f"{len(cells)} columns" if cells != [""] else "a blank line"
+        found, remedy = (f"{len(cells)} columns", "fix the row (a tab separates columns even "
+                         "inside quotes)") if cells != [""] else ("a blank line", "delete it")
         raise ValueError(f"{found}, expected {len(columns)} columns: {', '.join(columns):.200}; "
-                         f"fix the row (a tab separates columns even inside quotes)")
+                         f"{remedy}")
 
     row = dict(zip(columns, cells))
     texts = [row[text] for text in task.texts]
     return texts, task.parse_label(row[task.label]) if labelled else None
+
+
+def check_index(columns: Sequence[str], cells: Sequence[str], place: int) -> None:
+    """Raise ValueError if a test file has a column of indices, and a row's is not its place: the
+    submission file numbers the rows from 0."""
+    index = dict(zip(columns, cells)).get("index", f"{place}")
+    if index != f"{place}":
+        raise ValueError(f"index is {spelled(index)}, expected {place}, by which the submission "
+                         f"file names this row; sort the file, and delete rows without a text")
 
 
 def read_tsv(path: Path, remedy: str = "check --data-dir") -> list[list[str]]:
@@ -695,7 +707,8 @@ ROBERTA_TOKENIZER = {  # what tokenizer.json may say; anything else would give o
 def read_tokenizer(folder: Path) -> Tokenizer:
     """Read vocab.json and merges.txt of a model's folder, or else tokenizer.json.
 
-    Raises DataError if files are missing, damaged, or those of another kind of model.
+    Raises DataError if files are missing, damaged, those of another kind of model, or of different
+    tokenizers.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {CHECK_MODEL_DIR}")
@@ -704,10 +717,15 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
     vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
     missing = [path.name for path in (vocab_path, merges_path) if not path.exists()]
+    whole = folder / "tokenizer.json"
     if not missing:
-        return read_vocab_and_merges(vocab_path, merges_path)
-    if (folder / "tokenizer.json").exists():
-        return read_tokenizer_json(folder / "tokenizer.json")
+        tokenizer = read_vocab_and_merges(vocab_path, merges_path)
+        if whole.exists() and read_tokenizer_json(whole) != tokenizer:
+            raise DataError(f"{whole}: is another tokenizer than vocab.json and merges.txt beside "
+                            f"it; delete what is out of date")
+        return tokenizer
+    if whole.exists():
+        return read_tokenizer_json(whole)
     raise DataError(f"{folder}: has no {' and no '.join(missing)}, nor a tokenizer.json instead; "
                     f"{CHECK_MODEL_DIR}")
 

@@ -27,6 +27,7 @@ import sys
 import time
 import traceback
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -205,7 +206,7 @@ class RobertaForSequenceClassification(nn.Module):
         self.config = config
         self.roberta = RobertaModel(config)
         self.classifier = Classifier(config, num_labels)
-        self.trained_head = False  # True if load_roberta found a head for this task
+        self.trained_head, self.origin = False, ""  # set by load_roberta and by prepare
         self.reset(self)
 
     def reset(self, part: nn.Module) -> None:
@@ -474,7 +475,7 @@ def load_roberta(folder: str | Path, num_labels: int,
         for key in ("classifier.out_proj.weight", "classifier.out_proj.bias"):
             state[key] = state[key][order]
 
-    model.trained_head = order is not None
+    model.trained_head = order is not None  # whether the file has a head for this task
     model.load_state_dict(state, strict=False, assign=True)  # the mapped file is the weights
     return model
 
@@ -592,6 +593,9 @@ def read_config(path: Path) -> RobertaConfig:
     """Return the sizes in a model's config.json. Raises DoRAError for a model that is not RoBERTa
     and for a field that is missing or out of range."""
     values = read_json(path)
+    if is_run(values):
+        raise DoRAError(f"{path} is a run's, not a model's; to score the run, use --adapter "
+                        f"{path.parent}, and to start from it --model-dir {path.parent}/model")
     fixed = {"model_type": "roberta", "is_decoder": False, "add_cross_attention": False,
              "hidden_act": "gelu", "position_embedding_type": "absolute", "pad_token_id": data.PAD}
     for key, value in fixed.items():
@@ -709,7 +713,8 @@ class TrainConfig(DoRAConfig):
 
     RANGES: ClassVar[dict[str, str]] = {
         "> 0": "lr clip",
-        ">= 0": "seed weight_decay",
+        ">= 0, < 1e18": "seed",
+        ">= 0": "weight_decay",
         ">= 0, < 1": "warmup",
         ">= 1": "batch_size accumulate epochs max_steps log_every save_every",
         ">= 8": "max_len"}
@@ -720,6 +725,9 @@ class TrainConfig(DoRAConfig):
             if getattr(self, name) not in choices:
                 raise DoRAError(f"{name} = {getattr(self, name)}: choose one of "
                                 f"{', '.join(choices)}")
+        for name in ("data_dir", "model_dir", "out"):
+            if getattr(self, name) == "":
+                raise DoRAError(f"{name} is empty; name a folder, or leave the flag out")
         if self.resume and self.overwrite:
             raise DoRAError("resume continues a run, overwrite deletes it; choose one")
         if self.dtype == "float64" and self.device.startswith("mps"):
@@ -764,8 +772,7 @@ def make_config(task: str = "toy", method: str = "dora", **flags: Any) -> TrainC
     row = dict(zip(COLUMNS_8, TABLE_8.get(task, ())))
     if task != "toy":  # whose rate was tried
         row["lr"] = row.get("lr", TrainConfig.lr) * LR_FACTOR.get(method, 1.0)
-    flags = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in flags.items()}
+    flags = with_tuples(flags)
     try:
         config = TrainConfig(task=task, method=method,
                              **{**row, **METHOD_ROWS.get(method, {}), **flags})
@@ -842,6 +849,9 @@ def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification
         return data.load_task(name, find_data(config, name), split, bpe, config.max_len)
 
     model = load_roberta(model_dir, task.num_labels, task)
+    # what a run's scores depend on: the encoder's weights, its sizes, the tokenizer
+    tables = json.dumps([dataclasses.asdict(sizes), bpe.vocab, [*bpe.ranks]])
+    model.origin = f"{fingerprint(model.roberta.parameters())}-{zlib.crc32(tables.encode()):08x}"
     set_dtype(model, config, device)
     return task, model.to(device), model_dir, load
 
@@ -970,7 +980,7 @@ def identify(config: TrainConfig, model: RobertaForSequenceClassification,
     """Return what a resumed run must have in common with the one it continues, beside settings."""
     task = TASKS[config.task]
     folder = find_data(config, task.name) / task.folder
-    return {"model weights": fingerprint(model.roberta.parameters()),
+    return {"model weights, config.json and tokenizer": model.origin,
             "train examples": len(train_set),
             **{file: data.checksum(folder / file) for split, file in task.files.items()
                if split.startswith(("train", "dev"))}}
@@ -1200,8 +1210,8 @@ def newest_undamaged(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
 
 
 def refuse_other_settings(folder: Path, config: TrainConfig) -> None:
-    """Raise DoRAError if the run in a folder was made with other settings."""
-    if other := changed_setting(folder, config):
+    """Raise DoRAError if the run in a folder was made with other settings, data or model."""
+    if other := changed_setting(folder, config, but=("data_dir", "model_dir")):
         raise DoRAError(f"{folder} contains a run with {other}; replace it with --overwrite, or "
                         f"use another --out")
 
@@ -1211,9 +1221,23 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoints/step-*.pt"))
 
 
+def is_run(settings: dict[str, Any]) -> bool:
+    """Return whether these are the settings in a run's config.json, and not those of a model."""
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    return {"task", "method"} <= settings.keys() <= names
+
+
 def refuse_overwriting(folder: Path, config: TrainConfig | None = None) -> None:
-    """Raise DoRAError if a folder has a run that this one neither resumes nor overwrites."""
-    saved, finished = checkpoints_in(folder), (folder / "result.json").exists()
+    """Raise DoRAError if a folder has a run that this one neither resumes nor overwrites, or files
+    of the same names that are not a run's."""
+    path = folder / "config.json"
+    found = [file for pattern in Run.FILES for file in folder.glob(pattern)]
+    if found and not (path.exists() and is_run(read_json(path))):
+        raise DoRAError(f"{found[0]} would be overwritten, and {folder} is not a run's folder (it "
+                        f"has no config.json of a run); use another --out")
+    saved = checkpoints_in(folder)
+    finished = any((folder / name).exists() for name in (
+        "result.json", "adapter/adapter_config.json", "model/config.json"))
     if not (saved or finished) or config and (config.overwrite or config.resume and saved):
         return
     other = changed_setting(folder, config) if config else ""
@@ -1222,14 +1246,17 @@ def refuse_overwriting(folder: Path, config: TrainConfig | None = None) -> None:
                     f"replace it with --overwrite, or use another --out")
 
 
-def changed_setting(folder: Path, config: TrainConfig) -> str:
+def changed_setting(folder: Path, config: TrainConfig, but: tuple[str, ...] = ()) -> str:
     """Return the first setting that differs from that of the run in a folder, as "lr = 0.1, not
-    0.2"; "" if none does, or if the folder does not tell."""
+    0.2"; "" if none does, or if the folder does not tell. Of the settings that a resumed run may
+    change, only those in `but` count."""
     path = folder / "config.json"
     before = read_json(path) if path.exists() else {}
     for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():
-        if name not in Run.FREE and before.get(name, value) != value:
-            return f"{name} = {before[name]}, not {value}"
+        was = before.get(name, value)
+        same_place = name in but and was and value and Path(was).resolve() == Path(value).resolve()
+        if was != value and not same_place and (name not in Run.FREE or name in but):
+            return f"{name} = {was}, not {value}"
     return ""
 
 
@@ -1270,7 +1297,8 @@ class Run:
             "compile")
     FILES = ("config.json", "run.json", "log.txt", "metrics.jsonl", "ranks.jsonl", "ranks.json",
              "result.json", "run.png", "compare.png", "checkpoints/step-*.pt",
-             "checkpoints/not-finite.pt", "checkpoints/.*.part", "adapter/README.md",
+             "checkpoints/not-finite.pt", "checkpoints/.*.part",
+             "checkpoints/*.damaged", "adapter/README.md",
              "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
              "model/config.json", "model/model.safetensors", "model/vocab.json",
              "model/merges.txt", "model/tokenizer.json", "submission/*.tsv")
@@ -1315,13 +1343,16 @@ class Run:
                 for part in self.folder.glob("checkpoints/.*.part"):  # left by a killed process
                     part.unlink()
                 if not self.checkpoints:
-                    settings = {**dataclasses.asdict(self.config), "resume": False,
-                                "overwrite": False}
-                    write_json(self.folder / "config.json", settings)
+                    self.write_settings()
                     self.metrics.write_bytes(b"")
             stack.enter_context(self.signals)
             self.open = stack.pop_all()  # closed by __exit__
         return self
+
+    def write_settings(self) -> None:
+        """Write config.json."""
+        settings = {**dataclasses.asdict(self.config), "resume": False, "overwrite": False}
+        write_json(self.folder / "config.json", settings)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
@@ -1347,6 +1378,8 @@ class Run:
         rank = process()[0]
         if self.checkpoints:
             self.restore()
+            if self.writes:
+                self.write_settings()  # data and model may have moved
         self.say(introduction)
         if self.checkpoints:
             self.say(f"continuing after step {self.step:,}")
@@ -1362,8 +1395,8 @@ class Run:
         self.mask = self.pruner.mask  # that of the last line in ranks.jsonl
         self.live = self.live_components()
 
-        if self.checkpoints and (self.folder / "run.json").exists():
-            self.calls = read_json(self.folder / "run.json").get("calls", [])
+        if self.checkpoints:
+            self.calls = earlier_calls(self.folder / "run.json")
         self.calls.append({"command": shlex.join(["python", *sys.argv]),
                            "started": time.strftime("%Y-%m-%d %H:%M:%S"), "first_step": self.step,
                            **environment(self.device)})
@@ -1391,7 +1424,7 @@ class Run:
         """Write a text to log.txt."""
         if self.writes:
             path = self.folder / "log.txt"
-            with naming(path), open(path, "a", encoding="utf-8") as file:
+            with naming(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
     def write_line(self, path: Path, line: dict[str, Any]) -> None:
@@ -1494,12 +1527,13 @@ class Run:
         task = TASKS[self.config.task]
         if self.writes and self.pruner.layers:
             folder, base = self.folder / "adapter", base_name(self.config, model_dir)
-            about = {**adapter_labels(task), "max_len": str(self.config.max_len)}
+            about = {**adapter_labels(task), "max_len": str(self.config.max_len),
+                     "model": self.model.origin}
             save_adapter(self.model, folder, metadata=about, peft={
                 "task_type": "SEQ_CLS", "base_model_name_or_path": base})
             card = model_card(self.config, base, folder, self.pruner.ranks(), self.records[-1])
             with atomic_file(folder / "README.md") as file:
-                file.write(card.encode())
+                file.write(card.encode(errors="backslashreplace"))  # folders' names may be bytes
         elif self.writes:
             save_model(self.model, self.folder / "model", task)
             for name in ("vocab.json", "merges.txt", "tokenizer.json"):
@@ -1539,6 +1573,8 @@ class Run:
     def restore(self) -> None:
         """Load the newest undamaged checkpoint. Raises DoRAError if its settings differ."""
         path, state = newest_undamaged(self.checkpoints)
+        for later in self.checkpoints[self.checkpoints.index(path) + 1:] if self.writes else []:
+            later.replace(later.with_suffix(".damaged"))  # it would pass for one of the newest two
         for key, value in self.identity.items():
             before = state["identity"].get(key)
             if before != value:
@@ -1560,9 +1596,18 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         set_random_states(state["rng"], self.device)
         for name, size in state["sizes"].items() if self.writes else []:
-            os.truncate(self.folder / name, size)  # later steps will be repeated
+            file = self.folder / name
+            if file.exists() and file.stat().st_size > size:
+                os.truncate(file, size)  # later steps will be repeated
         for name in self.STATE:
             setattr(self, name, state[name])
+        kept = self.folder / ("adapter/adapter_model.safetensors" if self.pruner.layers
+                              else "model/model.safetensors")
+        if self.best and not kept.exists():
+            self.say(f"{kept} is missing; the best epoch from here on will be saved")
+            self.best = None
+            if self.records[-1]["step"] == self.step:
+                self.records.pop()  # so that this epoch is evaluated again
         self.losses.extend(loss.to(self.device) for loss in state["losses"])
 
     def stop_after_a_signal(self, total: int) -> None:
@@ -1580,6 +1625,15 @@ class Run:
         result = {**result, "ranks": ranks, "folder": str(self.folder)}
         self.note(summary(result))
         return result
+
+
+def earlier_calls(path: Path) -> list[dict[str, Any]]:
+    """Return the calls that run.json lists; none if it is missing or damaged, since a run can go on
+    without."""
+    try:
+        return [*read_json(path)["calls"]]
+    except (DoRAError, KeyError, TypeError):
+        return []
 
 
 def finished_result(folder: Path) -> dict[str, Any] | None:
@@ -1636,9 +1690,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def say(text: str) -> None:
-    """Print from the first process, without breaking the progress bar."""
-    if process()[0] == 0:
-        tqdm.write(text)
+    """Print from the first process, without breaking the progress bar. A terminal or pipe that is
+    gone, or that lacks a character, stops no run."""
+    if process()[0]:
+        return
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    except OSError:  # what is buffered, and what follows, goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def progress_bar(total: int, unit: str, **options: Any) -> Any:
@@ -1711,7 +1771,7 @@ def toy(config: TrainConfig) -> dict[str, Any]:
     if not (config.resume or config.overwrite) and checkpoints_in(root / "pretrain"):
         raise DoRAError(f"{root} already contains a run; continue it with --resume, replace it "
                         f"with --overwrite, or use another --out")
-    untrained, pretrained = root / "untrained", root / "pretrain" / "model"
+    untrained = root / "untrained"
     bpe = data.write_toy(root, untrained)
     torch.manual_seed(config.seed)
     tiny = RobertaConfig(vocab_size=len(bpe.vocab), hidden_size=64, num_hidden_layers=3,
@@ -1719,25 +1779,38 @@ def toy(config: TrainConfig) -> dict[str, Any]:
                          hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
                          initializer_range=0.1)
     save_model(RobertaForSequenceClassification(tiny, 4), untrained)
+    # settings that cannot work are refused now, and not after the pretraining
+    rows = {name: n for name, split, n in data.TOY_SIZES if split == "train"}["toy"]
+    steps = config.max_steps or config.epochs * math.ceil(
+        rows / (config.batch_size * config.accumulate))
+    Pruner(adapt(RobertaForSequenceClassification(tiny, 2), config), config, steps)
 
-    def run(name: str, model_dir: Path, what: str, **changes: Any) -> tuple[str, dict[str, Any]]:
+    def run(name: str, what: str, pretrained: bool = True,
+            **changes: Any) -> tuple[str, dict[str, Any]]:
         say(f"--- {what}")
-        settings = {"data_dir": str(root), "model_dir": str(model_dir), "out": str(root / name),
-                    "max_len": min(config.max_len, 48), **changes}  # no text is longer
-        return what, train(dataclasses.replace(config, **settings))
+        return what, train(dataclasses.replace(toy_config(config, name, pretrained), **changes))
 
     no_adapter = dataclasses.asdict(DoRAConfig(**METHODS["lora"]))
-    run("pretrain", untrained, "pretraining on short sentences, all weights",
+    run("pretrain", "pretraining on short sentences, all weights", pretrained=False,
         **{**no_adapter, "task": "toy-pretrain", "method": "full", "lr": 1e-3, "batch_size": 32,
            "epochs": 3, "max_steps": None})
-    rows = [run("adapted", pretrained, f"{config.method} on the pretrained encoder"),
-            run("head", pretrained, "only the head", **{**no_adapter, "method": "head"}),
-            run("blind", untrained, f"{config.method} without pretraining")]
+    runs = [run("adapted", f"{config.method} on the pretrained encoder"),
+            run("head", "only the head", **{**no_adapter, "method": "head"}),
+            run("blind", f"{config.method} without pretraining", pretrained=False)]
     say(f"\nMatthews correlation on the adaptation task, best epoch after the last pruning "
         f"(files in {root})")
-    for what, result in rows:
+    for what, result in runs:
         say(f"{result['best']['matthews']:8.3f}  {what}")
-    return rows[0][1]
+    return runs[0][1]
+
+
+def toy_config(config: TrainConfig, name: str, pretrained: bool = True) -> TrainConfig:
+    """Return the settings of one of the toy's runs."""
+    root = run_folder(config)
+    model_dir = root / "pretrain" / "model" if pretrained else root / "untrained"
+    return dataclasses.replace(config, data_dir=str(root), model_dir=str(model_dir),
+                               out=str(root / name),
+                               max_len=min(config.max_len, 48))  # no text is longer
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -1751,7 +1824,8 @@ def main(argv: list[str] | None = None) -> int:
         run_command(flags)
         return 0
     except Interrupted as error:
-        say(f"{error.args[0]}; continue with the same command and --resume")
+        instead = " in place of --overwrite" * bool(flags.get("overwrite"))
+        say(f"{error.args[0]}; continue with the same command and --resume{instead}")
         return 128 + error.args[1]
     except KeyboardInterrupt:
         say("interrupted outside of training; nothing to save")
@@ -1792,6 +1866,8 @@ def run_command(flags: dict[str, Any]) -> None:
     if adapter and not eval_only:
         raise DoRAError(f"--adapter {adapter} is only for --eval-only; training starts from "
                         f"a new adapter")
+    if eval_only and seeds != [1]:
+        raise DoRAError("--seeds has no effect with --eval-only; leave it out")
     if len({*seeds}) < len(seeds):
         raise DoRAError(f"--seeds {' '.join(map(str, seeds))}: name each seed once")
     if eval_only:
@@ -1824,8 +1900,7 @@ def run_seed(config: TrainConfig, several: bool) -> dict[str, Any]:
     if several and not config.overwrite:
         done = finished_result(folder) if (last / "result.json").exists() else None
         if done:
-            if not is_toy:
-                refuse_other_settings(folder, config)
+            refuse_other_settings(folder, toy_config(config, "adapted") if is_toy else config)
             metric = TASKS[config.task].metrics[0]
             say(f"seed {config.seed} is finished: {metric} {done['best'][metric]:.4f}, {folder}")
             return done
@@ -1879,19 +1954,34 @@ def saved_run(adapter: str | None, flags: dict[str, Any]) -> tuple[TrainConfig, 
         raise DoRAError("--eval-only: name what to score, --adapter RUN or --model-dir FOLDER")
     folder = find_adapter(adapter) if adapter else None
     home = folder.absolute().parent if folder else Path()
+    if folder and home_of(folder / "adapter") != folder / "adapter":
+        raise DoRAError(f"{adapter} has no adapter yet, since a run saves it after its last "
+                        f"pruning; continue the run with --resume")
     if folder is None or not (home / "config.json").exists():
         return make_config(**flags), folder
 
     values = read_json(home / "config.json")
-    if not values.keys() <= {f.name for f in dataclasses.fields(TrainConfig)}:
+    if "model_type" in values:  # the adapter stands in its model's folder
+        return make_config(**flags), folder
+    if not is_run(values):
         raise DoRAError(f"{home / 'config.json'} is not a run's config.json")
     refuse_training_flags(flags, values)
     is_model = (folder / "model.safetensors").exists()
-    if is_model:
-        values["model_dir"] = str(folder)
-    values = {name: tuple(value) if isinstance(value, list) else value
-              for name, value in {**values, "out": None, **flags}.items()}
-    return TrainConfig(**values), None if is_model else folder
+    if is_model and "model_dir" in flags:
+        raise DoRAError(f"--model-dir {flags['model_dir']}: {folder} holds a whole model; leave "
+                        f"--model-dir out")
+    given = {"out": None, **({"model_dir": str(folder)} if is_model else {}), **flags}
+    try:
+        config = TrainConfig(**with_tuples(values))
+    except DoRAError as error:
+        raise DoRAError(f"{home / 'config.json'}: {error}") from None
+    return dataclasses.replace(config, **with_tuples(given)), None if is_model else folder
+
+
+def with_tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings from JSON or a command line with tuples in place of lists."""
+    return {name: tuple(value) if isinstance(value, list) else value
+            for name, value in settings.items()}
 
 
 EVALUATED = ("task", "method", "data_dir", "model_dir", "out", "max_len", "device", "dtype",
@@ -1915,6 +2005,9 @@ def evaluate_only(config: TrainConfig, adapter: str | Path | None, split: str | 
     _, model, model_dir, load = prepare(config)
     if adapter:
         load_adapter(model, adapter)
+        if adapter_metadata(adapter).get("model", model.origin) != model.origin:
+            raise DoRAError(f"{adapter} was trained on another model than {model_dir}: weights, "
+                            f"config.json or tokenizer differ; use that model")
     elif not model.trained_head:
         raise DoRAError(f"{model_dir}: its weights and config.json have no head for {task.name} "
                         f"({label_text(task)}); name a trained adapter with --adapter RUN/adapter")
@@ -1924,13 +2017,20 @@ def evaluate_only(config: TrainConfig, adapter: str | Path | None, split: str | 
     if scores["spread"] < COLLAPSED:
         say(collapse(scores["spread"]))
 
-    folder = Path(config.out or Path(adapter or model_dir).parent) / "submission"
+    folder = Path(config.out or home_of(Path(adapter or model_dir))) / "submission"
     for name, part in submission_files(task, split):
         predictions = predict(model, load(part, name), watch_without_a_run)
         if process()[0] == 0:
             with naming(folder):
                 path = data.write_submission(TASKS[name], part, predictions, folder)
             say(f"wrote {path}")
+
+
+def home_of(folder: Path) -> Path:
+    """Return the run's folder around an adapter or model; without a run, the folder itself."""
+    home = folder.absolute().parent
+    path = home / "config.json"
+    return home if path.exists() and is_run(read_json(path)) else folder
 
 
 def watch_without_a_run(batches: Iterator[data.Batch], n: int) -> Iterator[data.Batch]:
@@ -2036,7 +2136,8 @@ def help_text(name: str, text: str) -> str:
                      if row.get(name, default) != default)
     default = "the task's, Table 8 of the paper" if name in COLUMNS_8 else shown(default)
     if name == "lr":
-        others += "".join(f"; {method}: {x:g} of Table 8's" for method, x in LR_FACTOR.items())
+        others += "".join(f"; {method}: {x:g} of it, but for the toy" for method, x in
+                          LR_FACTOR.items())
     bounds = f"{ranges[name]}; " if name in ranges else ""
     return f"{text} ({bounds}default: {default}{others})".replace("%", "%%")
 

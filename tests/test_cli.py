@@ -60,7 +60,7 @@ def test_help_shows_tasks_ranges_and_the_methods_defaults():
     text = re.sub(r"\s+", " ", make_parser().format_help())
     for part in ("--task {cola,sst2,",
                  "AdamW (> 0; default: the task's, Table 8 of the paper; bitfit: 0.001; full: "
-                 "2e-05; dora: 0.25 of Table 8's; lora: 0.25 of Table 8's)",
+                 "2e-05; dora: 0.25 of it, but for the toy; lora: 0.25 of it, but for the toy)",
                  "(>= 0, < 1; default: 0.06)",
                  "{slow_first,fast_first,none}",
                  "(default: fast_first; paper: slow_first; lora: none)"):
@@ -294,6 +294,65 @@ def test_eval_only_of_a_runs_folder(tmp_path, capsys):
     assert "note: " not in first[0] and "was trained with --max-len 48" in second
 
 
+def test_eval_only_of_another_model(tmp_path, capsys):
+    """An adapter on a model with other sizes that need no other shapes, with another tokenizer, or
+    with other weights outside of the adapted matrices, where it has another score: refused."""
+    run(tmp_path / "out", max_steps=8, interval=1)
+    words = ["--eval-only", "--adapter", str(tmp_path / "out"), "--model-dir"]
+    vocab = json.loads((files()[1] / "vocab.json").read_text())
+    a, b = list(vocab)[300:302]
+    weights = read_safetensors(files()[1] / "model.safetensors")
+    weights["roberta.embeddings.word_embeddings.weight"] *= -1
+    sizes = json.loads((files()[1] / "config.json").read_text())
+    for name, change in (
+            ("config.json", json.dumps({**sizes, "num_attention_heads": 2})),
+            ("vocab.json", json.dumps({**vocab, a: vocab[b], b: vocab[a]})),
+            ("model.safetensors", weights)):
+        folder = tmp_path / name
+        shutil.copytree(files()[1], folder)
+        if name == "model.safetensors":
+            write_safetensors(folder / name, change)
+        else:
+            (folder / name).write_text(change)
+        line = failed(capsys, *words, str(folder))
+        assert f"was trained on another model than {folder}: weights, config.json or tok" in line
+    shutil.copytree(files()[1], tmp_path / "moved")
+    assert main([*words, str(tmp_path / "moved")]) == 0
+
+
+def test_eval_only_refuses_what_it_would_ignore(tmp_path, capsys):
+    """--model-dir where the run holds a whole model, --seeds, a run that has no adapter yet, a
+    run's folder in place of a model's, and a wrong value in config.json: one line each."""
+    words = ["--eval-only", "--adapter", str(tmp_path / "out")]
+    run(tmp_path / "out", method="head", max_steps=8)
+    line = failed(capsys, *words, "--model-dir", str(files()[1]))
+    assert "out/model holds a whole model; leave --model-dir out" in line
+    assert "--seeds has no effect with --eval-only" in failed(capsys, *words, "--seeds", "2", "3")
+    given = {**run_settings(tmp_path / "new"), "model_dir": tmp_path / "out"}
+    line = failed(capsys, *flags(**given))
+    assert f"to score the run, use --adapter {tmp_path / 'out'}, and to start from it" in line
+
+    path = tmp_path / "out" / "config.json"
+    path.write_text(path.read_text().replace('"lr": 0.003', '"lr": "x"'))
+    assert f"{path}: lr = 'x': must be of type float" in failed(capsys, *words)
+    shutil.rmtree(tmp_path / "out" / "model")
+    assert "out has no adapter yet" in failed(capsys, *words)
+
+
+def test_an_adapter_in_its_models_folder(tmp_path, capsys):
+    """The model's config.json beside an adapter is not a run's: the flags say what to score. The
+    submission file goes into the adapter's folder, which no run surrounds."""
+    fake_task(tmp_path, "cola")
+    given = run_settings(tmp_path / "out", task="cola", data_dir=tmp_path, max_steps=8, interval=1)
+    run(**{**given, "data_dir": str(tmp_path)})
+    shutil.copytree(files()[1], tmp_path / "model")
+    adapter = shutil.copytree(tmp_path / "out" / "adapter", tmp_path / "model" / "adapter")
+    words = ["--task", "cola", "--data-dir", tmp_path, "--model-dir", tmp_path / "model"]
+    assert main([*map(str, words), "--eval-only", "--max-len", "48", "--adapter", str(adapter),
+                 "--predict", "test"]) == 0
+    assert (adapter / "submission" / "CoLA.tsv").exists()
+
+
 def test_eval_only_of_nothing(capsys):
     """--eval-only alone says what it needs; it does not download a model."""
     assert "--adapter RUN or --model-dir FOLDER" in failed(capsys, "--eval-only")
@@ -329,7 +388,7 @@ def test_an_adapter_without_eval_only(tmp_path, capsys):
     ("--method lora --eta 0.1", "eta = 0.1 has no effect with schedule = none"),
     ("--penalty none --eta 0.1", "eta = 0.1 has no effect with penalty = none"),
     ("--eps 1e-4", "eps = 0.0001 has no effect with importance = sensitivity"),
-    ("--seeds 5 5", "name each seed once"),
+    ("--seeds 5 5", "name each seed once"), ("--seeds 18446744073709551616", "seed = 18446"),
     ("--rank 500", "has at most rank 32"), ("--start-rank 40", "start_rank = 40: "),
     ("--device meta", "--device cpu"), ("--dtype float64 --device mps", "mps has no float64")])
 def test_flags_without_effect(tmp_path, capsys, words, says):
@@ -401,6 +460,21 @@ def test_overwrite(tmp_path, capsys):
     assert {str(p) for p in other - new} == {"notes.txt", "adapter/notes.txt"}
     assert main([*flags(**{**given, "out": tmp_path / "bitfit"}), "--overwrite"]) == 0
     assert not (tmp_path / "bitfit" / "model").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["--overwrite"], ["--resume"]])
+def test_files_of_a_runs_names_that_are_not_a_runs(tmp_path, capsys, words):
+    """--out is a model's folder, or one with a model/ and an adapter/ of somebody's own: refused,
+    and each file stays."""
+    shutil.copytree(files()[1], tmp_path / "model")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "README.md").write_text("mine")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for folder in (tmp_path / "model", tmp_path):
+        line = failed(capsys, *flags(**run_settings(folder)), *words)
+        assert "would be overwritten, and " in line and "is not a run's folder" in line
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*")
+            if p.is_file() and p.name != ".lock"} == before
 
 
 def test_overwrite_keeps_what_the_run_starts_from(tmp_path, capsys):
@@ -551,6 +625,17 @@ def test_the_toy(tmp_path, capsys, monkeypatch):
     assert f"dev examples: matthews {best['matthews']:.4f}\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words, says", [
+    ("--targets querry", "target 'querry' matches no module"), ("--rank 65", "has at most rank 64"),
+    ("--max-steps 3", "the first pruning is at step 1")])
+def test_the_toy_refuses_before_it_pretrains(tmp_path, capsys, words, says):
+    """A setting that cannot work is refused at once, and leaves nothing that would be in the way of
+    the right one."""
+    assert says in failed(capsys, "--out", str(tmp_path / "out"), "--device", "cpu", *words.split())
+    assert not (tmp_path / "out" / "pretrain").exists()
+    assert "pretraining" not in capsys.readouterr().out
+
+
 def few_merges(train_bpe, texts, n, *paths):
     """Learn ten merges, whatever was asked for."""
     train_bpe(texts, 10, *paths)
@@ -566,8 +651,8 @@ def test_the_toy_fills_its_folder(tmp_path, capsys, monkeypatch, again):
     monkeypatch.setattr(data, "train_bpe", functools.partial(few_merges, data.train_bpe))
     real = train_glue.train
     monkeypatch.setattr(train_glue, "train", lambda config: real(
-        dataclasses.replace(config, epochs=1, max_steps=2, interval=1)))
-    words = ["--method", "lora", "--device", "cpu"]
+        dataclasses.replace(config, max_steps=2, interval=1)))
+    words = ["--method", "lora", "--device", "cpu", "--max-steps", "2"]
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "(files in runs/toy-lora-1)" in said and "files in runs/toy-lora-1/adapted\n" in said
@@ -581,6 +666,8 @@ def test_the_toy_fills_its_folder(tmp_path, capsys, monkeypatch, again):
     assert main([*words, "--seeds", "1", "2"]) == 0
     said = capsys.readouterr().out
     assert "seed 1 is finished: matthews " in said
+    line = failed(capsys, *words, "--seeds", "1", "2", "--lr", "0.1")  # not the score of 3e-3
+    assert "toy-lora-1/adapted contains a run with lr = 0.003, not 0.1" in line
     assert (tmp_path / "runs" / "toy-lora-2" / "blind" / "result.json").exists()
 
 

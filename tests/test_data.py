@@ -121,7 +121,7 @@ def test_only_newline_ends_a_row(odd, tmp_path, toy):
 MALFORMED = {     # case: (task, file, line, what the message must say)
     "a column too few": ("rte", RTE + "2\tx\tentailment\n", 4, "3 columns, expected 4"),
     "a column too many": ("rte", RTE + "2\tx\ty\tz\tentailment\n", 4, "5 columns, expected 4"),
-    "a blank line": ("rte", RTE + "\n2\tx\ty\tentailment\n", 4, "a blank line, expected 4"),
+    "a blank line": ("rte", RTE + "\n2\tx\ty\tentailment\n", 4, "; delete it"),
     "an unknown label": ("rte", RTE.replace("not_", "Not"), 3, "'entailment' or 'not_entailment'"),
     "a label with a space": ("rte", RTE.replace("not_entailment", "1 "), 3, "label is '1 '"),
     "no label": ("rte", RTE.replace("not_entailment", ""), 3, "label is ''"),
@@ -139,6 +139,9 @@ MALFORMED = {     # case: (task, file, line, what the message must say)
     "a score too high": ("stsb", "sentence1\tsentence2\tscore\na\tb\t5.001\n", 2, "0 to 5"),
     "a negative score": ("stsb", "sentence1\tsentence2\tscore\na\tb\t-0.1\n", 2, "0 to 5"),
     "a NaN score": ("stsb", "sentence1\tsentence2\tscore\na\tb\tnan\n", 2, "'nan'"),
+    "a score with an underscore": (
+        "stsb", "sentence1\tsentence2\tscore\na\tb\t0_5\n", 2, "score is '0_5'"),
+    "a score in other digits": ("stsb", "sentence1\tsentence2\tscore\na\tb\t٣\n", 2, "0 to 5"),
     "an infinite score": ("stsb", "sentence1\tsentence2\tscore\na\tb\tinf\n", 2, "0 to 5"),
     "a long cell": ("rte", RTE.replace("not_entailment", "x" * 9000), 3, "expected"),
 }
@@ -155,6 +158,23 @@ def test_malformed_files(case, tmp_path, toy):
     assert "\n" not in message and len(message) < 500
     assert message.startswith(f"{path} line {line}: " if line else f"{path}: ")
     assert says in message and "expected" in message and ";" in message    # ...; remedy
+
+
+@pytest.mark.parametrize("rows, says", [
+    (["0\ta\tb", "2\tc\td", "1\te\tf"], "line 3: index is '2', expected 1"),
+    (["0\ta\tb", "\t\t"], "line 3: index is '', expected 1"),
+    (["5\ta\tb"], "line 2: index is '5', expected 0")])
+def test_a_test_file_whose_rows_are_not_in_their_places(tmp_path, toy, rows, says):
+    """A submission names the rows 0, 1, ...: a test file with another order in its index, or with a
+    spreadsheet's empty rows, is refused. One without an index is taken as it is."""
+    header = "index\tsentence1\tsentence2"
+    path = tmp_path / "RTE" / "test.tsv"
+    path.parent.mkdir()
+    path.write_text("\n".join([header, *rows]) + "\n")
+    with pytest.raises(DataError, match=f"{says}.*; sort the file"):
+        data.load_task("rte", tmp_path, "test", toy, 128)
+    path.write_text("\n".join([header.replace("index", "id"), *rows]) + "\n")
+    assert len(data.load_task("rte", tmp_path, "test", toy, 128)) == len(rows)
 
 
 def test_missing_files(tmp_path, toy):
@@ -751,8 +771,14 @@ def test_tokenizer_json(as_text, toy_files, toy, tmp_path):
     assert BPE(tmp_path).ranks == toy.ranks
     for source, name in zip(toy_files, ("vocab.json", "merges.txt")):
         (tmp_path / name).write_bytes(source.read_bytes())
-    path.write_text("not read beside the two")
-    assert BPE(tmp_path).ranks == toy.ranks
+    assert BPE(tmp_path).ranks == toy.ranks  # all three say the same
+    content = tokenizer_json(toy_files, as_text)
+    content["model"]["merges"][-2:] = content["model"]["merges"][:-3:-1]  # the last two swapped
+    for text, says in ((json.dumps({**content, "normalizer": {"type": "Lowercase"}}), "normalizer"),
+                       (json.dumps(content), "another tokenizer than vocab.json and merges.txt")):
+        path.write_text(text)
+        with pytest.raises(DataError, match=f"tokenizer.json: .*{says}"):
+            BPE(tmp_path)
 
 
 USER = [{"id": 265, "content": "[USER]", "special": False}]

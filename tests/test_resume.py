@@ -107,6 +107,29 @@ def test_a_lost_terminal(tmp_path, monkeypatch, whole):
     same_runs(tmp_path / "out", whole)
 
 
+def test_a_pipe_that_is_closed(tmp_path, whole):
+    """`train_glue.py ... | head -1`: the run goes on to its end, and log.txt has every line."""
+    process = command(*flags(**run_settings(tmp_path / "out")), env={"PYTHONUNBUFFERED": "1"})
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(100) == 0 and not process.stderr.read()
+    same_runs(tmp_path / "out", whole)
+    assert "after the last" in (tmp_path / "out" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("name, encoding, shown", [
+    ("uäß", "ascii", r"u\xe4\xdf"), ("u\udcff", "utf-8", r"u\udcff")])
+def test_a_name_that_the_terminal_cannot_show(tmp_path, name, encoding, shown):
+    """A folder's name in letters, or bytes, that stdout's encoding lacks: they are printed as
+    escapes."""
+    words = flags(**run_settings(tmp_path / name, max_steps=8, interval=1))
+    process = command(*words, env={"PYTHONIOENCODING": encoding})
+    said, errors = process.communicate(timeout=100)
+    assert process.returncode == 0 and not errors, errors
+    assert f"files in {tmp_path}/{shown}\n" in said
+    assert (tmp_path / name / "result.json").exists()
+
+
 @pytest.mark.parametrize("epoch, number", [(1, signal.SIGINT), (2, signal.SIGTERM),
                                            (3, signal.SIGINT)])
 def test_interrupted_while_it_evaluates(tmp_path, capsys, monkeypatch, epoch, number):
@@ -364,6 +387,73 @@ def test_a_damaged_checkpoint(tmp_path, capsys, monkeypatch, whole, damage):
     same_runs(tmp_path, whole)
 
 
+def test_a_damaged_checkpoint_is_not_one_of_the_newest_two(tmp_path, monkeypatch):
+    """It is renamed, so that the two checkpoints that are kept after the next saves are intact; and
+    --overwrite deletes it."""
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(patch, 14)
+        run(tmp_path, save_every=5)
+    cut(tmp_path / "checkpoints" / "step-00000014.pt")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(patch, 3)
+        resume(tmp_path, save_every=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000012.pt", "step-00000013.pt", "step-00000014.damaged"]
+    run(tmp_path, overwrite=True)
+    assert not [*tmp_path.glob("checkpoints/*.damaged")]
+
+
+@pytest.mark.parametrize("name, damage", [
+    *((name, damage) for name in ("metrics.jsonl", "ranks.jsonl", "run.json")
+      for damage in ("gone", "cut")), ("adapter", "gone")])
+def test_a_run_without_its_other_files(tmp_path, monkeypatch, whole, name, damage):
+    """The checkpoint decides whether a run can go on: without its log, or with half of it, it ends
+    with the same weights, and every line is JSON. Without its best adapter it saves another."""
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(patch, 18)
+        run(tmp_path)
+    path = tmp_path / name
+    if name == "adapter":
+        shutil.rmtree(path)
+    elif damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:1]))
+    resume(tmp_path)
+    same(newest(tmp_path)["weights"], newest(whole)["weights"])
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    for log in ("metrics.jsonl", "ranks.jsonl"):
+        if (tmp_path / log).exists():
+            [*map(json.loads, (tmp_path / log).read_text().splitlines())]
+
+
+def test_a_best_adapter_that_is_gone_at_the_end(tmp_path):
+    """After the last evaluation, the adapter deleted: the resumed run evaluates the last epoch
+    again and saves its adapter."""
+    run(tmp_path)
+    (tmp_path / "result.json").unlink()
+    shutil.rmtree(tmp_path / "adapter")
+    found = resume(tmp_path)
+    assert found["best"]["step"] == 24 and (tmp_path / "adapter").exists()
+
+
+def test_a_run_that_moved(tmp_path, monkeypatch):
+    """Data and model elsewhere when the run goes on: config.json names the new places, so that the
+    run can be scored without a flag."""
+    given = run_settings(tmp_path / "out")
+    for name in ("data_dir", "model_dir"):
+        shutil.copytree(given[name], tmp_path / f"{name}-1")
+        given[name] = str(tmp_path / f"{name}-1")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(patch, 9)
+        train(make_config(**given))
+    for name in ("data_dir", "model_dir"):
+        os.rename(given[name], tmp_path / f"{name}-2")
+        given[name] = str(tmp_path / f"{name}-2")
+    train(make_config(**given, resume=True))
+    assert main(["--eval-only", "--adapter", str(tmp_path / "out")]) == 0
+
+
 def test_all_checkpoints_damaged(tmp_path, monkeypatch):
     """None is intact: an error, and the files stay as they are."""
     stop_at(monkeypatch, 3)
@@ -423,7 +513,7 @@ def test_another_task_or_model_is_not_resumed(tmp_path, whole):
     weights = dora.read_safetensors(tmp_path / "m" / "model.safetensors")
     weights["roberta.encoder.layer.1.output.dense.bias"] += 0.5
     dora.write_safetensors(tmp_path / "m" / "model.safetensors", weights)
-    with pytest.raises(DoRAError, match="model weights = "):
+    with pytest.raises(DoRAError, match="model weights, config.json and tokenizer = "):
         train(make_config(**{**given, "model_dir": str(tmp_path / "m")}))
     shutil.copytree(given["data_dir"], tmp_path / "d")
     path = tmp_path / "d" / "toy" / "train.tsv"
@@ -500,10 +590,24 @@ def test_a_run_that_died_before_its_first_checkpoint(tmp_path, capsys, whole, ag
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / ".step-00000008.pt.abc.part").write_bytes(b"half")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "l')
+    (tmp_path / "config.json").write_bytes((whole / "config.json").read_bytes())
     run(tmp_path, resume=again)
     assert ("no checkpoint yet, starting from the beginning" in capsys.readouterr().out) == again
     same_runs(tmp_path, whole)
     assert len([*(tmp_path / "checkpoints").iterdir()]) == 2
+
+
+def test_seeds_on_other_data_or_another_model(tmp_path, capsys):
+    """Scores of seeds on different data or models are not averaged: a finished seed is refused with
+    the place that differs. The same place by another name is accepted."""
+    given = run_settings(tmp_path / "out", max_steps=8, interval=1)
+    assert main([*flags(**given), "--seeds", "1", "2"]) == 0
+    for name in ("data_dir", "model_dir"):
+        other = {**given, name: shutil.copytree(given[name], tmp_path / name)}
+        assert main([*flags(**other), "--seeds", "1", "2"]) == 2
+        assert f"contains a run with {name} = {given[name]}, not" in capsys.readouterr().err
+    same_place = {**given, "data_dir": os.path.relpath(given["data_dir"])}
+    assert main([*flags(**same_place), "--seeds", "1", "2"]) == 0
 
 
 def test_several_seeds_resume(tmp_path, monkeypatch, whole):
