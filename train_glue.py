@@ -593,7 +593,7 @@ def read_config(path: Path) -> RobertaConfig:
     """Return the sizes in a model's config.json. Raises DoRAError for a model that is not RoBERTa
     and for a field that is missing or out of range."""
     values = read_json(path)
-    if is_run(values):
+    if settings_of_run(path):
         raise DoRAError(f"{path} is a run's, not a model's; to score the run, use --adapter "
                         f"{path.parent}, and to start from it --model-dir {path.parent}/model")
     fixed = {"model_type": "roberta", "is_decoder": False, "add_cross_attention": False,
@@ -1221,21 +1221,26 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoints/step-*.pt"))
 
 
-def is_run(settings: dict[str, Any]) -> bool:
-    """Return whether these are the settings in a run's config.json, and not those of a model."""
+def settings_of_run(path: Path) -> dict[str, Any]:
+    """Return the settings in a run's config.json; {} if it is missing, damaged or a model's."""
+    try:
+        values = read_json(path)
+    except DoRAError:
+        return {}
     names = {f.name for f in dataclasses.fields(TrainConfig)}
-    return {"task", "method"} <= settings.keys() <= names
+    return values if {"task", "method"} <= values.keys() <= names else {}
 
 
 def refuse_overwriting(folder: Path, config: TrainConfig | None = None) -> None:
     """Raise DoRAError if a folder has a run that this one neither resumes nor overwrites, or files
     of the same names that are not a run's."""
-    path = folder / "config.json"
+    saved = checkpoints_in(folder)
     found = [file for pattern in Run.FILES for file in folder.glob(pattern)]
-    if found and not (path.exists() and is_run(read_json(path))):
+    known = settings_of_run(folder / "config.json") or saved and not (config and config.overwrite)
+    # only the first process looks: it may be deleting these files while the others come here
+    if found and not known and process()[0] == 0:
         raise DoRAError(f"{found[0]} would be overwritten, and {folder} is not a run's folder (it "
                         f"has no config.json of a run); use another --out")
-    saved = checkpoints_in(folder)
     finished = any((folder / name).exists() for name in (
         "result.json", "adapter/adapter_config.json", "model/config.json"))
     if not (saved or finished) or config and (config.overwrite or config.resume and saved):
@@ -1250,8 +1255,7 @@ def changed_setting(folder: Path, config: TrainConfig, but: tuple[str, ...] = ()
     """Return the first setting that differs from that of the run in a folder, as "lr = 0.1, not
     0.2"; "" if none does, or if the folder does not tell. Of the settings that a resumed run may
     change, only those in `but` count."""
-    path = folder / "config.json"
-    before = read_json(path) if path.exists() else {}
+    before = settings_of_run(folder / "config.json")
     for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():
         was = before.get(name, value)
         same_place = name in but and was and value and Path(was).resolve() == Path(value).resolve()
@@ -1573,8 +1577,6 @@ class Run:
     def restore(self) -> None:
         """Load the newest undamaged checkpoint. Raises DoRAError if its settings differ."""
         path, state = newest_undamaged(self.checkpoints)
-        for later in self.checkpoints[self.checkpoints.index(path) + 1:] if self.writes else []:
-            later.replace(later.with_suffix(".damaged"))  # it would pass for one of the newest two
         for key, value in self.identity.items():
             before = state["identity"].get(key)
             if before != value:
@@ -1599,6 +1601,8 @@ class Run:
             file = self.folder / name
             if file.exists() and file.stat().st_size > size:
                 os.truncate(file, size)  # later steps will be repeated
+        for later in self.checkpoints[self.checkpoints.index(path) + 1:] if self.writes else []:
+            later.replace(later.with_suffix(".damaged"))  # it would pass for one of the newest two
         for name in self.STATE:
             setattr(self, name, state[name])
         kept = self.folder / ("adapter/adapter_model.safetensors" if self.pruner.layers
@@ -1963,7 +1967,7 @@ def saved_run(adapter: str | None, flags: dict[str, Any]) -> tuple[TrainConfig, 
     values = read_json(home / "config.json")
     if "model_type" in values:  # the adapter stands in its model's folder
         return make_config(**flags), folder
-    if not is_run(values):
+    if not settings_of_run(home / "config.json"):
         raise DoRAError(f"{home / 'config.json'} is not a run's config.json")
     refuse_training_flags(flags, values)
     is_model = (folder / "model.safetensors").exists()
@@ -2029,8 +2033,7 @@ def evaluate_only(config: TrainConfig, adapter: str | Path | None, split: str | 
 def home_of(folder: Path) -> Path:
     """Return the run's folder around an adapter or model; without a run, the folder itself."""
     home = folder.absolute().parent
-    path = home / "config.json"
-    return home if path.exists() and is_run(read_json(path)) else folder
+    return home if settings_of_run(home / "config.json") else folder
 
 
 def watch_without_a_run(batches: Iterator[data.Batch], n: int) -> Iterator[data.Batch]:

@@ -404,7 +404,7 @@ def test_a_damaged_checkpoint_is_not_one_of_the_newest_two(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name, damage", [
-    *((name, damage) for name in ("metrics.jsonl", "ranks.jsonl", "run.json")
+    *((name, damage) for name in ("metrics.jsonl", "ranks.jsonl", "run.json", "config.json")
       for damage in ("gone", "cut")), ("adapter", "gone")])
 def test_a_run_without_its_other_files(tmp_path, monkeypatch, whole, name, damage):
     """The checkpoint decides whether a run can go on: without its log, or with half of it, it ends
