@@ -295,8 +295,9 @@ def test_eval_only_of_a_runs_folder(tmp_path, capsys):
 
 
 def test_eval_only_of_another_model(tmp_path, capsys):
-    """An adapter on a model with other sizes that need no other shapes, with another tokenizer, or
-    with other weights outside of the adapted matrices, where it has another score: refused."""
+    """T21: an adapter on a model with other sizes that need no other shapes, with another
+    tokenizer, or with other weights outside of the adapted matrices, where it has another score:
+    refused."""
     run(tmp_path / "out", max_steps=8, interval=1)
     words = ["--eval-only", "--adapter", str(tmp_path / "out"), "--model-dir"]
     vocab = json.loads((files()[1] / "vocab.json").read_text())
@@ -321,7 +322,7 @@ def test_eval_only_of_another_model(tmp_path, capsys):
 
 
 def test_eval_only_refuses_what_it_would_ignore(tmp_path, capsys):
-    """--model-dir where the run holds a whole model, --seeds, a run that has no adapter yet, a
+    """T27: --model-dir where the run holds a whole model, --seeds, a run that has no adapter yet, a
     run's folder in place of a model's, and a wrong value in config.json: one line each."""
     words = ["--eval-only", "--adapter", str(tmp_path / "out")]
     run(tmp_path / "out", method="head", max_steps=8)
@@ -464,8 +465,8 @@ def test_overwrite(tmp_path, capsys):
 
 @pytest.mark.parametrize("words", [[], ["--overwrite"], ["--resume"]])
 def test_files_of_a_runs_names_that_are_not_a_runs(tmp_path, capsys, words):
-    """--out is a model's folder, or one with a model/ and an adapter/ of somebody's own: refused,
-    and each file stays."""
+    """T19: --out is a model's folder, or one with a model/ and an adapter/ of somebody's own:
+    refused, and each file stays."""
     shutil.copytree(files()[1], tmp_path / "model")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "README.md").write_text("mine")
@@ -629,8 +630,8 @@ def test_the_toy(tmp_path, capsys, monkeypatch):
     ("--targets querry", "target 'querry' matches no module"), ("--rank 65", "has at most rank 64"),
     ("--max-steps 3", "the first pruning is at step 1")])
 def test_the_toy_refuses_before_it_pretrains(tmp_path, capsys, words, says):
-    """A setting that cannot work is refused at once, and leaves nothing that would be in the way of
-    the right one."""
+    """T26: a setting that cannot work is refused at once, and leaves nothing that would be in the
+    way of the right one."""
     assert says in failed(capsys, "--out", str(tmp_path / "out"), "--device", "cpu", *words.split())
     assert not (tmp_path / "out" / "pretrain").exists()
     assert "pretraining" not in capsys.readouterr().out

@@ -165,8 +165,8 @@ def test_malformed_files(case, tmp_path, toy):
     (["0\ta\tb", "\t\t"], "line 3: index is '', expected 1"),
     (["5\ta\tb"], "line 2: index is '5', expected 0")])
 def test_a_test_file_whose_rows_are_not_in_their_places(tmp_path, toy, rows, says):
-    """A submission names the rows 0, 1, ...: a test file with another order in its index, or with a
-    spreadsheet's empty rows, is refused. One without an index is taken as it is."""
+    """T25: a submission names the rows 0, 1, ...: a test file with another order in its index, or
+    with a spreadsheet's empty rows, is refused. One without an index is taken as it is."""
     header = "index\tsentence1\tsentence2"
     path = tmp_path / "RTE" / "test.tsv"
     path.parent.mkdir()

@@ -1118,8 +1118,9 @@ def test_m21_runs_that_cannot_decide(changes, steps, says):
 
 
 def test_saving_another_model_than_the_one_of_inject(tmp_path):
-    """inject() notes by name what training may change, such as running statistics. Saving the model
-    around the one that it was given, or a part of it, would lose them: an error that says so."""
+    """M24: inject() notes by name what training may change, such as running statistics. Saving the
+    model around the one that it was given, or a part of it, would lose them: an error that says
+    so."""
     def make():
         return chain(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), nn.Tanh, nn.Linear)
 

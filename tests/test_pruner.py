@@ -197,8 +197,8 @@ def test_a_step_without_observe():
 
 
 def test_a_second_observe_in_a_step():
-    """observe() for each of two micro-batches would count the gradient of the first one twice: an
-    error that names the step and changes no average. The run goes on with step()."""
+    """M26: observe() for each of two micro-batches would count the gradient of the first one twice:
+    an error that names the step and changes no average. The run goes on with step()."""
     _layers, pruner = pruner_of(20)
     feed(pruner, torch.ones(18))
     pruner.observe()
@@ -506,7 +506,7 @@ def test_compaction_between_an_optimizer_step_and_pruner_step():
 @pytest.mark.parametrize("method", ["dora", "lora"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_component_that_is_not_finite_after_the_last_pruning(method, bad, tmp_path):
-    """The final phase has no pruning that would look at the scores: compact_, merge_ and
+    """M25: the final phase has no pruning that would look at the scores: compact_, merge_ and
     save_adapter, before and after compaction, name the layer and write nothing."""
     model, layers, _ = trained(net_config(rank=2, **METHODS[method] | dict(dropout=0.0)))
     layer = layers["layer.1.up"]
@@ -523,8 +523,8 @@ def test_a_component_that_is_not_finite_after_the_last_pruning(method, bad, tmp_
 
 
 def test_layers_that_were_not_made_by_inject():
-    """A DoRALinear put in by hand trains under a Pruner, but nobody noted the budget of the whole
-    model: compact_ says so."""
+    """M27: a DoRALinear put in by hand trains under a Pruner, but nobody noted the budget of the
+    whole model: compact_ says so."""
     config = net_config(rank=1, start_rank=2, targets=("layer.0.query",))
     model = plain()
     layer = model.layer[0].query = DoRALinear(model.layer[0].query, config)

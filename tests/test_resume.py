@@ -108,7 +108,8 @@ def test_a_lost_terminal(tmp_path, monkeypatch, whole):
 
 
 def test_a_pipe_that_is_closed(tmp_path, whole):
-    """`train_glue.py ... | head -1`: the run goes on to its end, and log.txt has every line."""
+    """T18: `train_glue.py ... | head -1`: the run goes on to its end, and log.txt has every
+    line."""
     process = command(*flags(**run_settings(tmp_path / "out")), env={"PYTHONUNBUFFERED": "1"})
     process.stdout.readline()
     process.stdout.close()
@@ -120,7 +121,7 @@ def test_a_pipe_that_is_closed(tmp_path, whole):
 @pytest.mark.parametrize("name, encoding, shown", [
     ("uäß", "ascii", r"u\xe4\xdf"), ("u\udcff", "utf-8", r"u\udcff")])
 def test_a_name_that_the_terminal_cannot_show(tmp_path, name, encoding, shown):
-    """A folder's name in letters, or bytes, that stdout's encoding lacks: they are printed as
+    """T18: a folder's name in letters, or bytes, that stdout's encoding lacks: they are printed as
     escapes."""
     words = flags(**run_settings(tmp_path / name, max_steps=8, interval=1))
     process = command(*words, env={"PYTHONIOENCODING": encoding})
@@ -388,8 +389,8 @@ def test_a_damaged_checkpoint(tmp_path, capsys, monkeypatch, whole, damage):
 
 
 def test_a_damaged_checkpoint_is_not_one_of_the_newest_two(tmp_path, monkeypatch):
-    """It is renamed, so that the two checkpoints that are kept after the next saves are intact; and
-    --overwrite deletes it."""
+    """T23: the damaged one is renamed, so that the two that are kept after the next saves are
+    intact; and --overwrite deletes it."""
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(patch, 14)
         run(tmp_path, save_every=5)
@@ -407,8 +408,9 @@ def test_a_damaged_checkpoint_is_not_one_of_the_newest_two(tmp_path, monkeypatch
     *((name, damage) for name in ("metrics.jsonl", "ranks.jsonl", "run.json", "config.json")
       for damage in ("gone", "cut")), ("adapter", "gone")])
 def test_a_run_without_its_other_files(tmp_path, monkeypatch, whole, name, damage):
-    """The checkpoint decides whether a run can go on: without its log, or with half of it, it ends
-    with the same weights, and every line is JSON. Without its best adapter it saves another."""
+    """T22: the checkpoint decides whether a run can go on: without its log, or with half of it, it
+    ends with the same weights, and every line is JSON. Without its best adapter it saves
+    another."""
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(patch, 18)
         run(tmp_path)
@@ -428,7 +430,7 @@ def test_a_run_without_its_other_files(tmp_path, monkeypatch, whole, name, damag
 
 
 def test_a_best_adapter_that_is_gone_at_the_end(tmp_path):
-    """After the last evaluation, the adapter deleted: the resumed run evaluates the last epoch
+    """T22: after the last evaluation, the adapter deleted: the resumed run evaluates the last epoch
     again and saves its adapter."""
     run(tmp_path)
     (tmp_path / "result.json").unlink()
@@ -438,8 +440,8 @@ def test_a_best_adapter_that_is_gone_at_the_end(tmp_path):
 
 
 def test_a_run_that_moved(tmp_path, monkeypatch):
-    """Data and model elsewhere when the run goes on: config.json names the new places, so that the
-    run can be scored without a flag."""
+    """T24: data and model elsewhere when the run goes on: config.json names the new places, so that
+    the run can be scored without a flag."""
     given = run_settings(tmp_path / "out")
     for name in ("data_dir", "model_dir"):
         shutil.copytree(given[name], tmp_path / f"{name}-1")
@@ -598,8 +600,8 @@ def test_a_run_that_died_before_its_first_checkpoint(tmp_path, capsys, whole, ag
 
 
 def test_seeds_on_other_data_or_another_model(tmp_path, capsys):
-    """Scores of seeds on different data or models are not averaged: a finished seed is refused with
-    the place that differs. The same place by another name is accepted."""
+    """T20: scores of seeds on different data or models are not averaged: a finished seed is refused
+    with the place that differs. The same place by another name is accepted."""
     given = run_settings(tmp_path / "out", max_steps=8, interval=1)
     assert main([*flags(**given), "--seeds", "1", "2"]) == 0
     for name in ("data_dir", "model_dir"):
