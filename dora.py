@@ -210,7 +210,7 @@ def inject(model: nn.Module, config: DoRAConfig) -> dict[str, DoRALinear]:
     A target is a whole dotted end of a name: "output.dense" matches "0.output.dense" and also
     "0.attention.output.dense", "put.dense" matches neither. Unfreeze the head afterwards.
     """
-    model = unwrapped(model)
+    model = not_shared(model)
     bases = find_targets(model, config)
     progress = Progress(sum(cost(base, config) for base in bases.values()), samples(model))
     model.requires_grad_(False)
@@ -458,15 +458,15 @@ class Pruner:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the model's and the optimizer's state."""
-        return {k: getattr(self, k) for k in ("t", "total_steps", "mask", "I_bar", "U_bar")}
+        names = ("t", "total_steps", "mask", "I_bar", "U_bar")
+        return {"settings": method_settings(self.config), **{k: getattr(self, k) for k in names}}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved state. Call this on freshly injected layers, before compact_()."""
         check_state(self, state)
-        self.I_bar, self.U_bar = ([part.clone() for part in state[key]]
-                                  for key in ("I_bar", "U_bar"))
-        self.t = state["t"]
+        self.I_bar, self.U_bar = ([*map(torch.clone, state[k])] for k in ("I_bar", "U_bar"))
+        self.t, self.observed = state["t"], False
         self.progress.update(self)
         self._set_mask(state["mask"].cpu())
         if self.done:  # before the last pruning a closed gate may be nonzero again; keep its value
@@ -509,9 +509,9 @@ def merge_(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
     layers = dora_layers(model)
     check_budget(layers)
+    check_forward(layers)
     for name, layer in layers.items():
-        merged = copy.copy(layer.base)  # others may hold the old module
-        merged._parameters = dict(layer.base._parameters)
+        merged = own_copy(layer.base)  # others may hold the old module
         merged.weight = nn.Parameter(layer.weight, requires_grad=False)
         replace(model, name, merged)
     return model
@@ -620,6 +620,14 @@ def stack(numbers: Sequence[Tensor]) -> Tensor:
     return torch.stack([number.to(numbers[0].device) for number in numbers])
 
 
+def own_copy(base: nn.Linear) -> nn.Linear:
+    """Return a copy of a module with a table of parameters of its own."""
+    new = copy.copy(base)
+    new._parameters = dict(base._parameters)
+    vars(new).pop("forward", None)  # left by removed hooks, and bound to the old module
+    return new
+
+
 def gradient(p: nn.Parameter) -> Tensor:
     """Return the gradient, of p's shape; 0 if p took no part in this step."""
     return torch.zeros_like(p) if p.grad is None else p.grad
@@ -661,6 +669,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore
     return model
+
+
+def not_shared(model: nn.Module) -> nn.Module:
+    """Return the model inside its wrappers. Raises DoRAError for DistributedDataParallel, which
+    would not average the gradients of parameters that are new to it."""
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise DoRAError("the model is in DistributedDataParallel already, which would not average "
+                        "the gradients of new components; adapt the model before wrapping it")
+    return unwrapped(model)
 
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -942,6 +959,7 @@ def check_used_once(what: str, names: list[str]) -> None:
 
 def check_pruner(pruner: Pruner) -> None:
     """Raise DoRAError for layers that this Pruner cannot train."""
+    check_type("total_steps", pruner.total_steps, int)
     if pruner.total_steps < 1:
         raise DoRAError(f"total_steps = {pruner.total_steps}: a run needs at least one step")
 
@@ -1004,11 +1022,16 @@ def check_observed(pruner: Pruner) -> None:
 
 
 def check_gradients(pruner: Pruner) -> None:
-    """Raise DoRAError if this step was observed already, or if no component has a gradient."""
+    """Raise DoRAError if this step was observed already, if a base trains, or if no component has a
+    gradient."""
     if pruner.observed:
         raise DoRAError(f"step {pruner.t + 1}: a second pruner.observe() before pruner.step(); "
                         f"when accumulating gradients, call it once, after the last backward()")
-    parameters = [p for layer in pruner.layers.values() for p in (layer.c, layer.A, layer.B)]
+    for name, layer in pruner.layers.items():
+        check_frozen(name, layer)
+    # where gates train, only theirs count: A and B also have the gradient of the penalty
+    parameters = [p for layer in pruner.layers.values()
+                  for p in ((layer.c,) if pruner.config.gate else (layer.A, layer.B))]
     if parameters and all(p.grad is None for p in parameters):
         raise DoRAError("no component has a gradient; call observe() after backward() and before "
                         "zero_grad(), and use_reentrant=False in gradient checkpointing")
@@ -1044,7 +1067,8 @@ def check_decision(pruner: Pruner, scores: Tensor, mask: Tensor) -> None:
 
 def check_state(pruner: Pruner, state: dict[str, Any]) -> None:
     """Raise DoRAError for a state of another model or another run."""
-    if not isinstance(state, dict) or not state.keys() >= pruner.state_dict().keys():
+    needed = pruner.state_dict().keys() - {"settings"}  # which older states do not have
+    if not isinstance(state, dict) or not state.keys() >= needed:
         raise DoRAError("not a Pruner's state; pass what its state_dict() returned")
     if pruner.progress.compacted:
         raise DoRAError("the model is compacted already; restore the state before compact_()")
@@ -1061,13 +1085,27 @@ def check_state(pruner: Pruner, state: dict[str, Any]) -> None:
     if state["I_bar"] and [part.shape for part in state["I_bar"]] != shapes:
         raise DoRAError(f"the state holds other scores than those of importance = {importance}; "
                         f"use the settings that it was saved with")
+    for name, value in method_settings(pruner.config).items():
+        before = state.get("settings", {}).get(name, value)
+        if before != value:
+            raise DoRAError(f"the state is of a run with {name} = {before}, this Pruner has "
+                            f"{value}; use the same settings")
+
+
+def method_settings(config: DoRAConfig) -> dict[str, Any]:
+    """Return the settings of the method, without those that a class of one's own adds; targets are
+    left out, since a state is compared with the layers themselves."""
+    return {f.name: getattr(config, f.name) for f in fields(DoRAConfig) if f.name != "targets"}
 
 
 def check_budget(layers: dict[str, DoRALinear]) -> None:
     """Raise DoRAError unless the last pruning is done, its mask is held and no component is NaN."""
-    progress = progress_of(layers)
-    spent = sum(layer.rank * cost(layer, layer.config) for layer in layers.values())
+    spent: dict[int, int] = {}  # by inject(): a model may have several adapters
+    for layer in layers.values():
+        key = id(layer.progress)
+        spent[key] = spent.get(key, 0) + layer.rank * cost(layer, layer.config)
     for name, layer in layers.items():
+        progress = layer.progress
         if not all(p.isfinite().all() for p in (layer.A, layer.B, layer.c)):
             raise NotFiniteError(f"{name}: a component is NaN or infinite; lower the learning rate")
         if layer.config.schedule is None:
@@ -1083,12 +1121,22 @@ def check_budget(layers: dict[str, DoRALinear]) -> None:
                             f"last pruning at step {progress.last}; finish the run, calling "
                             f"pruner.step() in every step, or restore the Pruner's state")
         b_T = final_budget(layer.config, progress.per_rank)
-        if spent > b_T:
-            raise DoRAError(f"{spent} {layer.config.budget_unit} are live, the budget is {b_T}; "
+        live = spent[id(progress)]
+        if live > b_T:
+            raise DoRAError(f"{live} {layer.config.budget_unit} are live, the budget is {b_T}; "
                             f"leave the masks to the Pruner")
         if layer.c[~layer.mask].any():
             raise DoRAError(f"{name}: a pruned gate is not 0; call pruner.step() after every "
                             f"optimizer.step()")
+
+
+def check_forward(layers: dict[str, DoRALinear]) -> None:
+    """Raise DoRAError for a base whose forward was replaced: it goes on using the frozen weight."""
+    for name, layer in layers.items():
+        if getattr(layer.base.forward, "__func__", None) is not nn.Linear.forward:
+            raise DoRAError(f"{name}: its forward was replaced, as accelerate's hooks do, and "
+                            f"would go on using the frozen weight; remove the hooks "
+                            f"(remove_hook_from_submodules) before merge_(), or save the adapter")
 
 
 def check_optimizer_state(layers: dict[str, DoRALinear], state: dict[Any, Any]) -> None:
@@ -1359,11 +1407,16 @@ def check_same_model(layers: dict[str, DoRALinear]) -> None:
 
 
 def check_moved(layers: dict[str, DoRALinear]) -> None:
-    """Raise DoRAError if every update is exactly 0, as before training."""
+    """Raise DoRAError if every update is exactly 0, or every open gate 1, as before training."""
     if not any(layer.c.any() and layer.A.any() and layer.B.any() for layer in layers.values()):
         raise DoRAError("every update is exactly 0, so no component was trained; make the "
                         "optimizer after inject(), and give it all parameters that require a "
                         "gradient")
+    gates = [layer.c for layer in layers.values() if layer.config.gate]
+    if gates and all((c[c != 0] == 1).all() for c in gates):
+        raise DoRAError(f"no gate c has moved from 1; give the optimizer all parameters that "
+                        f"require a gradient, and convert a model to {gates[0].dtype} before "
+                        f"inject(), which then keeps the components in float32")
 
 
 def modules_to_save(model: nn.Module, layers: dict[str, DoRALinear]) -> list[str]:
@@ -1435,14 +1488,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
     Everything is checked before the model is changed. Raises DoRAError for another base model,
     another head, and the kinds of LoRA that Eq. 6 does not cover.
     """
-    model = unwrapped(model)
+    model = not_shared(model)
     if dora_layers(model):
         raise DoRAError(f"{folder}: the model is adapted already; load into a plain model")
     check_initialised(model)
 
     # 1. read the config
     path = Path(folder) / "adapter_config.json"
-    alpha_of, dropout = read_adapter_config(path)
+    alpha_of, rank_of, dropout = read_adapter_config(path)
 
     # 2. match the tensors with the model
     file = Path(folder) / "adapter_model.safetensors"
@@ -1465,6 +1518,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
     if metadata.get("base", mark) != mark:
         raise DoRAError(f"{file}: was trained on other weights of the same shapes; use it with the "
                         f"base model that it was trained on")
+    for name, (A, _) in pairs.items():
+        if rank_of(name) not in (None, len(A)):
+            raise DoRAError(f"{path}: the rank of {name} is {rank_of(name)!r:.40}, but {len(A)} in "
+                            f"{file.name}; the files are of two saves, save the adapter again")
     configs = {name: DoRAConfig(**METHODS["lora"], rank=len(A), alpha=alpha_of(name),
                                 dropout=dropout) for name, (A, _) in pairs.items()}
 
@@ -1482,12 +1539,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
     return layers
 
 
-def read_adapter_config(path: Path) -> tuple[Callable[[str], float], float]:
-    """Return (alpha of a matrix by its name, dropout); DoRAError for anything but plain LoRA."""
+def read_adapter_config(path: Path) -> tuple[Callable[[str], float], Callable[[str], Any], float]:
+    """Return (alpha of a matrix by its name, rank of a matrix by its name, or None if the file does
+    not tell, dropout). Raises DoRAError for anything but plain LoRA."""
     try:
         config = json.loads(path.read_bytes(), object_pairs_hook=unique)
-        alphas = {re.compile(rf"(.*\.)?({key})$"): value  # PEFT's rule for a pattern
-                  for key, value in (config.get("alpha_pattern") or {}).items()}
+        alphas, ranks = ({re.compile(rf"(.*\.)?({key})$"): value  # PEFT's rule for a pattern
+                          for key, value in (config.get(f"{what}_pattern") or {}).items()}
+                         for what in ("alpha", "rank"))
     except (ValueError, RecursionError, OverflowError, AttributeError, re.error):
         raise DoRAError(f"{path}: not the JSON of an adapter; save the adapter again") from None
 
@@ -1505,14 +1564,16 @@ def read_adapter_config(path: Path) -> tuple[Callable[[str], float], float]:
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise DoRAError(f"{path}: lora_dropout is {dropout!r:.40}, not a number in [0, 1)")
 
+    def of(name: str, patterns: dict[Any, Any], default: Any) -> Any:
+        return next((value for pattern, value in patterns.items() if pattern.match(name)), default)
+
     def alpha_of(name: str) -> float:
-        alpha = next((value for pattern, value in alphas.items() if pattern.match(name)),
-                     config.get("lora_alpha"))
+        alpha = of(name, alphas, config.get("lora_alpha"))
         if type(alpha) not in (int, float) or not 0 < alpha < 1e9:
             raise DoRAError(f"{path}: lora_alpha of {name} is {alpha!r:.40}, not a number above 0")
         return alpha
 
-    return alpha_of, dropout
+    return alpha_of, lambda name: of(name, ranks, config.get("r")), dropout
 
 
 Pairs = dict[str, tuple[Tensor, Tensor]]

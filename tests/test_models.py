@@ -1,7 +1,8 @@
 """dora.py on models that it was not written for: right, or refused in one line.
 
-The cases M1 to M23 and A1 to A12 are those of ../shared/cases.md and ../shared/first-use.md;
-tests/README.md maps each to its tests. The same questions with PEFT: peers/test_other_models.py.
+The cases M1 to M23 and A1 to A12 are those of ../shared/cases.md and ../shared/first-use.md, M24 to
+M37 came later; tests/README.md maps each to its tests. The same questions with PEFT:
+peers/test_other_models.py.
 """
 import copy
 import gc
@@ -1132,6 +1133,156 @@ def test_saving_another_model_than_the_one_of_inject(tmp_path):
         fit(model, config, inject(inside(model), config))
         refused(f"^{names} inject.*save the model", save_adapter, saved(model), tmp_path)
     save_adapter(model, tmp_path)
+
+
+def two_matrices():
+    return chain(nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear)
+
+
+def test_m28_a_forward_that_was_replaced(tmp_path):
+    """M28: a hook of accelerate's kind puts a forward of its own on a module, bound to the old one:
+    merge_ refuses, since the merged module would use W0. One that the removed hook left behind is
+    not taken along."""
+    model, config = two_matrices(), cfg("0", "2")
+    layers = inject(model, config)
+    fit(model, config, layers)
+    expected, base = model.eval()(X), model[0].base
+    own = base.forward
+    base.forward = lambda x: own(x)
+    refused("^0: its forward was replaced.*remove the hooks", merge_, model)
+    close(model(X), expected)
+    base.forward = own  # as remove_hook_from_submodules leaves it
+    close(merge_(model)(X), expected)
+    assert "forward" not in vars(model[0])
+
+
+def test_m29_the_files_of_two_saves(tmp_path):
+    """M29: a save that broke off between its two files leaves the tensors of one adapter beside the
+    ranks and scales of another: refused."""
+    for name, rank in (("one", 1), ("four", 4)):
+        model, config = two_matrices(), cfg("0", "2", rank=rank)
+        fit(model, config, inject(model, config))
+        save_adapter(model, tmp_path / name)
+    tensors = (tmp_path / "four" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "one" / "adapter_model.safetensors").write_bytes(tensors)
+    refused("the rank of 0 is [12], but [1-6] in adapter_model.*the files are of two saves",
+            load_adapter, two_matrices(), tmp_path / "one")
+
+
+def test_m30_a_base_that_trains_for_a_while():
+    """M30: a base that is set to train in the middle of a run, and frozen again before the save,
+    changed without a place in the file: the first such step is refused."""
+    model, config = two_matrices(), cfg("0", "2")
+    layers = inject(model, config)
+
+    def unfreeze(step, optimizer):
+        if step == 11:
+            layers["0"].base.bias.requires_grad_(True)
+
+    refused("0: its frozen bias was set to train", fit, model, config, layers, before_step=unfreeze)
+
+
+def test_m31_a_model_in_ddp(tmp_path):
+    """M31: DistributedDataParallel averages the gradients of the parameters that it knows, and
+    those of a later inject() or load_adapter() would differ from process to process: refused."""
+    model, config = two_matrices(), cfg("0", "2")
+    shared = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(shared)
+    shared.module = two_matrices()
+    refused("adapt the model before wrapping it", inject, shared, config)
+    fit(model, config, inject(model, config))
+    save_adapter(model, tmp_path)
+    refused("adapt the model before wrapping it", load_adapter, shared, tmp_path)
+
+
+@pytest.mark.parametrize("steps", [12.5, 40.0, True])
+def test_m32_steps_that_are_no_whole_number(steps):
+    """M32: with 12.5 steps the last pruning, at step 6.5, would never come."""
+    model, config = two_matrices(), cfg("0", "2")
+    refused("total_steps = .*must be of type int", Pruner, inject(model, config), config, steps)
+
+
+@pytest.mark.parametrize("where", ["optimizer", "bf16"])
+def test_m33_gates_that_do_not_train(tmp_path, where):
+    """M33: gates that the optimizer did not get, or that a conversion after inject() made so coarse
+    that no step moves them from 1: the run cannot be saved, and the message names both causes."""
+    model, config = two_matrices(), cfg("0", "2")
+    layers = inject(model, config)
+    if where == "bf16":
+        model.bfloat16()
+    pruner = Pruner(layers, config, 20)
+    given = [p for p in model.parameters() if p.requires_grad and (where == "bf16" or p.dim() > 1)]
+    optimizer = torch.optim.AdamW(given, lr=1e-4)
+    dtype = torch.bfloat16 if where == "bf16" else torch.float32
+    for _ in range(20):
+        optimizer.zero_grad()
+        (loss_of(model, X.to(dtype), Y.to(dtype)) + pruner.penalty()).backward()
+        pruner.observe()
+        optimizer.step()
+        pruner.step()
+    refused("no gate c has moved from 1; give the optimizer all.*before inject", save_adapter,
+            model, tmp_path)
+
+
+def test_m34_layers_that_the_model_does_not_use():
+    """M34: the penalty gives A and B of a copy's layers a gradient, the loss gives none: only the
+    gates count, and observe() refuses."""
+    model, config = two_matrices(), cfg("0", "2")
+    pruner = Pruner(inject(model, config), config, 20)
+    other = copy.deepcopy(pruner)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    refused("no component has a gradient", train_step, model, other, optimizer)
+
+
+@pytest.mark.parametrize("changes", [dict(importance="norm"), dict(alpha=16.0), dict(beta2=None),
+                                     dict(initial_phase=0.3), dict(rank=1.2, start_rank=2)])
+def test_m35_a_state_of_other_settings(changes):
+    """M35: a run that goes on with other settings, of the same shapes, would be neither of the two:
+    refused by name. A state of an earlier version, without settings, is taken as it is."""
+    model, config = two_matrices(), cfg("0", "2", start_rank=2)
+    pruner, _ = fit(model, config, inject(model, config))
+    state = pruner.state_dict()
+    other = cfg("0", "2", **{"start_rank": 2, **changes})
+    new = Pruner(inject(two_matrices(), other), other, 20)
+    name = next(iter(changes))
+    refused(f"{name} = .*, this Pruner has .*; use the same settings", new.load_state_dict, state)
+    del state["settings"]
+    new.load_state_dict(state)
+
+
+def test_m36_two_adapters_in_one_model():
+    """M36: two parts of a model, each with its inject() and Pruner: each has its own budget, so
+    that both can be compacted and merged together."""
+    model = chain(nn.Sequential(nn.Linear(8, 8)), nn.Tanh, nn.Sequential(nn.Linear(8, 8)))
+    parts, config = [], cfg("0", start_rank=2)
+    for part in (model[0], model[2]):
+        parts.append(Pruner(inject(part, config), config, 20))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (loss_of(model) + sum(pruner.penalty() for pruner in parts)).backward()
+        for pruner in parts:
+            pruner.observe()
+        optimizer.step()
+        for pruner in parts:
+            pruner.step()
+    expected = model.eval()(X)
+    close(compact_(model)(X), expected)
+    close(merge_(model)(X), expected)
+
+
+def test_m37_back_to_an_earlier_state():
+    """M37: after observe() of a bad step, the restored Pruner waits for observe() again."""
+    model, config = two_matrices(), cfg("0", "2")
+    pruner = Pruner(inject(model, config), config, 20)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    train_step(model, pruner, optimizer)
+    state = copy.deepcopy(pruner.state_dict())
+    loss_of(model).backward()
+    pruner.observe()
+    pruner.load_state_dict(state)
+    train_step(model, pruner, optimizer)
+    assert pruner.t == 2
 
 
 def test_m22_a_state_dict_in_a_fresh_inject(tmp_path):
