@@ -652,7 +652,7 @@ def test_the_toy_fills_its_folder(tmp_path, capsys, monkeypatch, again):
     monkeypatch.setattr(data, "train_bpe", functools.partial(few_merges, data.train_bpe))
     real = train_glue.train
     monkeypatch.setattr(train_glue, "train", lambda config: real(
-        dataclasses.replace(config, max_steps=2, interval=1)))
+        dataclasses.replace(config, max_steps=2)))
     words = ["--method", "lora", "--device", "cpu", "--max-steps", "2"]
     assert main(words) == 0
     said = capsys.readouterr().out
