@@ -299,7 +299,7 @@ def test_findings_on_the_steps():
     for words in (
             f"MRPC has {whole:.4f} and `dora` at rank 2 {middles('dora 2')[1]:.4f}, one example",
             f"learning rate it has {rate:.4f} ({own:.4f} with its own), and with the gates added "
-            f"{gates:.4f}.",
+            f"{gates:.4f} (two seeds).",
             f"it has {dropout:.4f}, ahead with {more} seeds: all of `dora`'s lead"):
         assert words in FINDINGS, words
     assert max(map(abs, differences(("dora 2", unpruned), tasks=["mrpc"]))) < 1.1 / 408
