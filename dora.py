@@ -1008,8 +1008,8 @@ def check_rows(config: DoRAConfig) -> None:
 
 def check_frozen(name: str, layer: DoRALinear) -> None:
     """Raise DoRAError if the base of a layer trains: an adapter file has no place for it."""
-    for symbol, p in layer.base.named_parameters():
-        if p.requires_grad:
+    for symbol, p in layer.base._parameters.items():  # in every step: named_parameters() is slow
+        if p is not None and p.requires_grad:
             raise DoRAError(f"{name}: its frozen {symbol} was set to train, and an adapter cannot "
                             f"hold it; unfreeze only modules without targets inside")
 

@@ -280,8 +280,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     device = next(model.parameters()).device
 
     batch_size = config.batch_size * config.accumulate  # examples per optimizer step
-    per_epoch = math.ceil(len(train_set) / batch_size)
-    total = config.max_steps or config.epochs * per_epoch
+    per_epoch, total = run_length(config, len(train_set))
     pruner = Pruner(layers, config, total)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay,
@@ -593,7 +592,7 @@ def read_config(path: Path) -> RobertaConfig:
     """Return the sizes in a model's config.json. Raises DoRAError for a model that is not RoBERTa
     and for a field that is missing or out of range."""
     values = read_json(path)
-    if settings_of_run(path):
+    if is_run(values):
         raise DoRAError(f"{path} is a run's, not a model's; to score the run, use --adapter "
                         f"{path.parent}, and to start from it --model-dir {path.parent}/model")
     fixed = {"model_type": "roberta", "is_decoder": False, "add_cross_attention": False,
@@ -975,6 +974,12 @@ def adapter_size(layers: dict[str, DoRALinear], ranks: dict[str, int]) -> int:
     return sum(rank * sum(layers[name].base.weight.shape) for name, rank in ranks.items())
 
 
+def run_length(config: TrainConfig, examples: int) -> tuple[int, int]:
+    """Return (optimizer steps per epoch, steps of the whole run) on this many examples."""
+    per_epoch = math.ceil(examples / (config.batch_size * config.accumulate))
+    return per_epoch, config.max_steps or config.epochs * per_epoch
+
+
 def identify(config: TrainConfig, model: RobertaForSequenceClassification,
              train_set: list[Example]) -> dict[str, Any]:
     """Return what a resumed run must have in common with the one it continues, beside settings."""
@@ -994,7 +999,7 @@ def introduction(config: TrainConfig, run: Run, total: int, examples: int,
                  model_dir: Path) -> str:
     """Return the lines that a run prints before it starts."""
     dev = sum(map(len, dev_sets.values()))
-    per_epoch = math.ceil(examples / (config.batch_size * config.accumulate))
+    per_epoch, _ = run_length(config, examples)
     return (f"{config.task}, {config.method}, seed {config.seed}: {examples:,} train and {dev:,} "
             f"dev examples, {total:,} steps, {per_epoch:,} per epoch\n"
             f"model {base_name(config, model_dir)}, {config.dtype} on {device_name(run.device)}\n"
@@ -1221,14 +1226,19 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoints/step-*.pt"))
 
 
+def is_run(values: dict[str, Any]) -> bool:
+    """Return whether a config.json with these values is a run's, and not a model's."""
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    return {"task", "method"} <= values.keys() <= names
+
+
 def settings_of_run(path: Path) -> dict[str, Any]:
     """Return the settings in a run's config.json; {} if it is missing, damaged or a model's."""
     try:
         values = read_json(path)
     except DoRAError:
         return {}
-    names = {f.name for f in dataclasses.fields(TrainConfig)}
-    return values if {"task", "method"} <= values.keys() <= names else {}
+    return values if is_run(values) else {}
 
 
 def refuse_overwriting(folder: Path, config: TrainConfig | None = None) -> None:
@@ -1785,9 +1795,8 @@ def toy(config: TrainConfig) -> dict[str, Any]:
     save_model(RobertaForSequenceClassification(tiny, 4), untrained)
     # settings that cannot work are refused now, and not after the pretraining
     rows = {name: n for name, split, n in data.TOY_SIZES if split == "train"}["toy"]
-    steps = config.max_steps or config.epochs * math.ceil(
-        rows / (config.batch_size * config.accumulate))
-    Pruner(adapt(RobertaForSequenceClassification(tiny, 2), config), config, steps)
+    _, total = run_length(config, rows)
+    Pruner(adapt(RobertaForSequenceClassification(tiny, 2), config), config, total)
 
     def run(name: str, what: str, pretrained: bool = True,
             **changes: Any) -> tuple[str, dict[str, Any]]:
@@ -1958,7 +1967,7 @@ def saved_run(adapter: str | None, flags: dict[str, Any]) -> tuple[TrainConfig, 
         raise DoRAError("--eval-only: name what to score, --adapter RUN or --model-dir FOLDER")
     folder = find_adapter(adapter) if adapter else None
     home = folder.absolute().parent if folder else Path()
-    if folder and home_of(folder / "adapter") != folder / "adapter":
+    if folder and settings_of_run(folder / "config.json"):
         raise DoRAError(f"{adapter} has no adapter yet, since a run saves it after its last "
                         f"pruning; continue the run with --resume")
     if folder is None or not (home / "config.json").exists():
@@ -1967,7 +1976,7 @@ def saved_run(adapter: str | None, flags: dict[str, Any]) -> tuple[TrainConfig, 
     values = read_json(home / "config.json")
     if "model_type" in values:  # the adapter stands in its model's folder
         return make_config(**flags), folder
-    if not settings_of_run(home / "config.json"):
+    if not is_run(values):
         raise DoRAError(f"{home / 'config.json'} is not a run's config.json")
     refuse_training_flags(flags, values)
     is_model = (folder / "model.safetensors").exists()

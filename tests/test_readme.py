@@ -292,9 +292,8 @@ def test_findings_on_the_controls():
 def test_findings_on_the_steps():
     """What RESULTS.md says of the steps from LoRA to dora on MRPC, compared with its tables."""
     at_rate, unpruned = "lora 2 at dora's rate", "dora 2, nothing pruned"
-    (own,), (rate,), (gates,), (dropout,), (whole,) = (
-        [float(CELLS[row][1].split()[0])] for row in (
-            "lora 2", at_rate, f"{at_rate}, with gates", f"{at_rate}, dropout on A x", unpruned))
+    own, rate, gates, dropout, whole = (float(CELLS[row][1].split()[0]) for row in (
+        "lora 2", at_rate, f"{at_rate}, with gates", f"{at_rate}, dropout on A x", unpruned))
     more = ahead((f"{at_rate}, dropout on A x", at_rate), tasks=["mrpc"])
     for words in (
             f"MRPC has {whole:.4f} and `dora` at rank 2 {middles('dora 2')[1]:.4f}, one example",
