@@ -229,8 +229,8 @@ Layers = Sequence[DoRALinear]
 def sensitivity(layers: Layers) -> Tensor:
     """I_i = |c_i dℓ/dc_i|, (n,): how much removing component i changes the loss ℓ, to first order.
 
-    This is AdaLoRA's Eq. 8 for a whole component. In a loss without the penalty a_i . dℓ/da_i and
-    b_i . dℓ/db_i are the same number (Euler's identity), and <dℓ/dW, Delta W_i> without dropout.
+    This is AdaLoRA's Eq. 8 for a whole component. Without the penalty a_i . dℓ/da_i and
+    b_i . dℓ/db_i are the same number (Euler's identity); without dropout <dℓ/dW, Delta W_i> is too.
     """
     c = concatenate(layer.c for layer in layers)
     grad = concatenate(gradient(layer.c) for layer in layers)
