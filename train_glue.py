@@ -44,8 +44,8 @@ from tqdm import tqdm
 import data
 from data import TASKS, DataError, Example, Task
 from dora import (CHOICES, METHODS, DoRAConfig, DoRAError, DoRALinear, NotFiniteError, Pruner,
-                  adapter_metadata, atomic_file, budget, compact_, fingerprint, inject,
-                  load_adapter, rank_map, read_safetensors, save_adapter, write_safetensors)
+                  adapter_metadata, atomic_file, budget, compact_, inject,
+                  load_adapter, mark, rank_map, read_safetensors, save_adapter, write_safetensors)
 
 
 class Interrupted(Exception):
@@ -850,7 +850,8 @@ def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification
     model = load_roberta(model_dir, task.num_labels, task)
     # what a run's scores depend on: the encoder's weights, its sizes, the tokenizer
     tables = json.dumps([dataclasses.asdict(sizes), bpe.vocab, [*bpe.ranks]])
-    model.origin = f"{fingerprint(model.roberta.parameters())}-{zlib.crc32(tables.encode()):08x}"
+    marks = json.dumps([mark(p) for p in model.roberta.parameters()])
+    model.origin = f"{zlib.crc32(marks.encode()):08x}-{zlib.crc32(tables.encode()):08x}"
     set_dtype(model, config, device)
     return task, model.to(device), model_dir, load
 
@@ -1599,7 +1600,7 @@ class Run:
                             f"--overwrite")
 
         self.pruner.load_state_dict(state["pruner"])
-        if self.pruner.done:
+        if self.pruner.done and self.pruner.layers:
             compact_(self.model, self.optimizer)
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
