@@ -685,8 +685,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "importance": IMPORTANCE, "schedule": SCHEDULES, "penalty": PENALTIES}
 COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt}
 PEFT_NAMES = {"r": "rank", "target_r": "rank", "init_r": "start_rank", "lora_alpha": "alpha",
-              "lora_dropout": "dropout", "target_modules": "targets", "deltaT": "interval",
-              "tinit": "initial_phase", "tfinal": "final_phase"}
+              "lora_dropout": "dropout", "target_modules": "targets", "deltaT": "interval"}
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -716,10 +715,21 @@ def choices(name: str, hint: Any) -> list[Any]:
 
 
 def check_settings(config: Any) -> None:
-    """Refuse a setting of a wrong type, an unknown choice or out of range, or a combination."""
+    """Refuse an unknown choice, a value of a wrong type or out of range, and a combination."""
     hints, rules = get_type_hints(type(config)), ranges(type(config))
-    for name in (f.name for f in fields(config)):
-        check_setting(name, getattr(config, name), hints[name], rules.get(name, ""))
+    for name, hint in ((f.name, hints[f.name]) for f in fields(config)):
+        value, known = getattr(config, name), choices(name, hint)
+        if known:
+            words = ", ".join("none" if choice is None else choice for choice in known)
+            require(value in known, f"{name} = {value!r}: choose one of {words}")
+            continue
+        kinds = (tuple,) if get_origin(hint) is tuple else get_args(hint) or (hint,)
+        words = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
+        require(isinstance(value, (*kinds, int) if float in kinds else kinds),
+                f"{name} = {value!r}: must be of type {words}")
+        rule = rules.get(name, "") if value is not None else ""
+        for sign, limit in re.findall(r"([<>]=?) (\d+)", rule):
+            require(COMPARE[sign](value, int(limit)), f"{name} = {value}: must be {rule}")
 
     flat = config.schedule is None
     require(config.targets and "" not in config.targets,
@@ -735,23 +745,6 @@ def check_settings(config: Any) -> None:
     require(config.gate or flat and config.init == "zero_b",
             "gate = False: pruning closes gates, and a random B needs c = 0 at the start; train "
             "the gates, or set schedule = none and init = zero_b")
-
-
-def check_setting(name: str, value: Any, hint: Any, rule: str) -> None:
-    """Refuse a value of a wrong type, an unknown choice or out of the range of the rule."""
-    if known := choices(name, hint):
-        words = ", ".join("none" if choice is None else choice for choice in known)
-        require(value in known, f"{name} = {value!r}: choose one of {words}")
-        return
-
-    kinds = (tuple,) if get_origin(hint) is tuple else get_args(hint) or (hint,)
-    words = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
-    require(isinstance(value, (*kinds, int) if float in kinds else kinds),
-            f"{name} = {value!r}: must be of type {words}")
-    for bound in rule.split(", ") if rule and value is not None else []:
-        sign, limit = bound.split()
-        require(COMPARE[sign](value, float(limit)),
-                f"{name} = {value}: must be {rule.replace(', ', ' and ')}")
 
 
 def check_window(first: int, last: int, total_steps: int, config: DoRAConfig) -> None:
@@ -949,7 +942,8 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 dtype, shape, span = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
                 count = math.prod(shape)
                 start, end = end, end + count * dtype.itemsize
-                if span != [start, end] or any(size < 0 for size in shape):
+                whole = all(type(i) is int and 0 <= i < 2**48 for i in shape + span)
+                if span != [start, end] or not whole:
                     raise ValueError(f"{name!r:.80} {shape} is at {span}, not {[start, end]}")
                 flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin + start) if (
                     count) else torch.empty(0, dtype=dtype, device="cpu")
@@ -1161,9 +1155,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
         marks[key.replace(".base_layer.", ".")] = mark(head.pop(key))
     check_base(folder, marks, base)
     for key, tensor in head.items():
-        shape = tuple(base[key].shape) if key in base else ()
-        require(tensor.shape == shape, f"{folder}: {key!r:.120} is {tuple(tensor.shape)}, in the "
-                f"model {shape}; is the adapter for another task or base model?")
+        expected = tuple(base[key].shape) if key in base else None
+        require(tensor.shape == expected, f"{folder}: {key!r:.120} is {tuple(tensor.shape)}, in "
+                f"the model {expected}; is the adapter for another task or base model?")
 
     # change the model
     model.requires_grad_(False)
@@ -1175,7 +1169,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
         layer.B.copy_(B)
         replace(model, name, layer)
     for key, tensor in head.items():
-        set_copy(modules[key.rpartition(".")[0]], key.rpartition(".")[2], tensor)
+        parent, _, leaf = key.rpartition(".")
+        old = getattr(modules[parent], leaf)
+        new = tensor.to(old, copy=True)  # and not into `old`, which other modules may share
+        setattr(modules[parent], leaf, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
     return layers
 
 
@@ -1205,12 +1202,3 @@ def read_adapter_config(path: Path) -> tuple[float, Callable[[str], float], Call
 
     alpha_of = functools.partial(value, "alpha_pattern", "lora_alpha")
     return config.get("lora_dropout", 0.0), alpha_of, functools.partial(value, "rank_pattern", "r")
-
-
-def set_copy(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Give a module its own copy of a trained tensor: others may share the one that it has."""
-    old = getattr(module, name)
-    new = tensor.to(old, copy=True)
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=new.is_floating_point())
-    setattr(module, name, new)
