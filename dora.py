@@ -728,8 +728,8 @@ def check_settings(config: Any) -> None:
         require(isinstance(value, (*kinds, int) if float in kinds else kinds),
                 f"{name} = {value!r}: must be of type {words}")
         rule = rules.get(name, "") if value is not None else ""
-        for sign, limit in re.findall(r"([<>]=?) (\d+)", rule):
-            require(COMPARE[sign](value, int(limit)), f"{name} = {value}: must be {rule}")
+        for sign, limit in re.findall(r"([<>]=?) ([^,]+)", rule):
+            require(COMPARE[sign](value, float(limit)), f"{name} = {value}: must be {rule}")
 
     flat = config.schedule is None
     require(config.targets and "" not in config.targets,
