@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import ssl
 import sys
 import time
 import unicodedata
@@ -25,15 +24,17 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 from urllib import error, request
 
 import numpy as np
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
+
+from dora import atomic_file
 
 AnyPath = str | os.PathLike[str]
 
@@ -42,11 +43,24 @@ class DataError(ValueError):
     """Raised for input that cannot be used, with one line: file, what was found, and the remedy."""
 
 
+def require(condition: object, message: str) -> None:
+    """Raise DataError unless the condition holds."""
+    if not condition:
+        raise DataError(message)
+
+
 # ---- tasks and TSV files -------------------------------------------------------------------------
 
 
-class Task(NamedTuple):
-    """A row of TASKS. Its files are tab-separated; columns are found by the names in the header."""
+SPLITS = {"train": "train.tsv", "dev": "dev.tsv", "test": "test.tsv"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of TASKS. Its files are tab-separated; columns are found by the names in the header.
+
+    Raises DataError for a row that cannot work.
+    """
 
     name: str
     folder: str  # below the data folder; also the name of the submission file
@@ -54,12 +68,35 @@ class Task(NamedTuple):
     label: str  # the label column, which test files do not have
     metrics: tuple[str, ...]  # names in METRICS; the first is the headline
     labels: tuple[str, ...] = ("0", "1")  # label words in the order of their ids; () = regression
+    words: tuple[str, ...] = ()  # what other people's checkpoints call these labels
     top: float = 5.0  # regression: labels y run from 0 to top, and y/top is what is trained
     columns: tuple[str, ...] = ()  # names for train and dev files that have no header line
     bad_rows: int = 0  # malformed train and dev rows that may be left out
     source: str = ""  # what download_task fetches, below glue/data/
-    files: Mapping[str, str] = {"train": "train.tsv", "dev": "dev.tsv", "test": "test.tsv"}
-    submissions: Mapping[str, str] = {}  # names of submission files that are not the folder's
+    files: Mapping[str, str] = field(default_factory=lambda: SPLITS)
+    submissions: Mapping[str, str] = field(default_factory=dict)  # if not named like the folder
+
+    def __post_init__(self) -> None:
+        def check(condition: object, problem: str) -> None:
+            require(condition, f"task {self.name!r}: {problem}")
+
+        for name in ("texts", "metrics", "labels", "columns"):
+            value = getattr(self, name)
+            check(isinstance(value, (tuple, list)) and all(isinstance(cell, str) for cell in value),
+                  f"{name} = {value!r}, expected a tuple of strings, such as ('a',)")
+
+        check(len(self.texts) in (1, 2), f"texts = {self.texts!r}, expected one or two columns")
+        check(not self.columns or {*self.texts, self.label} <= {*self.columns},
+              f"columns = {self.columns!r}, expected {self.label!r} and {self.texts!r} among them")
+        check(len({*self.labels}) == len(self.labels) != 1,
+              f"labels = {self.labels!r}, expected two or more, each once, or () for a regression")
+        check("dev" in self.files or "train" not in self.files,
+              f"files = {self.files!r} has no 'dev', on which a run is scored")
+        if "dev" in self.files:  # AX is not scored here
+            check(len(self.labels) == 2 or not {"matthews", "f1"} & {*self.metrics},
+                  f"metrics = {self.metrics!r}, but matthews and f1 are for two labels")
+            check(self.labels or "accuracy" not in self.metrics,
+                  f"metrics = {self.metrics!r}, but labels = () means a regression")
 
     @property
     def num_labels(self) -> int:
@@ -72,15 +109,15 @@ class Task(NamedTuple):
             return self.labels.index(cell)
 
         if not self.labels:
-            try:  # without Python's own spellings of a number, such as 0_5
-                share = float(cell if cell.isascii() and "_" not in cell else "nan") / self.top
+            try:
+                share = float(cell) / self.top
             except ValueError:
                 share = math.nan
             if 0 <= share <= 1:  # False for NaN
                 return share
 
-        choices = " or ".join(map(spelled, self.labels)) or f"a number from 0 to {self.top:g}"
-        raise ValueError(f"{self.label} is {spelled(cell)}, expected {choices:.300}; fix it")
+        choices = " or ".join(map(repr, self.labels)) or f"a number from 0 to {self.top:g}"
+        raise ValueError(f"{self.label} is {cell!r:.60}, expected {choices:.300}; fix it")
 
     def submission(self, split: str) -> str:
         """Return the name of a test file's submission file, without ".tsv"."""
@@ -104,18 +141,22 @@ MNLI_FILES = {
 # A task of your own is one more row, in a script that imports this file:
 #   TASKS["mine"] = Task("mine", "my_folder", ("review",), "stars", ("accuracy",), ("bad", "good"))
 TASKS = {task.name: task for task in (
-    Task("cola", "CoLA", ("sentence",), "label", ("matthews",), columns=COLA, source="CoLA.zip"),
-    Task("sst2", "SST-2", ("sentence",), "label", ("accuracy",), source="SST-2.zip"),
-    Task("mrpc", "MRPC", ("#1 String", "#2 String"), "Quality", ("accuracy", "f1"), source="MRPC"),
+    Task("cola", "CoLA", ("sentence",), "label", ("matthews",),
+         words=("unacceptable", "acceptable"), columns=COLA, source="CoLA.zip"),
+    Task("sst2", "SST-2", ("sentence",), "label", ("accuracy",), words=("negative", "positive"),
+         source="SST-2.zip"),
+    Task("mrpc", "MRPC", ("#1 String", "#2 String"), "Quality", ("accuracy", "f1"),
+         words=("not_equivalent", "equivalent"), source="MRPC"),
     Task("qqp", "QQP", ("question1", "question2"), "is_duplicate", ("accuracy", "f1"),
-         bad_rows=100, source="QQP-clean.zip"),
+         words=("not_duplicate", "duplicate"), bad_rows=100, source="QQP-clean.zip"),
     Task("stsb", "STS-B", PAIR, "score", ("pearson", "spearman"), (), source="STS-B.zip"),
     Task("mnli", "MNLI", PAIR, "gold_label", ("accuracy",), NLI3, source="MNLI.zip",
          files=MNLI_FILES, submissions={"test": "MNLI-m", "test_mm": "MNLI-mm"}),
     Task("qnli", "QNLI", ("question", "sentence"), "label", ("accuracy",), NLI2,
          source="QNLIv2.zip"),
     Task("rte", "RTE", PAIR, "label", ("accuracy",), NLI2, source="RTE.zip"),
-    Task("wnli", "WNLI", PAIR, "label", ("accuracy",), source="WNLI.zip"),
+    Task("wnli", "WNLI", PAIR, "label", ("accuracy",), words=("not_entailment", "entailment"),
+         source="WNLI.zip"),
     # GLUE's diagnostic set, for a model trained on MNLI
     Task("ax", "AX", PAIR, "label", ("matthews",), NLI3, source="AX.tsv",
          files={"test": "test.tsv"}),
@@ -133,13 +174,25 @@ class Example(NamedTuple):
 
 
 def find_task(name: str, split: str = "") -> Task:
-    """Return a row of TASKS. DataError if it is missing, cannot work, or has no such split."""
-    if name not in TASKS:
+    """Return a row of TASKS, whose name may be written like SST-2 or sst2.
+
+    Raises DataError if there is no such row, metric or split.
+    """
+    task = {plain(key): row for key, row in TASKS.items()}.get(plain(name))
+    if task is None:
         raise DataError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
-    check_task(name, TASKS[name])
-    if split and split not in TASKS[name].files:
-        raise DataError(f"{name} has no split {split!r}; it has {', '.join(TASKS[name].files)}")
-    return TASKS[name]
+
+    for metric_name in task.metrics:
+        require(metric_name in METRICS, f"task {task.name!r}: unknown metric {metric_name!r}, "
+                f"expected one of {', '.join(METRICS)}")
+    require(split in task.files or not split,
+            f"{name} has no split {split!r}; it has {', '.join(task.files)}")
+    return task
+
+
+def plain(name: str) -> str:
+    """Return a name without what people write differently: STS-B -> stsb."""
+    return re.sub(r"(?<=[^\W_])[\s_-]+(?=[^\W_])", "", name.strip().lower())
 
 
 def load_task(name: str, data_dir: AnyPath, split: str, bpe: "BPE", max_len: int) -> list[Example]:
@@ -149,61 +202,48 @@ def load_task(name: str, data_dir: AnyPath, split: str, bpe: "BPE", max_len: int
     """
     task = find_task(name, split)
     labelled = not split.startswith("test")
-    path = Path(data_dir) / task.folder / task.files[split]
+    path = expanded(data_dir) / task.folder / task.files[split]
     rows = read_tsv(path, f"check --data-dir, the folder that holds {task.folder}/")
 
     has_header = not (labelled and task.columns)
     columns = rows.pop(0) if has_header else [*task.columns]
-    wanted = (*task.texts, task.label) if labelled else task.texts
-    check_header(path, columns, wanted)
+    check_header(path, columns, (*task.texts, task.label) if labelled else task.texts)
     while rows and rows[-1] == [""] and len(columns) > 1:  # blank lines at the end
         rows.pop()
 
     examples: list[Example] = []
     malformed: list[str] = []
     allowed = task.bad_rows if labelled else 0  # in a test file each row must keep its place
-    for number, cells in enumerate(rows, 2 if has_header else 1):
+    for place, cells in enumerate(rows):
         try:
-            texts, label = parse_row(task, columns, cells, labelled)
-            if not labelled:
-                check_index(columns, cells, len(examples))
+            texts, label = parse_row(task, columns, cells, labelled, place)
         except ValueError as problem:
-            malformed.append(f"{path} line {number}: {problem}")
-            if len(malformed) > allowed:
-                raise DataError(malformed[0]) from None
+            malformed.append(f"{path} line {place + (2 if has_header else 1)}: {problem}")
+            require(len(malformed) <= allowed, malformed[0])
         else:
             examples.append(Example(encode_row(bpe, texts, max_len), label))
 
-    if not examples:
-        raise DataError(f"{path}: no rows, expected {', '.join(columns):.200}; download it "
-                        f"again")
+    require(examples, f"{path}: no rows, expected {', '.join(columns):.200}; download it again")
     if malformed:
         count = len(malformed)
         print(f"left out {count} malformed rows, the first: {malformed[0]}", file=sys.stderr)
     return examples
 
 
-def parse_row(task: Task, columns: Sequence[str], cells: Sequence[str],
-              labelled: bool) -> tuple[list[str], int | float | None]:
+def parse_row(task: Task, columns: Sequence[str], cells: Sequence[str], labelled: bool,
+              place: int) -> tuple[list[str], int | float | None]:
     """Return the texts and the label (None in a test file) of a row. ValueError if malformed."""
     if len(cells) != len(columns):
-        found, remedy = (f"{len(cells)} columns", "fix the row (a tab separates columns even "
-                         "inside quotes)") if cells != [""] else ("a blank line", "delete it")
-        raise ValueError(f"{found}, expected {len(columns)} columns: {', '.join(columns):.200}; "
-                         f"{remedy}")
+        raise ValueError(f"{counted(cells)}, expected {len(columns)} columns with tabs between "
+                         f"them, even inside quotes: {', '.join(columns):.200}; fix the row")
 
     row = dict(zip(columns, cells))
     texts = [row[text] for text in task.texts]
-    return texts, task.parse_label(row[task.label]) if labelled else None
-
-
-def check_index(columns: Sequence[str], cells: Sequence[str], place: int) -> None:
-    """Raise ValueError if a test file has a column of indices, and a row's is not its place: the
-    submission file numbers the rows from 0."""
-    index = dict(zip(columns, cells)).get("index", f"{place}")
-    if index != f"{place}":
-        raise ValueError(f"index is {spelled(index)}, expected {place}, by which the submission "
-                         f"file names this row; sort the file, and delete rows without a text")
+    if labelled:
+        return texts, task.parse_label(row[task.label])
+    if row.get("index", f"{place}") != f"{place}":  # a submission file numbers the rows from 0
+        raise ValueError(f"index is {row['index']!r:.60}, expected {place}; sort the file")
+    return texts, None
 
 
 def read_tsv(path: Path, remedy: str = "check --data-dir") -> list[list[str]]:
@@ -275,11 +315,8 @@ class BPE:
 
     def __init__(self, path: AnyPath, merges_path: AnyPath | None = None) -> None:
         """Read a model's folder, or the two files vocab.json and merges.txt. Raises DataError."""
-        if merges_path is None:
-            vocab, merges = read_tokenizer(Path(path))
-        else:
-            vocab, merges = read_vocab_and_merges(Path(path), Path(merges_path))
-
+        vocab, merges = read_tokenizer(
+            expanded(path), None if merges_path is None else expanded(merges_path))
         self.vocab = vocab  # token -> id
         self.tokens = sorted(vocab, key=vocab.__getitem__)  # id -> token
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}  # pair -> order of learning
@@ -347,8 +384,8 @@ class BPE:
         """
         raw = bytearray()
         for i in map(int, ids):
-            if not 0 <= i < len(self.tokens):
-                raise DataError(f"token id {i}: expected 0 to {len(self.tokens) - 1}")
+            require(0 <= i < len(self.tokens),
+                    f"token id {i}: expected 0 to {len(self.tokens) - 1}")
             raw += token_bytes(self.tokens[i])
         return raw.decode(errors="replace")
 
@@ -371,8 +408,7 @@ def join_ids(texts: Sequence[list[int]], max_len: int) -> list[int]:
     DataError if there is no room for text.
     """
     room = max_len - 2 * len(texts)
-    if room < 1:
-        raise DataError(f"max_len {max_len}: no room for text beside the special tokens; raise it")
+    require(room > 0, f"max_len {max_len}: no room for text beside the special tokens; raise it")
     if len(texts) == 1:
         return [BOS, *texts[0][:room], EOS]
 
@@ -565,22 +601,16 @@ def write_submission(task: Task, split: str, predictions: Any, folder: AnyPath) 
     ids are written as their label words, y/top as y clipped to 0..top. DataError for others.
     """
     values = np.asarray(predictions)
-    if task.labels:
-        expected = f"class ids below {task.num_labels}"
-        valid = np.isin(values, range(task.num_labels))
-    else:
-        expected = "finite values"
-        valid = np.isfinite(values)
-    if values.ndim != 1 or not valid.all():
-        raise DataError(f"{task.name}: predictions of shape {values.shape}, expected a vector of "
-                        f"{expected}")
+    valid = np.isin(values, range(task.num_labels)) if task.labels else np.isfinite(values)
+    require(values.ndim == 1 and valid.all(), f"{task.name}: predictions of shape {values.shape}, "
+            f"expected a vector of class ids or of finite values")
 
     if task.labels:
         cells = [task.labels[int(value)] for value in values]
     else:
         cells = [f"{value:.5f}" for value in np.clip(values * task.top, 0, task.top)]
 
-    path = Path(folder) / f"{task.submission(split)}.tsv"
+    path = expanded(folder) / f"{task.submission(split)}.tsv"
     with atomic_file(path) as file:
         file.write(b"index\tprediction\n")
         file.writelines(f"{i}\t{cell}\n".encode() for i, cell in enumerate(cells))
@@ -590,258 +620,6 @@ def write_submission(task: Task, split: str, predictions: Any, folder: AnyPath) 
 # ==================================================================================================
 # You can stop reading here: what follows is plumbing (files, checks, downloads, the command line).
 # ==================================================================================================
-
-# ---- checks of tasks and text files --------------------------------------------------------------
-
-
-def check_task(name: str, task: Task) -> None:
-    """Raise DataError if the row TASKS[name] cannot work."""
-
-    def require(condition: object, problem: str) -> None:
-        if not condition:
-            raise DataError(f"TASKS[{name!r}]: {problem}; fix the row")
-
-    require(isinstance(task, Task), f"expected a Task, found {type(task).__name__}")
-    for field in ("texts", "metrics", "labels", "columns"):
-        value = getattr(task, field)
-        require(isinstance(value, (tuple, list)) and all(isinstance(cell, str) for cell in value),
-                f"{field} = {value!r}, expected a tuple of strings (a tuple of one: ('a',))")
-        require(len(set(value)) == len(value), f"{field} = {value!r} has a duplicate")
-    for field in ("name", "folder", "label"):
-        value = getattr(task, field)
-        require(value and isinstance(value, str), f"{field} = {value!r}, expected a string")
-
-    require(len(task.texts) in (1, 2), f"texts = {task.texts!r}, expected one or two columns")
-    require(task.label not in task.texts, f"the label column {task.label!r} is also a text")
-    missing = {*task.texts, task.label} - {*task.columns} if task.columns else set()
-    require(not missing, f"columns = {task.columns!r} lacks {', '.join(sorted(missing))}")
-    require(len(task.labels) != 1, f"labels = {task.labels!r}, expected at least two, or () for "
-            f"a regression")
-    require(task.labels or (isinstance(task.top, (int, float)) and 0 < task.top < math.inf),
-            f"top = {task.top!r}, expected a positive number")
-    require(type(task.bad_rows) is int and task.bad_rows >= 0,
-            f"bad_rows = {task.bad_rows!r}, expected a whole number, 0 or more")
-
-    splits = [*task.files] if isinstance(task.files, Mapping) else []
-    require(splits and all(isinstance(file, str) for file in task.files.values()),
-            f"files = {task.files!r}, expected a dict such as {TOY_FILES}")
-    require(all(re.fullmatch(r"train|(dev|test)\w*", str(split)) for split in splits),
-            f"files has the splits {splits}; names start with train, dev or test")
-    labelled = any(not split.startswith("test") for split in splits)
-    require("dev" in splits or not labelled, f"files has the splits {splits}, but no 'dev', the "
-            f"file that a run is scored on")
-    require(isinstance(task.submissions, Mapping),
-            f"submissions = {task.submissions!r}, expected a dict")
-    names = [task.submission(split) for split in splits if split.startswith("test")]
-    require(len(set(names)) == len(names), f"two test files have the submission file {names[-1:]}")
-
-    require(task.metrics, f"metrics is empty, expected names from {', '.join(METRICS)}")
-    for metric_name in task.metrics:
-        require(metric_name in METRICS,
-                f"unknown metric {metric_name!r}, expected one of {', '.join(METRICS)}")
-        # a test-only task such as AX is not scored here
-        require(not labelled or metric_name not in ("matthews", "f1") or len(task.labels) == 2,
-                f"{metric_name} is for two labels, labels has {len(task.labels)}")
-        require(not labelled or metric_name != "accuracy" or task.labels,
-                "accuracy is for classes, but labels = () means a regression")
-
-
-def check_header(path: Path, columns: Sequence[str], wanted: Iterable[str]) -> None:
-    """Raise DataError unless each wanted column is in the header exactly once."""
-    for name in wanted:
-        count = columns.count(name)
-        if count != 1:
-            problem = f"{count} columns" if count else "no column"
-            found = ", ".join(map(spelled, columns))
-            raise DataError(f"{path} line 1: {problem} {spelled(name)} in {found:.200}; expected a "
-                            f"header with {', '.join(wanted)}; fix it")
-
-
-def spelled(text: str) -> str:
-    r"""Return a text in quotes, with escapes if it needs them to tell look-alikes apart.
-
-    Example: 'é' ('e\u0301').
-    """
-    short = f"{text[:60]}..." if len(text) > 60 else text
-    return f"{short!r}" if repr(short) == ascii(short) else f"{short!r} ({short!a})"
-
-
-def read_text(path: Path, remedy: str) -> str:
-    """Read a UTF-8 file, without its byte order mark if it has one. DataError for other files."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")  # bad byte -> U+DCxx
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror}; {remedy}") from None
-
-    if not text or text.isspace():
-        raise DataError(f"{path}: the file is empty; {remedy}")
-    if text.startswith("version https://git-lfs"):
-        raise DataError(f"{path}: a git-lfs pointer, not the file itself; run git lfs pull")
-    if bad := re.search("[\0\udc80-\udcff]", text):
-        line = text.count("\n", 0, bad.start()) + 1
-        raise DataError(f"{path} line {line}: byte {ord(bad[0]) & 255:#04x}, expected text in "
-                        f"UTF-8; save the file as UTF-8 or download it again")
-    return text
-
-
-# ---- tokenizer files -----------------------------------------------------------------------------
-
-Tokenizer = tuple[dict[str, int], list[tuple[str, str]]]  # token -> id; pairs in order of learning
-UNMERGED = re.compile(r"<[!-~]+>|madeupword\d+")  # RoBERTa's tokens that no merge makes
-CHECK_MODEL_DIR = "check --model-dir, a folder with a RoBERTa model"
-OTHER_FILES = "take all tokenizer files from one RoBERTa folder, or download them again"
-ROBERTA_TOKENIZER = {  # what tokenizer.json may say; anything else would give other ids
-    "model.type": ("BPE",),
-    "model.dropout": (None,),
-    "model.continuing_subword_prefix": ("", None),
-    "model.end_of_word_suffix": ("", None),
-    "model.byte_fallback": (False, None),
-    "model.ignore_merges": (False, None),
-    "normalizer": (None,),
-    "pre_tokenizer.type": ("ByteLevel",),
-    "pre_tokenizer.add_prefix_space": (False,),
-    "pre_tokenizer.use_regex": (True, None),
-}
-
-
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """Read vocab.json and merges.txt of a model's folder, or else tokenizer.json.
-
-    Raises DataError if files are missing, damaged, those of another kind of model, or of different
-    tokenizers.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; {CHECK_MODEL_DIR}")
-    check_setting(folder / "config.json", "model_type", "roberta")
-    check_setting(folder / "tokenizer_config.json", "add_prefix_space", False)
-
-    vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
-    missing = [path.name for path in (vocab_path, merges_path) if not path.exists()]
-    whole = folder / "tokenizer.json"
-    if not missing:
-        tokenizer = read_vocab_and_merges(vocab_path, merges_path)
-        if whole.exists() and read_tokenizer_json(whole) != tokenizer:
-            raise DataError(f"{whole}: is another tokenizer than vocab.json and merges.txt beside "
-                            f"it; delete what is out of date")
-        return tokenizer
-    if whole.exists():
-        return read_tokenizer_json(whole)
-    raise DataError(f"{folder}: has no {' and no '.join(missing)}, nor a tokenizer.json instead; "
-                    f"{CHECK_MODEL_DIR}")
-
-
-def check_setting(path: Path, key: str, expected: Any) -> None:
-    """Raise DataError if this JSON file exists and has another value for the key."""
-    try:
-        value = json.loads(path.read_bytes())[key]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return  # whoever needs all of the file reports what is wrong with it
-    if value != expected:
-        raise DataError(f"{path}: {key} is {value!r:.60}, expected {expected!r}; take a RoBERTa "
-                        f"model")
-
-
-def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
-    """Read the two files of RoBERTa's first release. DataError if damaged or of another model."""
-    vocab = check_vocab(vocab_path, read_json(vocab_path))
-    added_path = vocab_path.with_name("added_tokens.json")
-    added = read_json(added_path) if added_path.exists() else {}
-    if not isinstance(added, dict):
-        raise DataError(f"{added_path}: expected token: id; {OTHER_FILES}")
-    for token in added:
-        check_added_token(added_path, token)
-
-    text = read_text(merges_path, CHECK_MODEL_DIR).replace("\r\n", "\n")
-    lines = text.rstrip("\n").split("\n")
-    first = 2 if lines[0].startswith("#version:") else 1
-    return vocab, check_merges(f"{merges_path} line", first, lines[first - 1:], vocab)
-
-
-def read_tokenizer_json(path: Path) -> Tokenizer:
-    """Read the one file that transformers 5 saves. DataError if damaged or of another model."""
-    content = read_json(path)
-    for name, allowed in ROBERTA_TOKENIZER.items():
-        value = content
-        for key in name.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if value not in allowed:
-            raise DataError(f"{path}: {name} is {value!r:.60}, expected {allowed[0]!r}, since this "
-                            f"is not RoBERTa's tokenizer; take a RoBERTa model")
-
-    vocab = check_vocab(path, content["model"].get("vocab"))
-    added, pairs = content.get("added_tokens", []), content["model"].get("merges")
-    if not isinstance(added, list) or not isinstance(pairs, list):
-        raise DataError(f"{path}: expected lists of merges and added_tokens; {OTHER_FILES}")
-    for token in added:
-        check_added_token(path, token.get("content") if isinstance(token, dict) else token)
-    return vocab, check_merges(f"{path} merge", 1, pairs, vocab)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a model's folder. DataError if it is not JSON."""
-    text = read_text(path, CHECK_MODEL_DIR)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{path}: not valid JSON ({e}); {OTHER_FILES}") from None
-
-
-def check_vocab(path: Path, vocab: Any) -> dict[str, int]:
-    """Return the vocabulary: token -> id.
-
-    Raises DataError unless the ids are 0 to n - 1, and special tokens and all bytes have theirs.
-    """
-    if not isinstance(vocab, dict) or {type(i) for i in vocab.values()} != {int} \
-            or sorted(vocab.values()) != [*range(len(vocab))]:
-        raise DataError(f"{path}: expected token: id, each id from 0 to n - 1 once; {OTHER_FILES}")
-
-    wrong = [token for token, i in SPECIAL.items() if vocab.get(token) != i]
-    wrong += [char for char in CHAR_BYTES if char not in vocab]
-    if wrong:
-        raise DataError(f"{path}: {wrong[0]!r} is {vocab.get(wrong[0])}, expected {SPECIAL} and an "
-                        f"id for each byte; {OTHER_FILES}")
-    return vocab
-
-
-def check_added_token(path: Path, token: Any) -> None:
-    """Raise DataError if this added token is not one of RoBERTa's own."""
-    if token not in (*SPECIAL, "<mask>"):
-        raise DataError(f"{path}: has the added token {token!r:.60}, and a text that contains it "
-                        f"would get other ids here; take a tokenizer without it, or delete it from "
-                        f"this file if no text contains it")
-
-
-def check_merges(place: str, first: int, pairs: Iterable[Any],
-                 vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Return the pairs, written "a b" or ["a", "b"], as tuples; places are numbered from `first`.
-
-    Raises DataError unless each pair and its product are tokens, and every token has its merge.
-    Tokens after a <mask> that follows the merges are exempt: they were added by hand, and no text
-    ever becomes one.
-    """
-    merges = []
-    made = {*CHAR_BYTES}
-    for number, pair in enumerate(pairs, first):
-        try:
-            left, right = pair.split(" ") if isinstance(pair, str) else pair
-            known = left in made and right in made and vocab.get(left + right, 0) >= len(SPECIAL)
-        except (TypeError, ValueError):
-            known = False
-        if not known:
-            raise DataError(f"{place} {number}: {pair!r:.60}, expected two tokens whose product "
-                            f"is in the vocabulary; {OTHER_FILES}")
-        merges.append((left, right))
-        made.add(left + right)
-
-    mask = vocab.get("<mask>", len(vocab))
-    last = max(vocab[token] for token in made)
-    for token, i in vocab.items():
-        added = i > mask > last
-        if token not in made and not added and not UNMERGED.fullmatch(token):
-            raise DataError(f"{place} {first + len(merges)}: the merges end, but no merge makes "
-                            f"{token!r:.60}; {OTHER_FILES}")
-    return merges
-
 
 # ---- the toy: generated sentences and a tokenizer learned from them ------------------------------
 
@@ -951,39 +729,163 @@ def merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-# ---- files and downloads -------------------------------------------------------------------------
+# ---- files and their checks ----------------------------------------------------------------------
+
+CHECK_MODEL_DIR = "check --model-dir, a folder with a RoBERTa model"
 
 
-@contextmanager
-def atomic_file(path: AnyPath) -> Iterator[BinaryIO]:
-    """Open a binary file for writing that replaces `path` only when it is complete.
+def expanded(path: AnyPath) -> Path:
+    """Return a path with ~ replaced by the home folder, which a shell does not do in --out=~/x."""
+    return Path(path).expanduser()
 
-    The content goes to a temporary file in the same folder, is flushed to disk and then renamed,
-    so that a crash leaves the old content or the new, and two processes never mix theirs.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.urandom(6).hex()}.part")
+
+def read_text(path: Path, remedy: str) -> str:
+    """Read a UTF-8 file, without its byte order mark if it has one. DataError for other files."""
     try:
-        with open(part, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")  # bad byte -> U+DCxx
+    except OSError as e:
+        raise DataError(f"{path}: {e.strerror}; {remedy}") from None
+
+    require(text and not text.isspace(), f"{path}: the file is empty; {remedy}")
+    require(not text.startswith("version https://git-lfs"),
+            f"{path}: a git-lfs pointer, not the file itself; run git lfs pull")
+    if bad := re.search("[\0\udc80-\udcff]", text):
+        line = text.count("\n", 0, bad.start()) + 1
+        raise DataError(f"{path} line {line}: byte {ord(bad[0]) & 255:#04x}, expected text in "
+                        f"UTF-8; save the file as UTF-8 or download it again")
+    return text
+
+
+def read_json(path: Path, remedy: str = CHECK_MODEL_DIR) -> dict[str, Any]:
+    """Read a file with a JSON object. DataError, with this remedy, for other files."""
+    text = read_text(path, remedy)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{path}: not valid JSON ({e}); {remedy}") from None
+    require(isinstance(content, dict), f"{path}: not a JSON object; {remedy}")
+    return content
 
 
 def checksum(path: AnyPath) -> str:
-    """Return the CRC-32 of a file's bytes as 8 hex digits. DataError if it cannot be read."""
-    crc = 0
+    """Return the CRC-32 of a file's bytes as 8 hex digits."""
+    return f"{zlib.crc32(Path(path).read_bytes()):08x}"
+
+
+def counted(cells: Sequence[str]) -> str:
+    """Say how many columns a row has, or what it has instead."""
+    if len(cells) > 1:
+        return f"{len(cells)} columns"
+    return "commas" if "," in cells[0] else "one column" if cells[0] else "a blank line"
+
+
+def check_header(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raise DataError unless each wanted column is in the header exactly once."""
+    for name in wanted:
+        require(columns.count(name) == 1,
+                f"{path} line 1: {columns.count(name)} columns {name!r} in {counted(columns)}: "
+                f"{', '.join(columns):.200}; expected a header with {', '.join(wanted)}, with tabs "
+                f"between them")
+
+
+# ---- tokenizer files -----------------------------------------------------------------------------
+
+Tokenizer = tuple[dict[str, int], list[tuple[str, str]]]  # token -> id; pairs in order of learning
+UNMERGED = re.compile(r"<[!-~]+>|madeupword\d+")  # RoBERTa's tokens that no merge makes
+OTHER_FILES = "take all tokenizer files from one RoBERTa folder, or download them again"
+ROBERTA_TOKENIZER = {  # what tokenizer.json must say; anything else would give other ids
+    "model.type": "BPE",
+    "normalizer": None,
+    "pre_tokenizer.type": "ByteLevel",
+    "pre_tokenizer.add_prefix_space": False,
+}
+
+
+def read_tokenizer(path: Path, merges_path: Path | None) -> Tokenizer:
+    """Read a model's folder, or the two files vocab.json and merges.txt.
+
+    Raises DataError if files are missing, damaged, those of another kind of model, or of different
+    tokenizers.
+    """
     try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                crc = zlib.crc32(block, crc)
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror}") from None
-    return f"{crc:08x}"
+        return read_vocab_and_merges(path, merges_path) if merges_path else read_folder(path)
+    except (AttributeError, LookupError, TypeError) as e:
+        raise DataError(f"{path}: damaged ({e!r:.80}); {OTHER_FILES}") from None
+
+
+def read_folder(folder: Path) -> Tokenizer:
+    """Read vocab.json and merges.txt of a folder, or tokenizer.json, or all three if they agree."""
+    require(folder.is_dir(), f"{folder}: no such folder; {CHECK_MODEL_DIR}")
+    check_setting(folder / "config.json", "model_type", "roberta")
+    check_setting(folder / "tokenizer_config.json", "add_prefix_space", False)
+
+    vocab, merges, whole = (folder / f for f in ("vocab.json", "merges.txt", "tokenizer.json"))
+    found = [read_vocab_and_merges(vocab, merges)] if vocab.exists() and merges.exists() else []
+    found += [read_tokenizer_json(whole)] if whole.exists() else []
+    require(found, f"{folder}: expected vocab.json and merges.txt, or tokenizer.json; "
+            f"{CHECK_MODEL_DIR}")
+    require(found[0] == found[-1], f"{whole}: is another tokenizer than vocab.json and merges.txt "
+            f"beside it; delete what is out of date")
+    return found[0]
+
+
+def check_setting(path: Path, key: str, expected: Any) -> None:
+    """Raise DataError if this JSON file exists and has another value for the key."""
+    value = read_json(path).get(key, expected) if path.exists() else expected
+    require(value == expected,
+            f"{path}: {key} is {value!r:.60}, expected {expected!r}; take a RoBERTa model")
+
+
+def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
+    """Read the two files of RoBERTa's first release."""
+    added_path = vocab_path.with_name("added_tokens.json")
+    added = read_json(added_path) if added_path.exists() else ()
+    lines = read_text(merges_path, CHECK_MODEL_DIR).splitlines()
+    pairs = [line.split(" ") for line in lines if line and not line.startswith("#version:")]
+    return check_tokenizer(merges_path, read_json(vocab_path), pairs, added)
+
+
+def read_tokenizer_json(path: Path) -> Tokenizer:
+    """Read the one file that transformers 5 saves."""
+    content = read_json(path)
+    for name, expected in ROBERTA_TOKENIZER.items():
+        *outer, key = name.split(".")
+        value = (content[outer[0]] or {} if outer else content).get(key)
+        require(value == expected, f"{path}: {name} is {value!r:.60}, expected {expected!r}; take "
+                f"a RoBERTa model")
+
+    model, added = content["model"], content.get("added_tokens", ())
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    return check_tokenizer(path, model["vocab"], pairs, [token["content"] for token in added])
+
+
+def check_tokenizer(path: Path, vocab: dict[str, int], pairs: Sequence[Sequence[str]],
+                    added: Iterable[str]) -> Tokenizer:
+    """Return the vocabulary, and the merges as tuples.
+
+    Raises DataError unless the ids are 0 to n - 1, special tokens have theirs, and the other tokens
+    are the bytes and the products of the merges (with a file that was cut short, they are not), and
+    if a text could contain an added token, which would get other ids here.
+    """
+    require(sorted(vocab.values()) == [*range(len(vocab))],
+            f"{path}: expected token: id, each id from 0 to n - 1 once; {OTHER_FILES}")
+    for token, i in SPECIAL.items():
+        require(vocab.get(token) == i,
+                f"{path}: {token!r} has the id {vocab.get(token)}, expected {i}; {OTHER_FILES}")
+    for token in added:
+        require(token in (*SPECIAL, "<mask>"), f"{path.parent}: the tokenizer has the added token "
+                f"{token!r:.60}; take one without it, or delete it if no text contains it")
+
+    made = {*CHAR_BYTES, *map("".join, pairs)}
+    for token in made ^ {token for token in vocab if not UNMERGED.fullmatch(token)}:
+        fault = "made by no merge" if token in vocab else "not in the vocabulary"
+        raise DataError(f"{path}: {token!r:.60} is {fault}; {OTHER_FILES}")
+    for pair in pairs:
+        require(len(pair) == 2, f"{path}: {pair!r:.60} is not a pair; {OTHER_FILES}")
+    return vocab, [(left, right) for left, right in pairs]
+
+
+# ---- downloads -----------------------------------------------------------------------------------
 
 
 WAITS = (0.5, 1.0, 2.0)  # seconds before each new attempt
@@ -1003,14 +905,13 @@ def fetch(source: tuple[str, str, str], file: str, path: AnyPath) -> None:
     for wait in (*WAITS, None):
         try:
             return fetch_once(url, path)
-        except (error.URLError, http.client.HTTPException, TimeoutError, ConnectionError,
-                ssl.SSLError) as e:
+        except (error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as e:
             code = getattr(e, "code", 500)
             if wait is None or (code < 500 and code != 429):  # 429: too many requests
-                advice = {403: "access denied", 404: "check the name"}.get(code, "try again later")
-                raise DataError(f"{url}: {e}; {advice}, or use your files with {flag}") from None
+                raise DataError(f"{url}: {e}; check the name, try again later, or use your own "
+                                f"files with {flag}") from None
             time.sleep(wait)
-        except ValueError as e:  # the address itself, or a header that is not a number
+        except ValueError as e:  # the address is not one
             raise DataError(f"{url}: {e}; fix {variable}") from None
         except OSError as e:
             raise DataError(f"{path}: {e.strerror}; free some space or set DORA_CACHE") from None
@@ -1018,9 +919,6 @@ def fetch(source: tuple[str, str, str], file: str, path: AnyPath) -> None:
 
 def fetch_once(url: str, path: AnyPath) -> None:
     """Download once. Raises what urllib raises, and HTTPException for a wrong size."""
-    if not url.startswith(("http://", "https://")):
-        raise ValueError("not an http(s):// address")
-
     with request.urlopen(url, timeout=TIMEOUT) as answer:
         size = int(answer.headers["Content-Length"] or 0)
         with atomic_file(path) as file, tqdm(  # disable=None: no bar where stderr is a file
@@ -1034,7 +932,7 @@ def fetch_once(url: str, path: AnyPath) -> None:
 
 def cache_folder() -> Path:
     """Return where downloads go: $DORA_CACHE, or ~/.cache/dora-glue."""
-    return Path(os.environ.get("DORA_CACHE") or Path.home() / ".cache" / "dora-glue")
+    return expanded(os.environ.get("DORA_CACHE") or "~/.cache/dora-glue")
 
 
 def download_model(repo: str = "FacebookAI/roberta-base", cache: AnyPath | None = None) -> Path:
@@ -1042,10 +940,10 @@ def download_model(repo: str = "FacebookAI/roberta-base", cache: AnyPath | None 
 
     Raises DataError if they are not available.
     """
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repo, re.ASCII):
-        raise DataError(f"model {repo!r}: expected OWNER/NAME as on huggingface.co")
+    require(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repo, re.ASCII),
+            f"model {repo!r}: expected OWNER/NAME as on huggingface.co")
 
-    folder = Path(cache or cache_folder()) / "models" / repo.replace("/", "--")
+    folder = expanded(cache or cache_folder()) / "models" / repo.replace("/", "--")
     for name in ("config.json", "vocab.json", "merges.txt", "model.safetensors"):
         if not (folder / name).exists():
             fetch(HUB, f"{repo}/resolve/main/{name}", folder / name)
@@ -1058,14 +956,13 @@ def download_task(name: str, cache: AnyPath | None = None) -> Path:
     Raises DataError if they are not available.
     """
     task = find_task(name)
-    folder = Path(cache or cache_folder()) / "glue" / task.folder
-    if not task.source:
-        raise DataError(f"{name}: nowhere to download it from; use --data-dir with {task.folder}/ "
-                        f"in it")
+    folder = expanded(cache or cache_folder()) / "glue" / task.folder
+    require(task.source, f"{name}: nowhere to download it from; use --data-dir with "
+            f"{task.folder}/ in it")
     if all((folder / file).exists() for file in task.files.values()):
         return folder.parent
 
-    if name == "mrpc":
+    if task.name == "mrpc":
         download_mrpc(folder)
     elif task.source.endswith(".zip"):
         download_zip(task.source, folder, task.files.values())

@@ -273,7 +273,7 @@ def test_an_adapter_for_another_task(tmp_path, capsys, monkeypatch):
     assert "was trained with task = toy, not toy-pretrain" in line
 
     with monkeypatch.context() as patch:
-        swapped = data.TASKS["toy"]._replace(labels=("1", "0"))
+        swapped = dataclasses.replace(data.TASKS["toy"], labels=("1", "0"))
         patch.setitem(data.TASKS, "toy", swapped)
         line = failed(capsys, *flags(**given), *words)
         assert "was trained with labels = 0, 1, not 1, 0" in line
@@ -514,7 +514,7 @@ def test_three_dev_files(tmp_path, monkeypatch):
 
 def test_a_task_without_a_dev_file(tmp_path, capsys, monkeypatch):
     """T3: a row with a train file alone is refused before training."""
-    toy = data.TASKS["toy"]._replace(files={"train": "train.tsv"})
+    toy = dataclasses.replace(data.TASKS["toy"], files={"train": "train.tsv"})
     monkeypatch.setitem(data.TASKS, "toy", toy)
     line = failed(capsys, *flags(**run_settings(tmp_path / "out")))
     assert "toy" in line and "dev" in line and not (tmp_path / "out").exists()

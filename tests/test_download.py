@@ -1,9 +1,6 @@
 """Downloads of data.py against a server on this machine that misbehaves on demand."""
 import io
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -73,14 +70,13 @@ def server(monkeypatch):
     server.http.server_close()
 
 
-def refused(file, path):
-    """The message of the DataError that fetch must raise: one line, with the way out and no other
-    flag."""
+def refused(*says, use):
+    """The message with which something is refused: one line that has all of these parts."""
     with pytest.raises(DataError) as caught:
-        data.fetch(data.HUB, file, path)
+        use()
     message = str(caught.value)
-    assert "\n" not in message and "--model-dir" in message and "--data-dir" not in message
-    return message
+    assert "\n" not in message and len(message) < 500
+    assert [part for part in says if part not in message] == [], message
 
 
 def test_complete_file(server, tmp_path):
@@ -100,7 +96,7 @@ def test_transient_trouble_is_tried_again(trouble, server, tmp_path):
     data.fetch(data.HUB, "a", tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == BODY and len(server.asked) == 3
     (tmp_path / "x").unlink()
-    refused("b", tmp_path / "x")
+    refused("/b", "--model-dir", use=lambda: data.fetch(data.HUB, "b", tmp_path / "x"))
     assert len(server.asked) == 3 + 4 and os.listdir(tmp_path) == []
 
 
@@ -112,13 +108,12 @@ def test_timeout_is_tried_again(server, tmp_path, monkeypatch):
     assert (tmp_path / "x").read_bytes() == BODY
 
 
-@pytest.mark.parametrize("status, says", [(404, "check the name"),
-                                          (403, "access denied"), (401, "Unauthorized")])
-def test_refusals_are_told_apart(status, says, server, tmp_path):
-    """404 and 403 have messages of their own and are not tried again."""
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_refusals_are_not_tried_again(status, server, tmp_path):
+    """A file that is missing or forbidden: asked once, with the status and the flag that helps."""
     server.answers = {"/a": [status]}
-    message = refused("a", tmp_path / "x")
-    assert says in message and str(status) in message
+    refused(f"{status}", "/a", "--data-dir",
+            use=lambda: data.fetch(data.GLUE, "a", tmp_path / "x"))
     assert len(server.asked) == 1 and os.listdir(tmp_path) == []
 
 
@@ -126,88 +121,33 @@ def test_wrong_size(server, tmp_path):
     """An answer shorter than its Content-Length: the message has both sizes, the old file stays."""
     server.answers = {"/a": [(200, {"short": 5}, BODY)]}
     (tmp_path / "x").write_bytes(b"old")
-    message = refused("a", tmp_path / "x")
-    assert f"{len(BODY)} bytes, expected {len(BODY) + 5}" in message
+    refused(f"{len(BODY)}", f"{len(BODY) + 5}",
+            use=lambda: data.fetch(data.HUB, "a", tmp_path / "x"))
     assert (tmp_path / "x").read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
-
-
-def test_redirect(server, tmp_path):
-    """A redirect, as the hub answers, is followed, and the last answer's size is the one that
-    counts."""
-    server.answers = {"/a": [(302, {"Location": "/cdn"}, b"moved")],
-                      "/cdn": [(200, {"short": 5}, BODY), BODY]}
-    data.fetch(data.HUB, "a", tmp_path / "x")
-    assert (tmp_path / "x").read_bytes() == BODY
-    assert server.asked == ["/a", "/cdn"] * 2
 
 
 def test_without_a_network(tmp_path, monkeypatch):
     """A refused connection and a malformed address: one line with the remedy."""
     monkeypatch.setattr(data, "WAITS", (0,))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert "refused" in refused("x", tmp_path / "x")
-    for endpoint in ("hub.example", "file:///etc", "http://[x", "http://.example.com"):
-        monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        monkeypatch.setenv("GLUE_ENDPOINT", endpoint)
-        with pytest.raises(DataError, match="fix HF_ENDPOINT"):
-            data.download_model(cache=tmp_path)
-        with pytest.raises(DataError, match="fix GLUE_ENDPOINT"):
-            data.download_task("rte", cache=tmp_path)
-    with pytest.raises(DataError, match="expected OWNER/NAME"):
-        data.download_model("größe/x", cache=tmp_path)
+    refused("refused", "--model-dir", use=lambda: data.download_model(cache=tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "hub.example")
+    refused("hub.example", "HF_ENDPOINT", use=lambda: data.download_model(cache=tmp_path))
+    refused("'größe/x'", use=lambda: data.download_model("größe/x", tmp_path))
 
 
 def test_disk_trouble(server, tmp_path, monkeypatch):
     """A full disk and a folder that is a file: not tried again, and the message says where."""
     server.answers = {"/a": [BODY]}
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"(File exists|Not a directory).*DORA_CACHE"):
-        data.fetch(data.HUB, "a", tmp_path / "file/x")
+    refused("file", "DORA_CACHE", use=lambda: data.fetch(data.HUB, "a", tmp_path / "file/x"))
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match=r"y: No space left on device; free.*DORA_CACHE"):
-        data.fetch(data.HUB, "a", tmp_path / "y")
+    refused("y: No space left on device", "DORA_CACHE",
+            use=lambda: data.fetch(data.HUB, "a", tmp_path / "y"))
     assert os.listdir(tmp_path) == ["file"] and len(server.asked) == 2
-
-
-def test_two_runs_at_once(server, tmp_path):
-    """Eight threads fetch one file, slowly, while another looks: it sees none or a complete one."""
-    server.answers = {"/a": [(200, {"slow": 0.05}, BODY)]}
-    path, seen, done = tmp_path / "x", set(), threading.Event()
-
-    def look():
-        while not done.is_set():
-            seen.add(len(path.read_bytes()) if path.exists() else None)
-            time.sleep(0.001)
-    watcher = threading.Thread(target=look)
-    threads = [threading.Thread(target=data.fetch, args=(data.HUB, "a", path)) for _ in range(8)]
-    for thread in (watcher, *threads):
-        thread.start()
-    for thread in threads:
-        thread.join()
-    done.set()
-    watcher.join()
-    assert seen == {None, len(BODY)} and os.listdir(tmp_path) == ["x"]
-
-
-def test_killed_in_the_middle(server, tmp_path):
-    """A process killed with SIGKILL in mid-download leaves nothing under the final name, and the
-    next one succeeds."""
-    server.answers = {"/a": [(200, {"slow": 60}, BODY), BODY]}
-    code = f"import data; data.fetch(data.HUB, 'a', {str(tmp_path / 'x')!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1],
-                               stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not any(tmp_path.glob(".x.*.part")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert any(tmp_path.glob(".x.*.part"))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "x").exists()
-    data.fetch(data.HUB, "a", tmp_path / "x")
-    assert (tmp_path / "x").read_bytes() == BODY
 
 
 # ---- The model ---------------------------------------------------------------------------------
@@ -231,20 +171,16 @@ def test_model(server, tmp_path, monkeypatch):
     assert server.asked[4:] == ["/own/er-1.0/resolve/main/merges.txt"]
 
 
-@pytest.mark.parametrize("repo", [
-    "", "..", "../x", "a/../b", "a/b/c", "/etc", "a b", "a/b?x", "a/.."])
+@pytest.mark.parametrize("repo", ["", "..", "../x", "a/../b", "a/b/c", "/etc", "a b", "a/b?x"])
 def test_model_names(repo, tmp_path):
     """A name that is none, or would leave the cache, is refused before anything is asked."""
-    with pytest.raises(DataError, match="OWNER/NAME"):
-        data.download_model(repo, tmp_path)
+    refused(f"{repo!r}", use=lambda: data.download_model(repo, tmp_path))
 
 
-def test_cache_folder(monkeypatch, tmp_path):
-    """The default cache is ~/.cache/dora-glue, or DORA_CACHE."""
+def test_cache_folder(monkeypatch):
+    """The default cache is ~/.cache/dora-glue."""
     monkeypatch.delenv("DORA_CACHE", raising=False)
     assert data.cache_folder() == Path.home() / ".cache/dora-glue"
-    monkeypatch.setenv("DORA_CACHE", str(tmp_path))
-    assert data.cache_folder() == tmp_path
 
 
 # ---- The tasks ---------------------------------------------------------------------------------
@@ -264,13 +200,12 @@ def zipped(members):
     ("qnli", "QNLIv2.zip", "QNLI", ("train", "dev", "test")),
     ("mnli", "MNLI.zip", "MNLI", ("train", "dev_matched", "dev_mismatched", "test_matched",
                                  "test_mismatched"))])
-def test_zipped_tasks(name, source, folder, files, server, tmp_path, monkeypatch):
+def test_zipped_tasks(name, source, folder, files, server, tmp_path):
     """The wanted members of a task's zip come out under the names that load_task reads, others do
     not, the zip is gone, and a second call asks for nothing."""
     members = {f"{folder}/{file}.tsv": f"{file}\n" for file in files}
     other = {f"{folder}/original/x.txt": "x"}
     server.answers = {f"/glue/data/{source}": [zipped({**members, **other})]}
-    monkeypatch.setenv("GLUE_ENDPOINT", server.url)
     for _ in range(2):
         assert data.download_task(name, tmp_path) == tmp_path / "glue"
         found = (tmp_path / "glue" / folder).iterdir()
@@ -282,33 +217,24 @@ def test_zipped_tasks(name, source, folder, files, server, tmp_path, monkeypatch
 GOOD = {f"RTE/{split}.tsv": f"{split}\n" * 50 for split in ("train", "dev", "test")}
 DAMAGED = bytearray(zipped(GOOD))
 DAMAGED[45:50] = b"\xff" * 5
-LONG = bytearray(zipped(GOOD))
-LONG[26:28] = b"\xff\0"       # a name of 255 bytes, which zipfile quotes with its zeros spelt out
 
 
 @pytest.mark.parametrize("body, says", [
-    (zipped({"RTE/train.tsv": "x"}), "RTE/dev.tsv"),
-    (zipped(GOOD)[10:], ""),            # found by the fuzzer: zipfile seeks to -10, an OSError
-    (bytes(LONG), "and header"),        # found by the fuzzer: a message of 1,228 characters
-    (bytes(DAMAGED), ""), (zipped(GOOD)[:-30], "not a zip"), (b"<html>", "not a zip"),
-    (b"", "not a zip")])
-def test_bad_zips(body, says, server, tmp_path, monkeypatch):
+    (zipped({"RTE/train.tsv": "x"}), "RTE/dev.tsv"), (bytes(DAMAGED), ""),
+    (zipped(GOOD)[10:], ""),  # zipfile seeks to -10, an OSError
+    (zipped(GOOD)[:-30], "not a zip"), (b"<html>", "not a zip")])
+def test_bad_zips(body, says, server, tmp_path):
     """Missing members and damaged archives: one line, nothing outside of the task's folder, and the
     next call downloads again."""
     server.answers = {"/glue/data/RTE.zip": [body, zipped(GOOD)]}
-    monkeypatch.setenv("GLUE_ENDPOINT", server.url)
-    with pytest.raises(DataError) as caught:
-        data.download_task("rte", tmp_path / "a/b")
-    message = str(caught.value)
-    assert "\n" not in message and says in message and "RTE.zip" in message and len(message) < 500
+    refused("RTE.zip", says, use=lambda: data.download_task("rte", tmp_path / "a/b"))
     files = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()}
     assert files <= {f"a/b/glue/{name}" for name in GOOD}
     data.download_task("rte", tmp_path / "a/b")
     assert all((tmp_path / "a/b/glue" / name).read_text() == text for name, text in GOOD.items())
 
 
-@pytest.mark.parametrize("evil", ["../evil.tsv", "RTE/../../evil.tsv", "/tmp/evil.tsv",
-                                  "RTE\\..\\..\\evil.tsv", "C:/evil.tsv"])
+@pytest.mark.parametrize("evil", ["../evil.tsv", "/tmp/evil.tsv", "RTE\\..\\..\\evil.tsv"])
 def test_members_that_lead_out_of_the_folder(evil, server, tmp_path):
     """A zip with such a member beside the good ones: the good ones come out and nothing else does,
     since members are read by fixed names."""
@@ -319,15 +245,14 @@ def test_members_that_lead_out_of_the_folder(evil, server, tmp_path):
     assert not Path("/tmp/evil.tsv").exists()
 
 
-def test_ax(server, tmp_path, monkeypatch):
+def test_ax(server, tmp_path):
     """The diagnostic set is one file, without a zip; load_task reads it."""
     server.answers = {"/glue/data/AX.tsv": [b"index\tsentence1\tsentence2\n0\ta\tb\n"]}
-    monkeypatch.setenv("GLUE_ENDPOINT", server.url)
     folder = data.download_task("ax", tmp_path)
     assert (folder / "AX/test.tsv").read_bytes().count(b"\n") == 2
 
 
-def test_mrpc(server, tmp_path, monkeypatch):
+def test_mrpc(server, tmp_path):
     """MRPC is built from Microsoft's two files and the list of dev pairs, as GLUE's own script
     does: hand-made lines with a byte order mark and CRLF against the three files."""
     header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
@@ -336,7 +261,6 @@ def test_mrpc(server, tmp_path, monkeypatch):
     server.answers = {senteval + "train.txt": [train.encode()],
                       senteval + "test.txt": [(header + "1\t7\t8\th\ti\r\n0\t9\t1\tj\tk").encode()],
                       "/glue/data/mrpc_dev_ids.tsv": [b"3\t4\n9\t9\n"]}
-    monkeypatch.setenv("GLUE_ENDPOINT", server.url)
     folder = data.download_task("mrpc", tmp_path) / "MRPC"
     names = header[1:].replace("\r", "")
     assert (folder / "train.tsv").read_text() == names + "1\t1\t2\ta \"b\tc\n1\t5\t6\tf\tg\n"
@@ -350,5 +274,4 @@ def test_mrpc(server, tmp_path, monkeypatch):
 def test_a_task_without_a_source(tmp_path, monkeypatch):
     """A task of your own has nothing to download, and the message says so."""
     monkeypatch.setitem(data.TASKS, "mine", data.Task("mine", "m", ("a",), "b", ("accuracy",)))
-    with pytest.raises(DataError, match="mine: nowhere to download .*--data-dir with m/ in"):
-        data.download_task("mine", tmp_path)
+    refused("mine", "m/", "--data-dir", use=lambda: data.download_task("mine", tmp_path))

@@ -1,6 +1,7 @@
 """The encoder by hand computes what RoBERTa computes, and its loader gives the file's weights in
 float32 or refuses the file in one line. (peers/test_transformers.py compares with transformers.)
 """
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -406,7 +407,8 @@ def test_a_saved_model_knows_its_task(tmp_path, task):
     loaded = load_roberta(tmp_path, task.num_labels, task)
     assert loaded.trained_head
     assert torch.equal(loaded.classifier.out_proj.weight, model.classifier.out_proj.weight)
-    assert not load_roberta(tmp_path, task.num_labels, task._replace(name="mine")).trained_head
+    other = dataclasses.replace(task, name="mine")
+    assert not load_roberta(tmp_path, task.num_labels, other).trained_head
 
 
 @pytest.mark.parametrize("names", [3, ["a", "b"], {"a": "b", "c": "d"}, {"1": "a", "2": "b"}])

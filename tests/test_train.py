@@ -1,5 +1,6 @@
 """A run is a function of its settings, bit for bit; accumulation, compaction and evaluation give
 what one batch, masks and single examples give."""
+import dataclasses
 import json
 import math
 import re
@@ -208,7 +209,8 @@ def test_the_card_of_a_task_of_ones_own(finished, monkeypatch):
     config = make_config(**run_settings(folder))
     args = config, "base", folder / "adapter", returned["ranks"], returned["best"]
     assert "--eval-only" in train_glue.model_card(*args)
-    monkeypatch.setitem(train_glue.TASKS, "toy", train_glue.TASKS["toy"]._replace(folder="mine"))
+    mine = dataclasses.replace(train_glue.TASKS["toy"], folder="mine")
+    monkeypatch.setitem(train_glue.TASKS, "toy", mine)
     assert "--eval-only" not in train_glue.model_card(*args)
 
 

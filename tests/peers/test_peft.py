@@ -1,5 +1,6 @@
 """dora.py against Hugging Face PEFT and transformers: adapters both ways, LoRA, AdaLoRA,
 merging."""
+import dataclasses
 import json
 import re
 import shutil
@@ -166,8 +167,8 @@ def test_pefts_auto_class_loads_a_run(tmp_path, monkeypatch, method, labels, hea
     itself and gives the logits of the run's model; so does the Python that the card prints, for a
     base that comes with a head for two labels, too."""
     from tiny import files, run_settings
-    monkeypatch.setitem(train_glue.TASKS, "toy", train_glue.TASKS["toy"]._replace(
-        labels=tuple("012"[:labels]) if labels > 1 else (),
+    monkeypatch.setitem(train_glue.TASKS, "toy", dataclasses.replace(
+        train_glue.TASKS["toy"], labels=tuple("012"[:labels]) if labels > 1 else (),
         metrics=("accuracy",) if labels > 1 else ("pearson",)))
     base = tmp_path / "base"  # an encoder without a head, as those that are published
     shutil.copytree(files()[1], base)
