@@ -315,8 +315,7 @@ class BPE:
 
     def __init__(self, path: AnyPath, merges_path: AnyPath | None = None) -> None:
         """Read a model's folder, or the two files vocab.json and merges.txt. Raises DataError."""
-        vocab, merges = read_tokenizer(
-            expanded(path), None if merges_path is None else expanded(merges_path))
+        vocab, merges = read_tokenizer(path, merges_path)
         self.vocab = vocab  # token -> id
         self.tokens = sorted(vocab, key=vocab.__getitem__)  # id -> token
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}  # pair -> order of learning
@@ -801,14 +800,16 @@ ROBERTA_TOKENIZER = {  # what tokenizer.json must say; anything else would give 
 }
 
 
-def read_tokenizer(path: Path, merges_path: Path | None) -> Tokenizer:
+def read_tokenizer(path: AnyPath, merges_path: AnyPath | None) -> Tokenizer:
     """Read a model's folder, or the two files vocab.json and merges.txt.
 
     Raises DataError if files are missing, damaged, those of another kind of model, or of different
     tokenizers.
     """
     try:
-        return read_vocab_and_merges(path, merges_path) if merges_path else read_folder(path)
+        if merges_path is None:
+            return read_folder(expanded(path))
+        return read_vocab_and_merges(expanded(path), expanded(merges_path))
     except (AttributeError, LookupError, TypeError) as e:
         raise DataError(f"{path}: damaged ({e!r:.80}); {OTHER_FILES}") from None
 
