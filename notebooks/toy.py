@@ -19,12 +19,15 @@ from report import COLORS as METHOD  # noqa: E402, F401  one color per method, a
 
 # ---- the look ------------------------------------------------------------------------------------
 
-MATRIX = {"first": "#44AA99", "second": "#999933", "third": "#882255"}  # matrices and components
-LIVE, DRIFT, ZERO, BUDGET = "#1B4F8A", "#F4C08A", "#FFFFFF", "#000000"  # roles
-GRAY, PAIR = "#888888", ("#56B4E9", "#E69F00")  # PAIR: two things that are compared
+# One color means one thing in all notebooks. Methods have Okabe and Ito's colors (see report.py:
+# orange-red, pink, green, blues, yellow, black), and nothing below comes near one of these.
+MATRIX = {"first": "#222255", "second": "#999933", "third": "#882255"}  # matrices and components
+SCORE = {"sensitivity": "#4B3B2A", "size": "#A07B4F", "Eq. 7": "#D8BF9A", "random": "#DDDDDD"}
+LIVE, DRIFT, ZERO, BUDGET = "#3B4A6B", "#B9C3D6", "#FFFFFF", "#000000"  # states of a gate; b(t)
+GRAY, PAIR = "#777777", ("#7B4FB5", "#C3A9E0")  # context; two things that are compared
 
 plt.rcParams.update({
-    "figure.figsize": (7, 4.2), "figure.dpi": 110, "font.size": 13, "axes.titlesize": 13,
+    "figure.figsize": (7, 4.2), "figure.dpi": 100, "font.size": 13, "axes.titlesize": 13,
     "figure.titlesize": 14, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "figure.constrained_layout.use": True})
 
@@ -121,7 +124,7 @@ def true_loss(run, n=2000):
 
 
 def fit(seed, observed=None, moved=None, pruned=None, until=300, extra=None, size=32, noise=0.1,
-        **settings):
+        lr=0.02, **settings):
     """Train the student of a seed for `until` of 300 steps.
 
     Return the run: student, teacher, layers, pruner. Three functions may look at it in each step:
@@ -133,7 +136,7 @@ def fit(seed, observed=None, moved=None, pruned=None, until=300, extra=None, siz
     layers = inject(student, config)
     run = SimpleNamespace(student=student, teacher=teacher, layers=layers,
                           pruner=Pruner(layers, config, 300))
-    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=0.02)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=lr)
     for _ in range(until):
         loss = batch_loss(run, size, noise) + run.pruner.penalty()
         if extra:
