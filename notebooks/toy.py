@@ -32,10 +32,14 @@ plt.rcParams.update({
     "legend.frameon": False, "figure.constrained_layout.use": True})
 
 
+# without the darkest blues, so that a color bar ends at the largest value and numbers stay legible
+BLUES = ListedColormap(plt.get_cmap("Blues")(range(220)))
+
+
 def draw_ranks(ax, ranks, columns, top=None):
     """Draw live components as a table of colored numbers: ranks (rows, columns)."""
     top = top or float(ranks.max())
-    image = ax.imshow(ranks, cmap="Blues", vmin=0, vmax=1.15 * top, aspect="auto")
+    image = ax.imshow(ranks, cmap=BLUES, vmin=0, vmax=top, aspect="auto")
     for row, line in enumerate(ranks.tolist()):
         for k, rank in enumerate(line):
             ax.text(k, row, f"{rank:g}", ha="center", va="center",
