@@ -1,0 +1,313 @@
+"""Files, good and broken: safetensors byte by byte, and damaged files of every kind through the
+whole program. (The safetensors library's own files: peers/test_safetensors_library.py.)"""
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import files, flags, run, run_settings
+
+from dora import (
+    DTYPES, DoRAError, adapter_metadata, atomic_file, read_safetensors, write_safetensors)
+from train_glue import main
+
+
+def file_of(path, header, data=b"", length=None):
+    """A file by hand: header length, header (a dict, JSON text or bytes), data."""
+    text = header if isinstance(header, (bytes, str)) else json.dumps(header)
+    text = text.encode() if isinstance(text, str) else text
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def entry(shape, begin, end, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+# ---- good files ---------------------------------------------------------------------------------
+
+def test_golden_bytes(tmp_path):
+    """A file spelled out byte by byte reads as the two tensors it says, in any order of its
+    entries, and at any byte: the I16 of the second file begins at an odd one."""
+    text = ('{"n":{"dtype":"I16","shape":[3],"data_offsets":[16,22]},'
+            '"w":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}')
+    data = bytes.fromhex("0000803f" "00000040" "000040c0" "0000003f" "0100" "ffff" "0004")
+    tensors = read_safetensors(file_of(tmp_path / "x", text, data))
+    assert tensors["w"].tolist() == [[1.0, 2.0], [-3.0, 0.5]]
+    assert tensors["n"].tolist() == [1, -1, 1024]
+    assert (tensors["w"].dtype, tensors["n"].dtype) == (torch.float32, torch.int16)
+
+    header = {"u": entry([1], 0, 1, "U8"), "n": entry([1], 1, 3, "I16"), "__metadata__": {"a": "b"}}
+    tensors = read_safetensors(file_of(tmp_path / "y", header, b"\7" + b"\0\4"))
+    assert tensors["u"].tolist() == [7] and tensors["n"].tolist() == [1024]
+    assert read_safetensors(file_of(tmp_path / "z", "{}")) == {}
+
+
+def test_written_bytes(tmp_path):
+    """A written file, taken apart by hand: length, a JSON header padded to 8 bytes, the data
+    without a hole, each tensor on a multiple of its item size."""
+    tensors = {"b": torch.tensor([True, False, True]), "h": torch.tensor([1.5, -2.0]).half(),
+               "f": torch.tensor([[1.0, 2.0, 3.0]])}
+    write_safetensors(tmp_path / "x", tensors)
+    raw = (tmp_path / "x").read_bytes()
+    n = struct.unpack("<Q", raw[:8])[0]
+    header, data = json.loads(raw[8:8 + n]), raw[8 + n:]
+    assert n % 8 == 0 and len(data) == 12 + 4 + 3
+    assert header.pop("__metadata__") == {"format": "pt"}
+    assert {k: (v["dtype"], v["shape"]) for k, v in header.items()} == {
+        "f": ("F32", [1, 3]), "h": ("F16", [2]), "b": ("BOOL", [3])}
+    for info in header.values():
+        assert info["data_offsets"][0] % {"F32": 4, "F16": 2, "BOOL": 1}[info["dtype"]] == 0
+    begin, end = header["f"]["data_offsets"]
+    assert struct.unpack("<3f", data[begin:end]) == (1.0, 2.0, 3.0)
+    begin, end = header["b"]["data_offsets"]
+    assert data[begin:end] == b"\1\0\1"
+
+
+def bits(tensor):
+    """The bytes of a tensor: not every dtype can be compared, and NaN equals nothing."""
+    return bytes(tensor.contiguous().flatten().view(torch.uint8).tolist())
+
+
+def test_round_trip(tmp_path):
+    """Every type, scalars, empty tensors, views and odd names read back bit for bit, with their
+    metadata; a tensor that was read can be changed, and the file stays."""
+    torch.manual_seed(0)
+    x = torch.arange(12.0).view(3, 4)
+    tensors = {f"{name} {shape}": (torch.randn(shape) * 100).abs().to(dtype)
+               for name, dtype in DTYPES.items() for shape in ((), (0,), (3, 0, 2), (2, 1, 3))}
+    tensors |= {
+        "transposed": x.T, "sliced": x[:, 1:3], "expanded": x[:1].expand(5, 4), "": x[0],
+        "trained": torch.nn.Parameter(x), 'q"\\ é\n日本': x,
+        "special": torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-45])}
+    notes = {"task": "rte", "labels": 'a "b"\n\\ é日本', "": ""}
+    path = tmp_path / "adapter_model.safetensors"
+    write_safetensors(path, tensors, notes)
+    back = read_safetensors(path)
+    assert back.keys() == tensors.keys() and adapter_metadata(tmp_path) == {"format": "pt", **notes}
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype and back[name].shape == tensor.shape
+        assert bits(back[name]) == bits(tensor) and not back[name].requires_grad
+    raw = path.read_bytes()
+    back["sliced"].fill_(7)
+    assert path.read_bytes() == raw
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    """A type that the format lacks, and an error half-way: the old content stays under the name,
+    and no temporary file beside it. A missing folder is made."""
+    path = tmp_path / "folder" / "x"
+    write_safetensors(path, {"x": torch.zeros(4)})
+    old = path.read_bytes()
+    with pytest.raises(DoRAError, match="'bad'.*complex128"):
+        write_safetensors(path, {"x": torch.ones(4), "bad": torch.ones(2, dtype=torch.complex128)})
+    with pytest.raises(OSError) as error, atomic_file(path) as file:
+        file.write(b"half")
+        raise OSError("disk full")
+    assert error.value.filename == str(path)
+    assert path.read_bytes() == old and os.listdir(path.parent) == ["x"]
+
+
+# ---- broken safetensors -------------------------------------------------------------------------
+
+F4 = struct.pack("<f", 1.0)
+BROKEN = {  # whole content, or header and data
+    "empty": b"",
+    "a length alone": struct.pack("<Q", 0),
+    "a header of 2^60 bytes": struct.pack("<Q", 2**60) + b"{}",
+    "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n",
+    "a web page": b"<html>404</html>",
+    "zeros": b"\0" * 100,
+    "not JSON": ("{x", b""),
+    "a list": ([], b""),
+    "no shape": ({"x": {"dtype": "F32", "data_offsets": [0, 4]}}, F4),
+    "an unknown type": ({"x": entry([1], 0, 4, "F31")}, F4),
+    "a huge shape": ({"x": entry([2**40, 2**40], 0, 4)}, F4),
+    "a negative size": ({"x": entry([-1, -1], 0, 4)}, F4),
+    "a size of another type": ({"x": entry([1], 0, 4, "F64")}, F4),
+    "shape and place disagree": ({"x": entry([2], 0, 4)}, F4),
+    "truncated": ({"x": entry([2], 0, 8)}, F4 + b"\0\0\0"),
+    "overlap": ({"x": entry([1], 0, 4), "y": entry([1], 2, 6)}, F4 + b"\0\0"),
+    "the same bytes twice": ({"x": entry([1], 0, 4), "y": entry([1], 0, 4)}, F4),
+    "a hole": ({"x": entry([1], 0, 4), "y": entry([1], 8, 12)}, F4 * 3),
+    "a hole at the start": ({"x": entry([1], 4, 8)}, F4 * 2),
+    "bytes after the end": ({"x": entry([1], 0, 4)}, F4 + b"\0"),
+}
+
+
+def write_broken(path, case):
+    """Write the file of a case of BROKEN."""
+    if isinstance(BROKEN[case], bytes):
+        path.write_bytes(BROKEN[case])
+        return path
+    return file_of(path, *BROKEN[case])
+
+
+def test_broken_safetensors(tmp_path):
+    """Each is a DoRAError of one line, not too long, that names the file and a remedy."""
+    for case in BROKEN:
+        path = write_broken(tmp_path / "bad.safetensors", case)
+        with pytest.raises(DoRAError, match=re.escape(str(path))) as error:
+            read_safetensors(path)
+        text = str(error.value)
+        assert "\n" not in text and len(text) < len(str(path)) + 400, case
+        assert "again" in text and "git lfs pull" in text
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    """A missing file and a folder are an OSError that names it."""
+    for path in (tmp_path / "missing.safetensors", tmp_path):
+        with pytest.raises(OSError) as error:
+            read_safetensors(path)
+        assert str(error.value.filename) == str(path)
+
+
+# ---- broken files through the whole program -----------------------------------------------------
+
+TOUCHED = Path("dora-was-here")  # what hostile pickles would make, in the current folder
+
+
+class Code:
+    """Unpickled by a careless reader, this makes a file."""
+
+    def __reduce__(self):
+        return Path.touch, (TOUCHED,)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """(data_dir, model_dir): copies that a test may break."""
+    data_dir, model_dir = files()
+    shutil.copytree(data_dir / "toy", tmp_path / "d" / "toy")
+    shutil.copytree(model_dir, tmp_path / "m")
+    return tmp_path / "d", tmp_path / "m"
+
+
+def refused(capsys, place, path, *words):
+    """Assert that main on these folders returns 2 with one short line on stderr that names the
+    file, makes no run folder and leaves the broken file as it is; return the line."""
+    data_dir, model_dir = place
+    before = path.read_bytes() if path.exists() else None
+    out = data_dir.parent / "out"
+    capsys.readouterr()
+    code = main([*flags(**run_settings(out, data_dir=data_dir, model_dir=model_dir)), *words])
+    error = capsys.readouterr().err.strip()
+    assert code == 2 and "\n" not in error and len(error) < 1200
+    assert error.startswith("train_glue.py: error: ")
+    assert str(path) in error or str(path.parent) in error
+    assert not out.exists() and not TOUCHED.exists()
+    assert (path.read_bytes() if path.exists() else None) == before
+    return error
+
+
+def broken(path):
+    """Break a file in each way that people meet: missing, empty, zeros, a web page, cut in half."""
+    raw = path.read_bytes()
+    path.unlink()
+    yield
+    for content in (b"", b"\0\0\0", b"<html>404</html>", raw[:len(raw) // 2]):
+        path.write_bytes(content)
+        yield
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocab.json", "merges.txt", "model.safetensors"])
+def test_broken_model_files(place, capsys, name):
+    """Each file of the model's folder, broken in each way."""
+    path = place[1] / name
+    for _ in broken(path):
+        refused(capsys, place, path)
+
+
+def test_hostile_pickles(place, capsys):
+    """A pytorch_model.bin that would run code, in the present format and the old one, or that is
+    damaged, is refused, and nothing is run."""
+    (place[1] / "model.safetensors").unlink()
+    path = place[1] / "pytorch_model.bin"
+    for content in (pickle.dumps({"w": Code()}, protocol=2), b"", b"PK\3\4",
+                    b"cos\nsystem\n(S'touch dora-was-here'\ntR."):
+        path.write_bytes(content)
+        refused(capsys, place, path)
+    for content in ({"w": Code()}, torch.nn.Linear(2, 2)):  # a whole module is code, too
+        torch.save(content, path)
+        refused(capsys, place, path)
+
+
+def test_a_configuration_of_another_model(place, capsys):
+    """Sizes that are not the weights', up to terabytes, and another architecture: refused before
+    any memory is taken."""
+    path = place[1] / "config.json"
+    config = json.loads(path.read_text())
+    for changes in (dict(hidden_size=2**23), dict(num_hidden_layers=99), dict(model_type="bert"),
+                    dict(num_attention_heads=3), dict(max_position_embeddings=10)):
+        path.write_text(json.dumps({**config, **changes}))
+        refused(capsys, place, path)
+
+
+def test_a_tokenizer_of_another_model(place, capsys):
+    """vocab.json with two ids swapped; merges.txt whose products are not in it."""
+    path = place[1] / "vocab.json"
+    vocab = json.loads(path.read_text())
+    vocab["<s>"], vocab["!"] = vocab["!"], vocab["<s>"]
+    path.write_text(json.dumps(vocab))
+    refused(capsys, place, path)
+    shutil.copy(files()[1] / "vocab.json", path)
+    path = place[1] / "merges.txt"
+    path.write_text("#version: 0.2\nq z\n")
+    refused(capsys, place, path)
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_broken_tables(place, capsys, split):
+    """train.tsv and dev.tsv, broken in each way but the last, which leaves a shorter table."""
+    path = place[0] / "toy" / f"{split}.tsv"
+    ways = broken(path)
+    for _ in range(4):
+        next(ways)
+        refused(capsys, place, path)
+
+
+def test_bad_rows(place, capsys):
+    """A row with other columns, an unknown label, NUL or no UTF-8 in the middle of train.tsv: file
+    and line are named."""
+    path = place[0] / "toy" / "train.tsv"
+    rows = path.read_bytes().splitlines()
+    for row in (b"", b"toy\t1\tthe dog", b"toy\t1\t\tthe\tdog", b"toy\t2\t\tthe dog",
+                b"toy\t1\t\tthe \0 dog", b"toy\t1\t\tthe \xff dog"):
+        path.write_bytes(b"\n".join([*rows[:10], row, *rows[10:], b""]))
+        assert f"{path} line 11: " in refused(capsys, place, path)
+
+
+def test_harmless_forms(place, tmp_path):
+    """CRLF, no final newline, a byte order mark and a blank line at the end give the same run."""
+    path = place[0] / "toy" / "train.tsv"
+    raw = path.read_bytes()
+    changes = dict(max_steps=5, interval=1)
+    run(tmp_path / "expected", **changes)
+    for i, content in enumerate((raw.replace(b"\n", b"\r\n"), raw.removesuffix(b"\n"),
+                                 b"\xef\xbb\xbf" + raw, raw + b"\n")):
+        path.write_bytes(content)
+        run(tmp_path / str(i), data_dir=str(place[0]), **changes)
+        assert (tmp_path / str(i) / "metrics.jsonl").read_bytes() == (
+            tmp_path / "expected" / "metrics.jsonl").read_bytes()
+
+
+def test_broken_adapters(place, capsys, tmp_path):
+    """--eval-only --adapter with either file broken, or with a matrix that the model lacks."""
+    run(tmp_path / "run", max_steps=5, interval=1)
+    adapter = tmp_path / "adapter"
+    shutil.copytree(tmp_path / "run" / "adapter", adapter)  # elsewhere, as one that was sent
+    words = ("--eval-only", "--adapter", str(adapter))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for _ in broken(adapter / name):
+            refused(capsys, place, adapter / name, *words)
+    path = adapter / "adapter_model.safetensors"
+    good = {key: t.clone() for key, t in read_safetensors(path).items()}
+    A = next(key for key in good if "lora_A" in key)
+    write_safetensors(path, {**good, A.replace("layer.", "layer.7"): good[A]})
+    assert "layer.7" in refused(capsys, place, path, *words)
