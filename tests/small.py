@@ -1,10 +1,15 @@
-"""A model, data and a training loop small enough for a test; no test of its own."""
+"""Models, data and training loops small enough for a test; no test of its own.
+
+Net and net_config have numbers that can be worked out by hand; chain and cfg put any modules into a
+model of width 8, for tests of models that dora.py was not written for.
+"""
 from itertools import count
 
+import pytest
 import torch
 from torch import nn
 
-from dora import DoRAConfig, Pruner, inject
+from dora import DoRAConfig, DoRAError, Pruner, inject, load_adapter, merge_, save_adapter
 
 TARGETS = ("query", "up", "down")
 
@@ -117,3 +122,82 @@ def gates(layers):
 def inputs(n=7, d=5, seed=3, dtype=torch.float64):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
         dtype)
+
+
+# ---- any modules of width 8 ----------------------------------------------------------------------
+
+X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+Y = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+
+
+FLAT = dict(importance=None, schedule=None)  # settings with which nothing is pruned
+
+
+def cfg(*targets, **changes):
+    """A DoRAConfig of rank 1 for these targets, but for the changes."""
+    return DoRAConfig(**{"rank": 1, "dropout": 0.0, "targets": targets, **changes})
+
+
+def chain(*modules, seed=0):
+    """nn.Sequential of modules (or their classes) that fit X and Y, with seeded weights."""
+    model = nn.Sequential(*(nn.Linear(8, 8) if module is nn.Linear else
+                            module() if isinstance(module, type) else module for module in modules))
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return model
+
+
+def loss_of(model, x=X, y=Y):
+    return (model(x) - y).square().mean()
+
+
+def fit(model, config, layers, steps=20, lr=1e-2):
+    """The README's loop; returns the Pruner and the optimizer."""
+    torch.manual_seed(2)
+    pruner = Pruner(layers, config, steps)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    model.train()
+    for _ in range(steps):
+        train_step(model, pruner, optimizer)
+    return pruner, optimizer
+
+
+def train_step(model, pruner, optimizer):
+    """One step as the head of dora.py shows it, on X and Y."""
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model) + pruner.penalty()
+        loss.backward()
+        return loss
+
+    closure()
+    pruner.observe()
+    optimizer.step(closure) if isinstance(optimizer, torch.optim.LBFGS) else optimizer.step()
+    pruner.step()
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def reloads(model, make, folder, call=lambda model: model(X), tolerance=1e-5):
+    """Save the model's adapter and load it into make(): the same output as before, and again after
+    merge_ of both."""
+    expected = call(model.eval())
+    save_adapter(model, folder)
+    fresh = make().eval()
+    different = (call(fresh) - expected).abs().max()
+    load_adapter(fresh, folder)
+    close(call(fresh.eval()), expected, tolerance)
+    assert different > 1e-3  # the adapter does something
+    close(call(merge_(fresh)), expected, tolerance)
+    close(call(merge_(model)), expected, tolerance)
+
+
+def refused(names, call, *args, **options):
+    """The call raises a DoRAError of one line that matches."""
+    with pytest.raises(DoRAError, match=names) as error:
+        call(*args, **options)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
