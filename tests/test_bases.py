@@ -1,6 +1,6 @@
 """dora.py: which base an adapter fits. A file holds the components and what trained beside them;
-everything else is the base's. On the base that it was trained on, in any dtype, an adapter gives the
-outputs that it had; on another it is refused, and the message names a tensor that differs."""
+everything else is the base's. On the base that it was trained on, in any dtype, an adapter gives
+the outputs that it had; on another it is refused, and the message names a tensor that differs."""
 import copy
 
 import pytest
@@ -33,7 +33,8 @@ class Model(nn.Module):
         self.head = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
 
     def forward(self, ids):
-        x = self.emb(ids) + 0.1 * self.position.mT
+        x = self.emb(ids)
+        x = x + 0.1 * self.position.mT.to(x)
         x = torch.tanh(self.up(self.norm(x))).mean(1)
         return self.head(torch.tanh(self.mid(self.stats(x) * self.gain) + self.shift))
 

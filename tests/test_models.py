@@ -5,7 +5,6 @@ import copy
 import importlib.util
 import os
 import pickle
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,7 @@ import pytest
 import torch
 from simulated import Device
 from small import (
-    FLAT, X, Y, cfg, chain, close, fit, loss_of, net_config, randomize, refused, reloads, train_step,
-    trained)
+    FLAT, X, Y, cfg, chain, close, fit, loss_of, randomize, refused, reloads, train_step)
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
@@ -310,7 +308,6 @@ REFUSED = {
     "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(8, 8)),
     "old spectral_norm": lambda: nn.utils.spectral_norm(nn.Linear(8, 8)),
     "a pruning mask": lambda: prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5),
-    "complex": lambda: nn.Linear(8, 8, dtype=torch.complex64),
     "a subclass": lambda: type("Own", (nn.Linear,), {})(8, 8),
     "an embedding": lambda: nn.Embedding(8, 8), "Conv1D": Conv1D, "hooks": hooked}
 
@@ -720,10 +717,9 @@ PLAIN = """
 import sys
 sys.modules["numpy"] = None  # an import of it fails, as after a plain `pip install torch`
 import torch, torch._dynamo
-for name in [name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)]:
-    if name.startswith(("float8", "float4", "uint", "bits", "int1", "int2", "int3", "int4",
-                        "int5", "int6", "int7")) and name not in ("uint8", "int16", "int32", "int64"):
-        delattr(torch, name)
+for name in ("uint16", "uint32", "uint64", *dir(torch)):
+    if name.startswith(("float4", "float8", "uint16", "uint32", "uint64")):
+        vars(torch).pop(name, None)
 """
 
 
@@ -800,7 +796,7 @@ def test_an_own_importance(monkeypatch):
     pruner, _ = fit(model, config, inject(model, config))
     assert pruner.ranks() == {"0": 0, "2": 2}
     model, config = two_matrices(), cfg("0", "2", importance="short")
-    refused(r"short.*\(2,\).*\(4,\)", fit, model, config, inject(model, config))
+    refused(r"short.*\(4,\).*\(2,\)", fit, model, config, inject(model, config))
 
 
 def test_an_own_schedule(monkeypatch):
@@ -831,4 +827,4 @@ def test_a_copy_of_the_base_in_the_file(tmp_path):
         load_adapter(model, tmp_path)
         close(model.proj.weight, weight + 2)
     write(weight + 1)
-    refused(re.escape("proj.base_layer.weight"), load_adapter, Tied(), tmp_path)
+    refused(r"proj\.weight", load_adapter, Tied(), tmp_path)

@@ -347,7 +347,7 @@ def test_a_state_moves_to_the_layers_device():
 
 
 @pytest.mark.parametrize("changes, steps, names", [
-    (dict(rank=1, start_rank=4), 40, "12 .*24"), ({}, 10, "total_steps = 40.*10"),
+    (dict(start_rank=4), 40, "start_rank = 2.*4"), ({}, 10, "total_steps = 40.*10"),
     (dict(importance="norm"), 40, "importance = sensitivity.*norm"),
     (dict(alpha=16.0), 40, "alpha = 8.*16"), (dict(rank=0.8, start_rank=2), 40, "rank = 1.*0.8")])
 def test_a_state_of_other_settings(changes, steps, names):
@@ -360,13 +360,12 @@ def test_a_state_of_other_settings(changes, steps, names):
     assert other.t == 0 and not other.I_bar
 
 
-def test_a_state_after_compaction():
-    """A compacted model has no place for the mask of a state."""
-    model, _, pruner = trained(net_config(rank=1, start_rank=2))
-    state = pruner.state_dict()
-    compact_(model)
-    with pytest.raises(DoRAError, match=r"compact_\(\)"):
-        pruner.load_state_dict(state)
+def test_a_state_of_another_model():
+    """A state with another number of components is refused by both numbers."""
+    _, _, pruner = trained(net_config(rank=1, start_rank=2))
+    _, layers = adapted(pruner.config, blocks=1)
+    with pytest.raises(DoRAError, match="12 .* 6"):
+        Pruner(layers, pruner.config, 40).load_state_dict(pruner.state_dict())
 
 
 def test_back_to_an_earlier_state():
