@@ -1,9 +1,12 @@
-"""The three files against the rules they are written by: docstrings, names, types, style."""
+"""The three files against the rules that they are written by: docstrings, types, sizes, style."""
 import importlib.util
 import inspect
+import io
 import re
 import subprocess
 import sys
+import tokenize
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ import train_glue
 ROOT = Path(__file__).parent.parent
 MODULES = (dora, data, train_glue)
 LOUD = "# You can stop reading here: what follows is plumbing"
+SOURCE = {m.__name__: Path(m.__file__).read_text("utf-8") for m in MODULES}
+LINES = {name: text.splitlines() for name, text in SOURCE.items()}
 
 
 def public(module):
@@ -35,28 +40,21 @@ def public(module):
                     yield f"{module.__name__}.{name}.{part}", method
 
 
-NAMES = [pair for module in MODULES for pair in public(module)]
+NAMES = dict(pair for module in MODULES for pair in public(module))
 
 
-def test_that_names_are_found():
-    """The list that the next test walks against names of each kind."""
-    names = {name for name, _ in NAMES}
-    assert {"dora.DoRALinear", "dora.DoRALinear.forward", "dora.DoRAConfig.r_prime", "dora.budget",
-            "dora.Pruner.observe", "data.BPE.pieces", "data.ascii_like", "data.pearson",
-            "train_glue.Run.check", "train_glue.main", "train_glue.predict"} <= names
-    assert len(names) > 120
-
-
-@pytest.mark.parametrize("name, value", NAMES, ids=[name for name, _ in NAMES])
-def test_docstrings(name, value):
+def test_docstrings():
     """Every public name has a docstring of its own, and every function says what it returns."""
-    doc = value.__doc__ or ""
-    assert doc and not doc.startswith(f"{value.__name__}(")  # a dataclass's made-up one
-    assert not inspect.isfunction(value) or "return" in value.__annotations__, "no type hints"
+    assert {"dora.DoRALinear.forward", "dora.DoRAConfig.r_prime", "dora.Pruner.observe",
+            "data.BPE.pieces", "train_glue.main"} <= NAMES.keys()
+    for name, value in NAMES.items():
+        doc = value.__doc__ or ""
+        assert doc and not doc.startswith(f"{value.__name__}("), name  # a dataclass's made-up one
+        assert not inspect.isfunction(value) or "return" in value.__annotations__, name
 
 
 def test_equations_have_one_function():
-    """Each equation's number stands in the docstring of the function that README names for it."""
+    """Each equation's number is in the docstring of the function that README names for it."""
     for equation, value in (("(Eq. 6)", dora.DoRALinear), ("(Eq. 7)", dora.norm_score),
                             ("Eq. 8", dora.Pruner._smooth), ("(Eq. 9)", dora.budget),
                             ("(Eq. 10)", dora.dem_penalty), ("Algorithm 1", dora.Pruner),
@@ -65,42 +63,43 @@ def test_equations_have_one_function():
 
 
 def test_functions_fit_a_screen():
-    """A function has at most 60 lines; train, whose loop stands in the open, has more. Together
-    with backward it has at most 120, and it is three levels deep."""
-    long = {name for name, value in NAMES if inspect.isfunction(value)
-            and len(inspect.getsource(value).splitlines()) > 60}
-    assert long <= {"train_glue.train"}
+    """A function has at most 60 lines, but for load_adapter, which checks before it changes."""
+    long = {name: n for name, value in NAMES.items() if inspect.isfunction(value)
+            and (n := len(inspect.getsource(value).splitlines())) > 60}
+    assert long.keys() <= {"dora.load_adapter"}, long
     train, backward = (inspect.getsource(f) for f in (train_glue.train, train_glue.backward))
     assert len((train + backward).splitlines()) <= 120
-    deep = [line for line in train.splitlines() if re.match(r" {20}\S", line)]
-    assert all(re.match(r' {20}["*]|.*\)$|.*,$', line) for line in deep), deep  # only arguments
 
 
 def test_two_halves():
-    """Each file says once where one can stop reading. In dora.py the method before that line stays
-    under 520 lines, and under 400 after its settings; RoBERTa stays under 170."""
-    lines = {m: Path(m.__file__).read_text("utf-8").splitlines() for m in MODULES}
-    halves = {m: [i for i, line in enumerate(lines[m]) if line.startswith(LOUD)] for m in MODULES}
-    assert all(len(found) == 1 for found in halves.values())
-    method = lines[dora][:halves[dora][0] - 1]
-    assert len(method) < 520
-    starts = [i for i, line in enumerate(method) if line.startswith("# ---- the layer")]
-    assert len(method) - starts[0] < 400
-    sections = [i for i, line in enumerate(lines[train_glue]) if line.startswith("# ---- ")]
-    assert lines[train_glue][sections[0]].startswith("# ---- RoBERTa by hand")
+    """Each file says once where one can stop reading, and both halves have the length of a file
+    that a student finishes; RoBERTa stays under 170 lines."""
+    for name, whole, half in (("dora", 1250, 460), ("data", 1000, 500), ("train_glue", 1800, 450)):
+        found = [i for i, line in enumerate(LINES[name]) if line.startswith(LOUD)]
+        assert len(found) == 1 and found[0] <= half and len(LINES[name]) <= whole, name
+    sections = [i for i, line in enumerate(LINES["train_glue"]) if line.startswith("# ---- ")]
+    assert LINES["train_glue"][sections[0]].startswith("# ---- RoBERTa by hand")
     assert sections[1] - sections[0] - 2 < 170
 
 
+def test_density():
+    """No line is bought by packing: at most 11 tokens a line on average in each file, comments and
+    strings apart, and under 4.5 % of the lines with more than 25."""
+    silent = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT,
+              tokenize.ENDMARKER)
+    for name, text in SOURCE.items():
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        lines = Counter(token.start[0] for token in tokens if token.type not in silent)
+        assert sum(lines.values()) / len(lines) <= 11, name
+        assert sum(n > 25 for n in lines.values()) / len(lines) < 0.045, name
+
+
 def test_the_map_names_what_exists():
-    """Tests that tests/README.md names, a star for several, against the files; and each case."""
+    """tests/README.md against the files: each test file is in it once, and nothing else is."""
     text = (ROOT / "tests/README.md").read_text("utf-8")
-    source = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
-    names = re.findall(r"`(test_\w+\*?)`", text)
-    assert len(names) > 60
-    for name in names:
-        assert f"def {name.removesuffix('*')}" in source, name
-    cases = re.findall(r"\b[MTD]\d+\b", text)
-    assert {*cases} >= {f"{k}{i}" for k, n in zip("MTD", (37, 27, 7)) for i in range(1, n + 1)}
+    named = re.findall(r"\b(\w+\.py)\b", text)
+    there = [path.name for path in (ROOT / "tests").glob("*.py")]
+    assert sorted(named) == sorted(there)
 
 
 @pytest.mark.slow
