@@ -15,39 +15,31 @@ sentence. E2E's train file is not available offline. So 2,000 pairs of its valid
 train set, a tenth of the meaning representations of that file chooses the learning rates, and the
 scores are those of the test file. None of its 630 representations is in the validation file.
 
-A finished run is a line of results/language_model.jsonl and is never repeated. A run that was
-stopped continues from its last checkpoint, at most ten steps back. Several of these processes may
-run at once, with one thread each: they take different runs.
+A finished run is a line of results/language_model.jsonl and is never repeated. Several of these
+processes may run at once, with one thread each: they take different runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import math
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import report
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import report  # noqa: E402
-from dora import (METHODS, DoRAConfig, DoRAError, NotFiniteError, Pruner,  # noqa: E402
-                  atomic_file, compact_, inject, merge_)
-from glue import NOISE, best_rate, next_rate  # noqa: E402
-from train_glue import locked, peak_memory  # noqa: E402
+from dora import METHODS, DoRAConfig, DoRAError, NotFiniteError, Pruner, compact_, inject, merge_
+from glue import NOISE, best_rate, next_rate
 
 CODE = 1  # raise it when a change of the program changes what these runs compute
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -69,13 +61,11 @@ class Setup:
 
     load: Callable[[], tuple[Any, Any]]  # returns a new copy of the model, and its tokenizer
     log: Path  # a line per finished run; the figure is written beside it
-    scratch: Path  # folder of the checkpoints, one per run
-    data: Path = ROOT / "../shared/data/e2e"
+    data: Path = report.ROOT / "../shared/data/e2e"
     rows: tuple[str, ...] = tuple(ROWS)
     seeds: tuple[int, ...] = (1, 2, 3)
     pairs: int = 2000  # of the train set, which a run goes through once
     choice_steps: int = 60  # optimizer steps of a run that is to choose a learning rate
-    save_every: int = 10  # optimizer steps between checkpoints
     meanings: int | None = None  # representations to evaluate on; none = all
     max_tokens: int = 96  # of a generated sentence; the longest in the test file has 90
 
@@ -165,27 +155,23 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min((step + 1) / warm, (steps - step) / (steps - warm))
 
 
-def train(model: Any, pairs: list[Pair], config: DoRAConfig, c: dict[str, Any], checkpoint: Path,
-          save_every: int) -> dict[str, Any]:
-    """Adapt the model to the pairs, from the checkpoint if there is one. Return the state: losses
-    per token, CPU seconds, the peak of the memory in MB and the live components per matrix.
+def train(model: Any, pairs: list[Pair], config: DoRAConfig, c: dict[str, Any]) -> dict[str, Any]:
+    """Adapt the model to the pairs. Return the losses per token, CPU seconds, the peak of the
+    memory in MB and the live components per matrix.
 
     Raises NotFiniteError if the loss is not finite.
     """
     torch.manual_seed(c["seed"])
     layers = inject(model, config)
     pruner = Pruner(layers, config, total_steps=c["steps"])
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=c["lr"], fused=True)
-    state: dict[str, Any] = {"losses": [], "seconds": 0.0, "memory": 0.0}
-    if checkpoint.exists():
-        state = restore(checkpoint, parameters, optimizer, pruner)
-
-    stream = batches(pairs, c["seed"])[:c["steps"]]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=c["lr"], fused=True)
+    losses: list[float] = []
+    report.forget_peak()
+    started = time.process_time()
     model.train()
-    for step in range(len(state["losses"]), c["steps"]):
-        started = time.process_time()
-        ids, wanted = collate(stream[step])
+    for step, batch in enumerate(batches(pairs, c["seed"])[:c["steps"]]):
+        ids, wanted = collate(batch)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, c["steps"], c["lr"])
 
@@ -193,41 +179,16 @@ def train(model: Any, pairs: list[Pair], config: DoRAConfig, c: dict[str, Any], 
         optimizer.zero_grad()
         (loss + pruner.penalty()).backward()  # Eq. 10
         pruner.observe()  # Eq. 7, 8: before clipping and stepping
-        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         pruner.step()  # Eq. 9: zeroes the gates of the lowest-scoring components
 
         if not loss.isfinite():
             raise NotFiniteError(f"step {step + 1}: the loss is {loss.item()}")
-        state["losses"].append(loss.item())
-        state["seconds"] += time.process_time() - started
-        state["memory"] = max(state["memory"], peak_memory(ids.device) or 0.0)
-        if (step + 1) % save_every == 0 or step + 1 == c["steps"]:
-            save(checkpoint, state, parameters, optimizer, pruner)
-    state["ranks"] = pruner.ranks()
+        losses.append(round(loss.item(), 4))
     compact_(model, optimizer)
-    return state
-
-
-def save(path: Path, state: dict[str, Any], parameters: dict[str, Tensor],
-         optimizer: torch.optim.Optimizer, pruner: Pruner) -> None:
-    """Write all that a stopped run needs to continue with the same numbers."""
-    with atomic_file(path) as file:
-        torch.save({"state": state, "parameters": parameters, "optimizer": optimizer.state_dict(),
-                    "pruner": pruner.state_dict(), "rng": torch.get_rng_state()}, file)
-
-
-@torch.no_grad()
-def restore(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer,
-            pruner: Pruner) -> dict[str, Any]:
-    """Load what save() wrote. Return the state of the run."""
-    saved = torch.load(path)
-    for name, p in parameters.items():
-        p.copy_(saved["parameters"][name])
-    optimizer.load_state_dict(saved["optimizer"])
-    pruner.load_state_dict(saved["pruner"])
-    torch.set_rng_state(saved["rng"])
-    return saved["state"]
+    return {"losses": losses, "seconds": round(time.process_time() - started, 1),
+            "memory": report.resident("VmHWM"), "ranks": pruner.ranks()}
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
@@ -291,11 +252,6 @@ def smollm2() -> tuple[Any, Any]:
         folder, gguf_file=GGUF, dtype=torch.float32), tokenizer
 
 
-def finished(setup: Setup) -> dict[str, dict[str, Any]]:
-    """Return the lines of the log by key."""
-    return {line["key"]: line for line in report.read_log(setup.log)}
-
-
 def cell(row: str, split: str, steps: int, seed: int, lr: float) -> dict[str, Any]:
     """Return what tells a run from others."""
     return dict(code=CODE, row=row, split=split, steps=steps, seed=seed, lr=lr)
@@ -316,7 +272,7 @@ def to_do(setup: Setup) -> Iterator[dict[str, Any]]:
 
 def tried_rates(setup: Setup, row: str) -> dict[float, float]:
     """Return minus the held-out NLL by learning rate, -inf for a run that diverged."""
-    lines = [line for line in finished(setup).values()
+    lines = [line for line in report.read_log(setup.log)
              if (line["row"], line["split"]) == (row, "held out")]
     return {line["lr"]: -math.inf if line["nll"] is None else -line["nll"] for line in lines}
 
@@ -327,70 +283,29 @@ def rate_of(setup: Setup, row: str) -> float | None:
     return None if next_rate(tried) is not None else best_rate(tried)
 
 
-def work(setup: Setup, rows: list[str] | None = None) -> None:
-    """Make all runs, or those of some rows, and the report after each."""
-    report.make_all(setup.log, lambda: to_do(setup), lambda c: run_alone(c, setup), rows)
-
-
-def run_alone(c: dict[str, Any], setup: Setup) -> bool:
-    """Make a run while its folder is locked; return False if another process is at it."""
-    folder = setup.scratch / report.key_of(c)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(folder):
-            run(c, setup, folder)
-    except DoRAError as error:
-        if "another run is writing" in str(error):
-            return False
-        raise
-    write_report(setup)
-    return True
-
-
-def run(c: dict[str, Any], setup: Setup, folder: Path) -> None:
-    """Make a run and write its line, unless another process has just written it."""
-    if report.key_of(c) in finished(setup):
-        return
-    print(f"--- {c['row']}, {c['split']}, lr {c['lr']:g}, seed {c['seed']}", flush=True)
-    line: dict[str, Any] = {"key": report.key_of(c), **c, "nll": None}
+def run(c: dict[str, Any], setup: Setup) -> dict[str, Any]:
+    """Make a run. Return what the log is to hold of it."""
+    line: dict[str, Any] = {"nll": None, "torch": torch.__version__, "machine": report.machine()}
     model, tokenizer = setup.load()
     pairs, held_out, test = sets(setup)
-    config = DoRAConfig(**ROWS[c["row"]], targets=MATRICES)
-    forget_peak_memory()
+    if c["split"] == "test":
+        held_out = [(meaning, references[0]) for meaning, references in test.items()]
+    scored = encode(tokenizer, held_out)
     try:
-        state = train(model, encode(tokenizer, pairs), config, c, folder / "checkpoint.pt",
-                      setup.save_every)
-        sizes = {name: sum(model.get_submodule(name).weight.shape) for name in state["ranks"]}
-        line["parameters"] = sum(rank * sizes[name] for name, rank in state["ranks"].items())
-        line["ranks"] = np.reshape([*state["ranks"].values()], (-1, len(MATRICES))).tolist()
-        line["seconds"], line["memory"] = round(state["seconds"], 1), state["memory"]
-        line["losses"] = [round(loss, 4) for loss in state["losses"]]
-
-        started = time.process_time()
+        line |= train(model, encode(tokenizer, pairs), DoRAConfig(
+            **ROWS[c["row"]], targets=MATRICES), c)
+        ranks = line["ranks"]
+        line["parameters"] = sum(rank * sum(model.get_submodule(name).weight.shape)
+                                 for name, rank in ranks.items())
+        line["ranks"] = np.reshape([*ranks.values()], (-1, len(MATRICES))).tolist()
         merge_(model)
-        if c["split"] == "test":
-            held_out = [(meaning, references[0]) for meaning, references in test.items()]
-        scored = encode(tokenizer, held_out)
         line["nll"] = mean_nll(model, scored)
         if c["split"] == "test":
             sentences = generate(model, tokenizer, scored, setup.max_tokens)
-            (folder / "sentences.txt").write_text("\n".join(sentences), "utf-8")
             line["bleu"], line["signature"] = bleu(sentences, list(test.values()))
-        line["evaluation"] = round(time.process_time() - started, 1)  # seconds
     except NotFiniteError as error:
         line["diverged"] = str(error)
-
-    line["torch"], line["machine"] = torch.__version__, report.machine(1)
-    report.add_to_log(setup.log, line)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
-
-
-def forget_peak_memory() -> None:
-    """Let the peak of the memory count from now on, where Linux allows it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
+    return line
 
 
 # ---- report --------------------------------------------------------------------------------------
@@ -398,7 +313,7 @@ def forget_peak_memory() -> None:
 
 def on_test(setup: Setup, row: str) -> list[dict[str, Any]]:
     """Return the finished runs of a row on the test file that did not diverge."""
-    return [line for line in finished(setup).values()
+    return [line for line in report.read_log(setup.log)
             if (line["row"], line["split"]) == (row, "test") and line["nll"] is not None]
 
 
@@ -406,26 +321,22 @@ def results(setup: Setup, row: str) -> list[str]:
     """Return a row of the table of results."""
     lines = on_test(setup, row)
     if not lines:
-        return [row, *["not run"] * 7]
-
-    def spread(name: str, digits: int) -> str:
-        values = sorted(line[name] for line in lines)
-        middle, low, high = (f"{value:.{digits}f}" for value in (
-            statistics.median(values), values[0], values[-1]))
-        return f"{middle} ({low} to {high})"
+        return [row, *["not run"] * 6]
 
     per_step = sum(line["seconds"] for line in lines) / sum(line["steps"] for line in lines)
     parameters = max(line["parameters"] for line in lines)
-    return [row, f"{parameters:,}", f"{lines[0]['lr']:g}", str(len(lines)), spread("nll", 4),
-            spread("bleu", 2), f"{per_step:.1f}",
+    return [row, f"{parameters:,}", f"{lines[0]['lr']:g}",
+            report.spread(line["nll"] for line in lines),
+            report.spread((line["bleu"] for line in lines), 2), f"{per_step:.1f}",
             f"{max(line['memory'] for line in lines) / 1e3:.1f}"]
 
 
 def difference(setup: Setup, first: str, second: str) -> list[str]:
     """Return a row of the table of differences between two rows with the same seed."""
-    a, b = ({line["seed"]: line for line in on_test(setup, row)} for row in (first, second))
-    cells = [", ".join(f"{a[seed][name] - b[seed][name]:+.{digits}f}" for seed in sorted(a)
-                       if seed in b) or "not run" for name, digits in (("nll", 4), ("bleu", 2))]
+    cells = []
+    for name, digits in (("nll", 4), ("bleu", 2)):
+        found = report.by_seed(on_test(setup, first), on_test(setup, second), name)
+        cells.append(", ".join(f"{d:+.{digits}f}" for d in found) or "not run")
     return [f"{first} minus {second}", *cells]
 
 
@@ -438,48 +349,55 @@ def choice(setup: Setup, row: str) -> list[str]:
 
 
 def write_report(setup: Setup) -> None:
-    """Put the tables into benchmarks/README.md and draw the rank map: only what was run."""
+    """Put the tables into benchmarks/README.md and draw the figure: only what was run."""
     report.write_part("language_model", "\n\n".join([
-        "## language_model.py: SmolLM2-135M on E2E NLG", "\n".join(__doc__.splitlines()[7:16]),
+        "## language_model.py: SmolLM2-135M on E2E NLG", "\n".join(str(__doc__).splitlines()[7:16]),
         "NLL is in nats per token, on the first sentence of each representation of the test file. "
         "BLEU (sacrebleu, in percent, greedy decoding) is that of one sentence per representation "
-        "against all of its sentences. Both are median (smallest to largest) over the seeds. The "
-        "seconds are the CPU time of an optimizer step of 16 pairs, the parameters the most that "
-        "an adapter file stores.",
-        report.table(["row", "parameters", "learning rate", "seeds", "NLL", "BLEU", "s per step",
+        "against all of its sentences. Both are median (smallest to largest, seeds). The seconds "
+        "are the CPU time of an optimizer step of 16 pairs, the parameters the most that an "
+        "adapter file stores.",
+        report.table(["row", "parameters", "learning rate", "NLL", "BLEU", "s per step",
                       "peak memory, GB"], [results(setup, row) for row in setup.rows]),
-        "The differences between runs of the same seed, by rising seed. A lower NLL is better.",
+        "The differences between runs of the same seed, by rising seed. A lower NLL is better. "
+        "`dora` and LoRA are alike here: three seeds in one direction are p = 0.25 by a sign test, "
+        "and on the held-out representations LoRA is ahead. AdaLoRA is behind after 125 steps from "
+        "a zero start, which says little about longer runs.",
         report.table(["rows", "NLL", "BLEU"], [
             difference(setup, *pair) for pair in PAIRS if {*pair} <= {*setup.rows}]),
         f"The NLL on the held-out representations after {setup.choice_steps} steps, with one seed, "
         "chose the learning rates. A row tries further rates until its best one lies between two "
         f"others. Chosen, in bold, is the lowest rate within {NOISE} of the best.",
         report.table(["row", "learning rate: NLL"], [choice(setup, row) for row in setup.rows]),
-        "![live components per layer and matrix](results/language_model.svg)" if plot(setup) else
-        "The map of the ranks is drawn from finished runs.",
+        "![NLL by seed, and the live components per layer and matrix](results/language_model.svg)",
         "`python benchmarks/language_model.py`, runs: "
-        f"{report.machines(finished(setup).values())}."]))
+        f"{report.machines(report.read_log(setup.log))}."]))
+    plot(setup)
 
 
-def plot(setup: Setup) -> bool:
-    """Draw results/language_model.svg: layers by matrices, one panel per row, coloured by the live
-    components, mean over the seeds. Return False if there is nothing to draw."""
-    maps = {row: np.mean([line["ranks"] for line in lines], axis=0)  # (layers, 7)
-            for row in setup.rows if (lines := on_test(setup, row))}
-    if not maps:
-        return False
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(1 + 2.4 * len(maps), 6.5), layout="constrained")
-    axes = figure.subplots(1, len(maps), squeeze=False, sharey=True)[0]
-    for ax, (row, ranks) in zip(axes, maps.items()):
-        image = ax.imshow(ranks, cmap="Blues", vmin=0, vmax=max(map(np.max, maps.values())),
-                          aspect="auto", origin="lower")
-        ax.set_xticks(range(len(MATRICES)), MATRICES, rotation=60, ha="right")
-        ax.set_title(f"{row}, seeds: {len(on_test(setup, row))}", fontsize=10)
-    axes[0].set_ylabel("layer")
-    figure.colorbar(image, ax=axes, label="live components, mean over the seeds")
+def plot(setup: Setup) -> None:
+    """Draw results/language_model.svg: the NLL, a dot per seed, and for the rows that choose their
+    ranks the live components of layers by matrices, mean over the seeds."""
+    found = {row: lines for row in setup.rows if (lines := on_test(setup, row))}
+    chosen = [row for row in found if not row.startswith("lora")]
+    figure = report.figure(8, 3.8)
+    score, *maps = figure.subplots(1, 1 + len(chosen), width_ratios=[1.3, *[1] * len(chosen)])
+    for y, (row, lines) in enumerate(found.items()):
+        color = report.COLORS[row.split()[0]]
+        score.plot([line["nll"] for line in lines], [y] * len(lines), "o", ms=4, color=color)
+    score.set_yticks(range(len(found)), found)
+    score.invert_yaxis()
+    score.set_title("NLL by seed (lower is better)")
+    score.grid(axis="x", alpha=0.3)
+
+    for ax, row in zip(maps, chosen):
+        ranks = np.mean([line["ranks"] for line in found[row]], axis=0)  # (layers, 7)
+        image = ax.imshow(ranks, cmap="viridis", vmin=0, vmax=3, aspect="auto", origin="lower")
+        ax.set_xticks(range(len(MATRICES)), [name[:-5] for name in MATRICES], rotation=60)
+        ax.set_title(f"{row}: {ranks.sum():.0f} in all")
+        ax.set_ylabel("layer" * (row == chosen[0]))
+    figure.colorbar(image, ax=maps, label="components, mean over seeds", ticks=range(4))
     report.save_figure(figure, setup.log.with_suffix(".svg"))
-    return True
 
 
 # ---- the short form, and the command line --------------------------------------------------------
@@ -509,12 +427,12 @@ def tiny() -> tuple[Any, Any]:
 
 
 def short(setup: Setup) -> None:
-    """Run everything on a tiny random model: the loss, a stop, rates, evaluation and report."""
+    """Run everything on a tiny random model: the loss, rates, evaluation and report."""
     if not (setup.data / "valid.txt").exists():
         print(f"skipped: {setup.data / 'valid.txt'} does not exist")
         return
     setup = replace(setup, load=tiny, rows=("dora 2", "lora 2"), seeds=(1,), pairs=64,
-                    choice_steps=4, save_every=1, meanings=5, max_tokens=12)
+                    choice_steps=4, meanings=5, max_tokens=12)
     model, tokenizer = tiny()
     pairs = encode(tokenizer, sets(setup)[0])
     ids, wanted = collate(pairs[:5])
@@ -522,54 +440,31 @@ def short(setup: Setup) -> None:
     torch.testing.assert_close(token_nll(model, ids, wanted).mean(), theirs)
 
     with tempfile.TemporaryDirectory() as name:
-        for row in ROWS:
-            check_resuming(row, pairs, Path(name))
-        setup = replace(setup, log=Path(name) / "language_model.jsonl", scratch=Path(name))
-        with mock.patch.object(report, "README", Path(name) / "README.md"):
-            work(setup)
+        setup = replace(setup, log=Path(name) / "language_model.jsonl")
+        with mock.patch.multiple(report, README=Path(name) / "README.md", RUNS=Path(name)):
+            report.make_all(setup.log, lambda: to_do(setup), lambda c: run(c, setup))
+            write_report(setup)
             text = report.README.read_text("utf-8")
-        lines = list(finished(setup).values())
+        lines = report.read_log(setup.log)
         assert [line["row"] for line in lines if "bleu" in line] == [*setup.rows], lines
         assert "not run" not in text and setup.log.with_suffix(".svg").exists(), text
-    print(f"{len(lines)} runs of a tiny model; runs that were stopped ended with the same numbers")
-
-
-def check_resuming(row: str, pairs: list[Pair], folder: Path) -> None:
-    """Compare a run that was stopped, before and after the last pruning, with one that was not."""
-    config, c = DoRAConfig(**ROWS[row], targets=MATRICES), cell(row, "test", 4, 3, 1e-2)
-    original, model = save, tiny()[0]
-    whole = train(model, pairs, config, c, folder / f"{row} whole.pt", 10)
-
-    def stop(*args: Any) -> None:
-        original(*args)
-        raise KeyboardInterrupt
-
-    for _ in range(3):
-        with mock.patch.dict(globals(), save=stop), suppress(KeyboardInterrupt):
-            train(tiny()[0], pairs, config, c, folder / f"{row}.pt", 1)
-    resumed = tiny()[0]
-    state = train(resumed, pairs, config, c, folder / f"{row}.pt", 1)
-    assert (state["losses"], state["ranks"]) == (whole["losses"], whole["ranks"]), row
-    assert mean_nll(merge_(resumed), pairs) == mean_nll(merge_(model), pairs), row
+    print(f"{len(lines)} runs of a tiny model")
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW",
+    parser = report.parser(str(__doc__))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=tuple(ROWS), metavar="ROW",
                         help='only these rows of the table, such as "dora 2"')
-    parser.add_argument("--report", action="store_true", help="only write the tables")
-    parser.add_argument("--short", action="store_true", help="a tiny random model, for CI")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    setup = Setup(smollm2, ROOT / "benchmarks/results/language_model.jsonl",
-                  ROOT / "runs/language-model")
+    torch.set_num_threads(args.threads)
+    setup = Setup(smollm2, report.RESULTS / "language_model.jsonl")
     if args.short:
         short(setup)
         return
     if not args.report:
-        work(setup, args.rows)
+        report.make_all(setup.log, lambda: (c for c in to_do(setup) if c["row"] in args.rows),
+                        lambda c: run(c, setup))
     write_report(setup)
 
 

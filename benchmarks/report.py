@@ -1,78 +1,126 @@
-"""What the benchmarks share: a log of runs, a part of README.md each, the machine in words,
-colours, and how a figure is saved."""
+"""What the benchmarks share: runs that are logged, resumed and divided among processes, the machine
+in words, tables, and how a figure looks.
+
+Importing this puts the project's root on the path, so that a script can import dora.py next.
+"""
 
 from __future__ import annotations
 
+import argparse
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
+import statistics
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 HERE = Path(__file__).resolve().parent
-README = HERE / "README.md"
-HEAD = """# Benchmarks
-
-Tables between two marks were written by the script that the marks name. GLUE is in RESULTS.md.
-
-    pip install -r requirements.txt -r benchmarks/requirements.txt
-"""
+ROOT = HERE.parent
+README, RESULTS, RUNS = HERE / "README.md", HERE / "results", ROOT / "runs"
+GLUE, MINILM = ROOT / "../shared/data/glue", ROOT / "../shared/models/minilm-l6-roberta"
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
 
 # One colour per method in every figure: Okabe and Ito's set, which the colour-blind can tell apart.
 COLORS = {"dora": "#D55E00", "paper": "#CC79A7", "adalora": "#009E73", "lora": "#0072B2",
           "lora qv": "#56B4E9", "full": "#000000", "bitfit": "#E69F00", "head": "#999999"}
 
 
-def key_of(run: dict[str, Any]) -> str:
+def parser(text: str, **defaults: Any) -> argparse.ArgumentParser:
+    """Return a command line with what most scripts have in common."""
+    found = argparse.ArgumentParser(description=text,
+                                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--short", action="store_true", help="check the machinery only, for CI")
+    found.add_argument("--report", action="store_true", help="only write the tables")
+    found.add_argument("--data-dir", type=Path, default=GLUE)
+    found.add_argument("--model-dir", type=Path, default=MINILM)
+    found.add_argument("--device", default="cpu")
+    found.add_argument("--threads", type=int, default=1)
+    return found
+
+
+# ---- runs and their logs -------------------------------------------------------------------------
+
+
+def key_of(cell: dict[str, Any]) -> str:
     """Return a short name of what tells a run from others."""
-    return hashlib.sha1(json.dumps(run, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha1(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the finished runs of a log, a line each."""
+    """Return the finished runs of a log, a line each. They are shared: do not change them."""
     return parse(path.read_text("utf-8")) if path.exists() else []
 
 
-@functools.lru_cache(maxsize=1)  # a report asks for the same log in every cell of its tables
+@functools.lru_cache(maxsize=4)  # a report asks for the same log in every cell of its tables
 def parse(text: str) -> list[dict[str, Any]]:
-    """Return the lines of a log, parsed. They are shared: do not change them."""
-    return [json.loads(line) for line in text.splitlines()]
+    """Return the lines of a log; one that was cut off is left out, so that its run is repeated."""
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def finished(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the lines of a log by key."""
+    return {line["key"]: line for line in read_log(path)}
 
 
 def add_to_log(path: Path, line: dict[str, Any]) -> None:
     """Append a finished run to a log."""
+    cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write("\n" * cut_off + json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def make_all(log: Path, to_do: Callable[[], Iterable[dict[str, Any]]],
-             run: Callable[[dict[str, Any]], bool], rows: Iterable[str] | None = None) -> None:
-    """Make one run after another, of some rows or of all, until none is left that no other process
-    is at.
+             run: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Make one run after another until the only ones left are those that other processes are at.
 
-    to_do() yields the runs that can be made now, in their order. run() appends the line of one to
-    the log, or returns False if another process is at it.
+    to_do() yields the runs that can be made now, in their order. It is asked again after each run,
+    since some runs can be made only when others are finished. run() makes one and returns what the
+    log is to hold besides what tells the run from others.
     """
-    busy: set[str] = set()
-    while True:
-        known = busy.union(line["key"] for line in read_log(log))
-        following = next((cell for cell in to_do() if key_of(cell) not in known
-                          and (rows is None or cell["row"] in rows)), None)
-        if following is None:
-            return
-        if run(following):
-            busy.clear()
+    def next_one() -> bool:
+        for cell in to_do():
+            key = key_of(cell)
+            with claimed(key) as mine:
+                if mine and key not in finished(log):
+                    print("---", *cell.values(), flush=True)
+                    add_to_log(log, {"key": key, **cell, **run(cell)})
+                    return True
+        return False
+
+    while next_one():
+        pass
+
+
+@contextmanager
+def claimed(key: str) -> Iterator[bool]:
+    """Claim a run, so that no other process makes it. Give False if one is at it."""
+    (RUNS / "claims").mkdir(parents=True, exist_ok=True)
+    with open(RUNS / "claims" / key, "w") as file:  # the system lets go when the process ends
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
         else:
-            busy.add(key_of(following))
+            yield True
 
 
-def machine(threads: int, device: str = "cpu") -> str:
+# ---- machines ------------------------------------------------------------------------------------
+
+
+def machine(threads: int = 1, device: str = "cpu") -> str:
     """Return the machine and the versions in one line."""
     import torch
     if device != "cpu":
@@ -101,27 +149,90 @@ def machines(lines: Iterable[dict[str, Any]]) -> str:
     return "; ".join(f"{n} on {name}" for name, n in counts.items()) or "no run yet"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
+def resident(key: str) -> float:
+    """Return the process's memory in MB (Linux): VmRSS now, VmHWM at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1e3
+
+
+def forget_peak() -> None:
+    """Let the peak of the memory count from now on, where Linux allows it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+# ---- tables and figures --------------------------------------------------------------------------
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
     """Return a Markdown table. The first column is text, the others are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def save_figure(figure: Any, path: Path) -> None:
+def spread(values: Iterable[float], digits: int = 4) -> str:
+    """Return "median (smallest to largest, number)", or "not run"."""
+    found = sorted(values)
+    if not found:
+        return "not run"
+    middle, low, high = (f"{v:.{digits}f}" for v in (statistics.median(found), found[0], found[-1]))
+    return f"{middle} ({low} to {high}, {len(found)})"
+
+
+def ahead(differences: list[float]) -> str:
+    """Return in how many runs one row is ahead of another, as "15 of 18"."""
+    return f"{sum(d > 0 for d in differences)} of {len(differences)}"
+
+
+def coin(differences: Iterable[float]) -> float:
+    """Return the two-sided p of a sign test. By example, of 1, 0 and -1, this is McNemar's."""
+    signs = [d > 0 for d in differences if d]
+    n, fewer = len(signs), min(sum(signs), len(signs) - sum(signs))
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+
+
+def bootstrap(values: np.ndarray) -> tuple[float, float]:
+    """Return a 95 % interval of the mean of values (seeds, examples): both are drawn again."""
+    rng, (seeds, n) = np.random.default_rng(0), values.shape
+    means = []
+    for _ in range(2000):
+        drawn = values[rng.integers(seeds, size=seeds)]
+        means.append(drawn[:, rng.integers(n, size=n)].mean())
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def by_seed(first: list[dict[str, Any]], second: list[dict[str, Any]], name: str) -> list[float]:
+    """Return the differences of a figure between two rows, by rising seed, of the seeds that both
+    rows have."""
+    a, b = ({line["seed"]: line[name] for line in lines} for lines in (first, second))
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def figure(width: float, height: float) -> Any:
+    """Return an empty figure of matplotlib, at most 8 inches wide: 800 pixels on a page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    matplotlib.rcParams.update({
+        "font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False})
+    return Figure(figsize=(min(width, 8), height), layout="constrained")
+
+
+def save_figure(drawn: Any, path: Path) -> None:
     """Write a figure of matplotlib as SVG. The same figure is the same file, byte for byte."""
     from matplotlib import rc_context
     with rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(path, metadata={"Date": None})
+        drawn.savefig(path, metadata={"Date": None})
 
 
 def write_part(name: str, text: str) -> None:
     """Replace the part `name` of README.md, or append it."""
-    old = README.read_text(encoding="utf-8") if README.exists() else HEAD
+    old = README.read_text("utf-8") if README.exists() else ""
     first, last = f"<!-- {name}: written by {name}.py -->", f"<!-- end of {name} -->"
+    before, _, rest = old.partition(first)
+    _, _, after = rest.partition(last)
     part = f"{first}\n{text.strip()}\n{last}"
-    if first in old:
-        before, rest = old.split(first, 1)
-        new = before + part + rest.split(last, 1)[1]
-    else:
-        new = f"{old.rstrip()}\n\n{part}\n"
-    README.write_text(new, encoding="utf-8")
+    README.write_text(f"{before.rstrip()}\n\n{part}{after}" if rest else
+                      f"{old.rstrip()}\n\n{part}\n".lstrip(), "utf-8")
