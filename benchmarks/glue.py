@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import math
 import statistics
 import sys
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 
 import data
 import train_glue
-from dora import DoRAConfig, DoRAError, Pruner, compact_, inject
+from dora import DoRAConfig, DoRAError, DoRALinear, Pruner, inject
 from rank_recovery import PerParameter, PerParameterTwice
 
 LOG = report.RESULTS / "budget_curve.jsonl"
@@ -52,11 +53,23 @@ START_LR = {"full": 1e-4, "lora 2": 4e-3, "lora qv 1": 4e-3, "adalora 2": 4e-3, 
 
 
 class FixedRanks(Pruner):
-    """The Pruner of layers that were compacted before training, so that a run can continue."""
+    """Leaves each layer of plain LoRA a given number of components, from the start: the gates of
+    the others stay 0. With a seed the numbers are shuffled over the matrices of equal shape."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the step; there is no mask to restore."""
-        self.t = state["t"]
+    def __init__(self, layers: dict[str, DoRALinear], config: DoRAConfig, total_steps: int,
+                 ranks: list[int], shuffle: int | None = None):
+        super().__init__(layers, config, total_steps)
+        given = dict(zip(layers, ranks, strict=True))
+        if shuffle is not None:
+            rng = np.random.default_rng(shuffle)
+            shapes = {name: tuple(layer.base.weight.shape) for name, layer in layers.items()}
+            for shape in sorted(set(shapes.values())):
+                names = [name for name in layers if shapes[name] == shape]
+                for name, rank in zip(names, rng.permutation([given[name] for name in names])):
+                    given[name] = int(rank)
+        self._set_mask(torch.cat([torch.arange(config.r_prime) < given[name] for name in layers]))
+        with torch.no_grad():
+            self._close_gates()
 
 
 class Row(NamedTuple):
@@ -93,8 +106,8 @@ ON_COLA = ("dora 0.5", "dora 1", "dora 2", "lora 1", "lora 2", "bitfit", "full")
 SAME = "same ranks, fixed from the start"
 SHUFFLED = "same ranks, shuffled over matrices of one shape"
 CONTROLS = {
-    **{f"{name}, {rank:g}": Row("lora", dict(rank=rank), "lora 2", FixedRanks, f"dora {rank:g}",
-                                name == SHUFFLED)
+    **{f"{name}, {rank:g}": Row("lora", dict(rank=rank), "lora 2", places=f"dora {rank:g}",
+                                shuffled=name == SHUFFLED)
        for rank in (0.5, 2.0) for name in (SAME, SHUFFLED)},
     **{f"r' = {r}, 0.5": Row("dora", dict(rank=0.5, start_rank=r), "dora 0.5") for r in (2, 4)},
 }
@@ -144,7 +157,7 @@ def run(c: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     row, out = ALL[c["row"]], report.RUNS / "budget-curve" / report.key_of(c)
     settings = row.settings
     ranks = ranks_of(row.places, c["task"], c["seed"]) if row.places else []
-    if ranks:  # plain LoRA of the highest rank, which fixed_ranks() cuts
+    if ranks:  # plain LoRA of the highest rank, of which FixedRanks leaves a part
         settings = dict(rank=float(max(ranks)), alpha=8.0 * max(ranks) / max(1, settings["rank"]))
     config = train_glue.make_config(
         c["task"], row.method, seed=c["seed"], lr=c["lr"], epochs=EPOCHS[c["task"]], batch_size=32,
@@ -152,14 +165,11 @@ def run(c: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         model_dir=str(args.model_dir), out=str(out), device=args.device, save_every=100,
         resume=any(out.glob("checkpoints/*.pt")), **settings)
 
-    adapt = train_glue.adapt
-
-    def adapting(model: nn.Module, settings: Any) -> dict[str, Any]:
-        layers = adapt(model, settings)
-        shuffle = c["seed"] if row.shuffled else None
-        return fixed_ranks(layers, model, ranks, shuffle) if ranks else layers
-
-    with mock.patch.multiple(train_glue, Pruner=row.pruner, adapt=adapting, **watching(out)):
+    pruner: Any = row.pruner
+    if ranks:
+        pruner = functools.partial(FixedRanks, ranks=ranks,
+                                   shuffle=c["seed"] if row.shuffled else None)
+    with mock.patch.multiple(train_glue, Pruner=pruner, **watching(out)):
         result = train_glue.train(config)
 
     metric = data.TASKS[c["task"]].metrics[0]
@@ -212,24 +222,6 @@ def unpacked(text: str) -> np.ndarray:
 def ranks_of(row: str, task: str, seed: int) -> list[int]:
     """Return the components per matrix that a finished run of a row ended with."""
     return next(line["ranks"] for line in on(row, task) if line["seed"] == seed)
-
-
-def fixed_ranks(layers: dict[str, Any], model: nn.Module, ranks: list[int],
-                shuffle: int | None) -> dict[str, Any]:
-    """Leave each layer its number of components before training, shuffled over the matrices of
-    equal shape if a seed is given."""
-    given = dict(zip(layers, ranks, strict=True))
-    if shuffle is not None:
-        rng = np.random.default_rng(shuffle)
-        shapes = {name: tuple(layer.base.weight.shape) for name, layer in layers.items()}
-        for shape in sorted(set(shapes.values())):
-            names = [name for name in layers if shapes[name] == shape]
-            for name, rank in zip(names, rng.permutation([given[name] for name in names])):
-                given[name] = int(rank)
-    for name, layer in layers.items():
-        layer.mask[given[name]:] = False
-    compact_(model)
-    return layers
 
 
 def held_out(data_dir: Path) -> Path:
@@ -634,19 +626,16 @@ def short(args: argparse.Namespace) -> None:
 
     config = DoRAConfig(rank=2, targets=("0", "1", "2"), **train_glue.METHODS["lora"])
     for shuffle in (None, 1):  # the ranks of a control that continues, against the given ones
-        state = None
-        for _ in range(2):
-            model = nn.Sequential(*(nn.Linear(4, n) for n in (4, 4, 5)))
-            layers = fixed_ranks(inject(model, config), model, [2, 0, 1], shuffle)
-            pruner = FixedRanks(layers, config, total_steps=20)
-            if state:
-                pruner.load_state_dict(state)
-            model(torch.ones(1, 4)).sum().backward()
-            pruner.observe()
-            pruner.step()
-            state = pruner.state_dict()
-            *shared, last = (getattr(layer, "rank", 0) for layer in model)
-            assert last == 1 and sorted(shared) == [0, 2] and (shuffle or shared == [2, 0])
+        model = nn.Sequential(*(nn.Linear(4, n) for n in (4, 4, 5)))
+        layers = inject(model, config)
+        pruner = FixedRanks(layers, config, 20, [2, 0, 1], shuffle)
+        pruner.load_state_dict(pruner.state_dict())
+        model(torch.ones(1, 4)).sum().backward()
+        pruner.observe()
+        pruner.step()
+        *shared, last = [*pruner.ranks().values()]
+        assert last == 1 and sorted(shared) == [0, 2] and (shuffle or shared == [2, 0])
+        assert [int(layer.c.sum()) for layer in layers.values()] == [*shared, last]
     done = report.finished(LOG)
     left = sum(report.key_of(c) not in done for c in to_do(range(1, 8)))
     print(f"{len(done)} finished runs on record, {left} can start")
