@@ -1,20 +1,24 @@
 """What does a training step cost over a frozen backbone? Time, memory, evaluation, launches.
 
-The floor is the frozen model's own step: weights frozen, head trained, the embeddings' output
-requiring gradients, so that backward crosses every layer. All rows train with the same loss,
-clipping and fused AdamW on the same random batches (rows of 90 to 100 % of the width).
+The floor is the least that training below the head needs: weights frozen, head trained, and the
+outputs of query, key and value of the first layer requiring gradients, so that backward crosses
+every layer and computes nothing below. transformers' floor is the same with its model. All rows
+train with the same loss, clipping and fused AdamW on the same random batches (rows of 90 to 100 %
+of the width).
 
     python benchmarks/step_time.py            # all; about an hour on a shared machine
     python benchmarks/step_time.py --short    # MiniLM's shape, 60 s: what CI runs
     python benchmarks/step_time.py --shape host    # operations and host time only, a minute
     python benchmarks/step_time.py --device cuda   # a GPU: float32, TF32, bf16, compile
 
-Rows take turns in one process, in random order. A ratio is the median over rounds of (row / floor
-of the same round). On the CPU with one thread a time is the process's CPU time, which hardly
-depends on other load on the machine; otherwise it is wall-clock time. Memory is measured in one
-process per row: the largest resident size (Linux) in three steps, less that of the loaded model.
-With --short nothing is asserted of a time, since one round on a busy machine shows anything: the
-operations of a step, the products' floating-point operations and the memory are compared.
+Rows take turns in one process, in random order. A ratio is the median over rounds of (row / other
+row of the same round), and a time is the shortest of all rounds. On the CPU with one thread it is
+the process's CPU time, which depends little on other load; otherwise it is wall-clock time. Memory
+is measured in one process per row: the largest resident size (Linux) in three steps, less that of
+the loaded model.
+
+On the CPU every table is measured twice: with torch's default for products of float32 (MKL), and
+with oneDNN, which is as exact and on some CPUs faster.
 
 A GPU that is faster than the host waits for it. Two figures show this without a GPU, for 12 layers:
 the operations (not views) that a step dispatches, the mean of ten steps, one of which prunes, and
@@ -39,24 +43,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import report  # noqa: E402
-import train_glue  # noqa: E402
-from dora import METHODS, DoRAConfig, DoRALinear, Pruner, compact_, inject  # noqa: E402
-from train_glue import RobertaConfig, RobertaForSequenceClassification  # noqa: E402
+import train_glue
+from dora import METHODS, DoRAConfig, DoRALinear, Pruner, compact_, inject
+from train_glue import RobertaConfig, RobertaForSequenceClassification
 
-MINILM = ROOT.parent / "shared" / "models" / "minilm-l6-roberta"
 SHAPES = {"minilm": RobertaConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
           "base": RobertaConfig(),
           "host": RobertaConfig(hidden_size=48, num_hidden_layers=12, intermediate_size=192)}
 WORDS = {"minilm": "MiniLM (6 layers of 384)", "base": "RoBERTa-base's shape, random weights",
          "host": "12 layers of 48, so that kernels are almost free"}
+CPU_MODES = ("MKL", "oneDNN")
 MODES = ("float32", "tf32", "bf16", "compile")  # on CUDA; bf16 and compile use TF32 as well
 TARGETS = list(DoRAConfig().targets)
 RESULTS = report.HERE / "results" / "step_time.json"
@@ -100,15 +102,17 @@ def step(row: Row, batch: Batch) -> None:
 # ---- the rows ----------------------------------------------------------------------------------
 
 
-def build(name: str, model: nn.Module, mode: str = "float32") -> Row:
+def build(name: str, model: nn.Module, mode: str = "MKL") -> Row:
     """Turn a loaded model, ours or transformers', into the row of this name."""
     config, layers, after = DoRAConfig(**METHODS["lora"]), {}, lambda: None
     ours = isinstance(model, RobertaForSequenceClassification)
     if name in (FLOOR, TF_FLOOR):
         model.requires_grad_(False)
         model.classifier.requires_grad_(True)
-        model.roberta.embeddings.register_forward_hook(
-            lambda module, args, out: out.requires_grad_() if torch.is_grad_enabled() else None)
+        first = model.roberta.encoder.layer[0].attention.self
+        for module in (first.query, first.key, first.value):
+            module.register_forward_hook(
+                lambda module, args, out: out.requires_grad_() if torch.is_grad_enabled() else None)
     elif name in (LORA, ADALORA):
         model, after = peft_model(name, model)
     elif name != FULL:  # prune from the start, every ten steps
@@ -159,15 +163,18 @@ def naive_score(layer: DoRALinear) -> Tensor:
     return W.norm(dim=(1, 2)) / (W.sum(0).norm() + 1e-8)
 
 
-def load(shape: str, peer: bool, device: str, mode: str = "float32") -> nn.Module:
+def load(shape: str, peer: bool, device: str, mode: str = "MKL") -> nn.Module:
     """Load the shared MiniLM if it exists; otherwise make random weights of the shape."""
-    torch.set_float32_matmul_precision("highest" if mode == "float32" else "high")
+    if device == "cpu":
+        set_products(mode)
+    else:
+        torch.set_float32_matmul_precision("highest" if mode == "float32" else "high")
     torch.manual_seed(0)
-    real = shape == "minilm" and MINILM.exists()
+    real = shape == "minilm" and report.MINILM.exists()
     if not peer:
         model = RobertaForSequenceClassification(SHAPES[shape], 2)
         if real:
-            model.load_state_dict(train_glue.load_roberta(MINILM, 2).state_dict())
+            model.load_state_dict(train_glue.load_roberta(report.MINILM, 2).state_dict())
         if mode == "bf16":
             model.roberta.to(torch.bfloat16)  # the head stays float32, as in train_glue
         return model.to(device)
@@ -175,8 +182,33 @@ def load(shape: str, peer: bool, device: str, mode: str = "float32") -> nn.Modul
     transformers.logging.set_verbosity_error()
     config = transformers.RobertaConfig(**vars(SHAPES[shape]), num_labels=2)
     model = transformers.RobertaForSequenceClassification(config)
-    model.load_state_dict(load(shape, False, "cpu").state_dict(), strict=False)
+    model.load_state_dict(load(shape, False, device, mode).state_dict(), strict=False)
     return model.to(device, torch.bfloat16 if mode == "bf16" else torch.float32)
+
+
+def set_products(mode: str) -> None:
+    """Choose who multiplies matrices of float32 on the CPU. The setting's name misleads: without
+    AMX oneDNN computes in float32, which products() checks."""
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if mode == "oneDNN" else "none"
+
+
+def products() -> dict[str, Any]:
+    """Return the shortest time of one product by each library in milliseconds, and its largest
+    error against float64. The product is that of MiniLM's feed-forward part for 256 tokens."""
+    torch.manual_seed(0)
+    x, W = torch.randn(256, 384), torch.randn(1536, 384)
+    exact = x.double() @ W.double().T
+    found: dict[str, Any] = {"ms": {}, "error": {}}
+    for _ in range(200):
+        for mode in CPU_MODES:
+            set_products(mode)
+            took = timed(torch.nn.functional.linear, x, W, device="cpu")
+            found["ms"][mode] = min(took, found["ms"].get(mode, took))
+    for mode in CPU_MODES:
+        set_products(mode)
+        error = ((x @ W.T).double() - exact).abs().max() / exact.abs().max()
+        found["error"][mode] = error.item()
+    return found
 
 
 def is_peer(name: str) -> bool:
@@ -271,7 +303,7 @@ def gflops(run: Callable[[Row, Batch], None], row: Row, batch: Batch) -> float:
 
 
 def measure(shape: str, size: int, width: int, names: tuple[str, ...], seconds: float,
-            device: str, mode: str = "float32", counted: bool = False) -> dict[str, Any]:
+            device: str, mode: str, counted: bool = False) -> dict[str, Any]:
     """Time rounds of all rows in turn, for so many seconds: at least three, or one if operations
     are counted too."""
     keep_memory()
@@ -305,22 +337,19 @@ def measure(shape: str, size: int, width: int, names: tuple[str, ...], seconds: 
 
     result: dict[str, Any] = {"rounds": len(shares), "method": middle(shares), "rows": {}}
     for name in rows:
-        result["rows"][name] = {
-            "ms": middle(times[name]), "floor": ratio(times[name], times[FLOOR]),
-            **({"operations": counts[name]} if counts else {}),
-            **({"tf": ratio(times[name], times[TF_FLOOR])} if TF_FLOOR in rows else {}),
-            **({"eval": ratio(passes[name], passes[FLOOR])} if name in passes else {})}
+        result["rows"][name] = {"ms": min(times[name])}
+        if counts:
+            result["rows"][name]["operations"] = counts[name]
+        for key, other in (("floor", FLOOR), ("tf", TF_FLOOR), ("lora", LORA)):
+            if other in rows:
+                result["rows"][name][key] = ratio(times[name], times[other])
+            if name in passes and other in passes:
+                result["rows"][name][f"eval {key}"] = ratio(passes[name], passes[other])
         if counted:
             batch = make_batch(size, width, device)
             for key, run in (("gflops", step), ("eval gflops", evaluate)):
                 result["rows"][name][key] = gflops(run, rows[name], batch)
     return result
-
-
-def resident(key: str) -> float:
-    """Return MB. VmRSS is the process's memory now, VmHWM its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1e3
 
 
 def memory(shape: str, size: int, width: int, name: str, device: str, mode: str) -> float:
@@ -334,14 +363,14 @@ def memory(shape: str, size: int, width: int, name: str, device: str, mode: str)
         torch.cuda.reset_peak_memory_stats()
     else:
         ctypes.CDLL(None).malloc_trim(0)  # gives back what loading has freed
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = resident("VmRSS")
+        report.forget_peak()
+        before = report.resident("VmRSS")
     row = build(name, model, mode)
     for _ in range(3):
         step(row, make_batch(size, width, device))
     if device != "cpu":
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    return resident("VmHWM") - before
+    return report.resident("VmHWM") - before
 
 
 def measure_memory(case: tuple[str, int, int], name: str, mode: str,
@@ -355,9 +384,27 @@ def measure_memory(case: tuple[str, int, int], name: str, mode: str,
 # ---- the report --------------------------------------------------------------------------------
 
 
-NOT_RUN = ("`--device cuda` was not run, because no GPU was available: RoBERTa-base's shape at "
-           "16×64 and 32×128 in float32, TF32, bf16 and compiled, with PEFT LoRA and AdaLoRA, time "
-           "and memory.")
+NOT_RUN = ("`--device cuda` was not run: RoBERTa-base's shape at 16×64 and 32×128 in float32, TF32, "
+           "bf16 and compiled, with PEFT LoRA and AdaLoRA, time and memory.")
+
+
+def against_lora(cases: list[dict[str, Any]]) -> str:
+    """Return the table of four numbers that people ask for: dora over PEFT LoRA."""
+    cases = [case for case in cases if "eval lora" in case["rows"].get(OURS, {})]
+    numbers = (("a training step", OURS, "lora"), ("a step after pruning", COMPACTED, "lora"),
+               ("evaluation", COMPACTED, "eval lora"), ("memory of a step", OURS, "memory"))
+    body = []
+    for words, name, key in numbers:
+        cells = []
+        for case in cases:
+            value = case["rows"][name].get(key)
+            if key == "memory" and value:
+                value /= case["rows"][LORA]["memory"]
+            cells.append(f"{value:.2f}" if value else "")
+        body.append([words, *cells])
+    heads = [f"{case['model'].split(' (')[0].split(',')[0]}, {case['size']}×{case['width']}, "
+             f"{case['mode']}" for case in cases]
+    return report.table(["`dora` over PEFT LoRA, both at rank 2", *heads], body)
 
 
 def host_table(case: dict[str, Any]) -> str:
@@ -377,39 +424,40 @@ def host_table(case: dict[str, Any]) -> str:
 def time_table(case: dict[str, Any]) -> str:
     """Return the table of time, evaluation and memory."""
     rows = case["rows"]
-    head = ["", "ms per step", "over our floor", "over transformers' floor",
-            "evaluation over our floor", "MB over the model", "over our floor"]
-    return report.table(head, [
-        [name, f"{r['ms']:.0f}", f"{r['floor']:.2f}", f"{r['tf']:.2f}",
-         f"{r['eval']:.2f}" if "eval" in r else "",
-         f"{r['memory']:.0f}" if "memory" in r else "",
-         f"{r['memory'] / rows[FLOOR]['memory']:.2f}"
-         if "memory" in r and "memory" in rows[FLOOR] else ""] for name, r in rows.items()])
+    body = []
+    for name, r in rows.items():
+        cells = [f"{r['ms']:.0f}", *(f"{r[key]:.2f}" for key in ("floor", "tf", "lora"))]
+        cells += [f"{r[key]:.2f}" if key in r else "" for key in ("eval floor", "eval lora")]
+        cells.append(f"{r['memory']:.0f}" if "memory" in r else "")
+        body.append([name, *cells])
+    return report.table(["", "ms per step, at least", "over our floor", "over transformers' floor",
+                         "over PEFT LoRA", "evaluation over our floor", "over PEFT LoRA",
+                         "MB over the model"], body)
 
 
 def write(cases: list[dict[str, Any]]) -> None:
     """Write results/step_time.json and this script's part of README.md."""
     paragraphs = str(__doc__).split("\n\n")
-    parts = ["## step_time.py: time of a step relative to the frozen model's", "",
-             paragraphs[1], "", paragraphs[4].strip(), ""]
-    if not any(case.get("device", "cpu") != "cpu" for case in cases):
-        parts += [NOT_RUN, ""]
-    if any("operations" in r and "ms" not in r for case in cases for r in case["rows"].values()):
-        parts += ["Of the host only the operations are given, which do not depend on load: the "
-                  "machine was too busy to measure its time.", ""]
+    parts = ["## step_time.py: time of a step relative to the frozen model's", paragraphs[1],
+             *paragraphs[3:5], paragraphs[5].strip()]
+    if not any(case["device"] != "cpu" for case in cases):
+        parts.append(NOT_RUN)
+    parts += ["**Speed and memory against PEFT LoRA**", against_lora(cases)]
     for case in cases:
+        if "products" in case:
+            ms, error = case["products"]["ms"], case["products"]["error"]
+            parts.append("One product of (256, 384) by (384, 1536): " + ", ".join(
+                f"{mode} {1e3 * ms[mode]:,.0f} µs, largest error against float64 "
+                f"{error[mode]:.1e}" for mode in ms) + f" ({case['machine']}).")
         host = "operations" in case["rows"][FLOOR]
-        mode = f", {case['mode']}" if case.get("device", "cpu") != "cpu" else ""
-        rounds = f" ({case['rounds']} rounds)" if "ms" in case["rows"][FLOOR] else ""
-        parts += [f"**{case['model']}, {case['size']}×{case['width']}{mode}**{rounds}", "",
-                  host_table(case) if host else time_table(case), ""]
+        parts += [f"**{case['model']}, {case['size']}×{case['width']}, {case['mode']}** "
+                  f"({case['rounds']} rounds)", host_table(case) if host else time_table(case)]
         if not host:
-            parts += [f"Penalty, scores and pruning of dora together: {case['method']:.1%} of its "
-                      f"step.", ""]
-        parts += [f"`{case['command']}`, {case['machine']}{case.get('note', '')}.", ""]
-    RESULTS.parent.mkdir(exist_ok=True)
+            parts.append(f"Penalty, scores and pruning of dora together: {case['method']:.1%} of "
+                         f"its step.")
+        parts.append(f"`{case['command']}`, {case['machine']}.")
     RESULTS.write_text(json.dumps(cases, indent=1) + "\n")
-    report.write_part("step_time", "\n".join(parts))
+    report.write_part("step_time", "\n\n".join(parts))
 
 
 def check(case: dict[str, Any]) -> None:
@@ -429,16 +477,12 @@ def check(case: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="a minute, with assertions")
+    """Run the command line."""
+    parser = report.parser(str(__doc__))
     parser.add_argument("--shape", choices=SHAPES, help="one shape only")
     parser.add_argument("--width", type=int, help="one width only (tokens)")
-    parser.add_argument("--seconds", type=float, default=300,
-                        help="of each table (default: 300); 0 with --shape host: operations only")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--modes", nargs="+", choices=MODES, help="on CUDA (default: all)")
-    parser.add_argument("--threads", type=int, default=1, help="on the CPU (default: 1)")
+    parser.add_argument("--seconds", type=float, default=150, help="of each table (default: 150)")
+    parser.add_argument("--modes", nargs="+", choices=[*CPU_MODES, *MODES], help="default: all")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device != "cpu" and not torch.cuda.is_available():
@@ -446,9 +490,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.memory:
         print(memory(*json.loads(args.memory), args.device, args.modes[0]))
-        return
-    for case in chosen_cases(args):
-        run_case(case, args)
+    elif args.report:
+        write(json.loads(RESULTS.read_text()))
+    else:
+        for case in chosen_cases(args):
+            run_case(case, args)
 
 
 Case = tuple[str, int, int, tuple[str, ...], str]  # shape, examples, tokens, rows, mode
@@ -457,15 +503,18 @@ Case = tuple[str, int, int, tuple[str, ...], str]  # shape, examples, tokens, ro
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
     """Return the tables to measure."""
     names = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, NAIVE, FULL, LORA, ADALORA)
-    cases: list[Case] = [(s, 16, w, names, "float32") for s in ("minilm", "base") for w in (16, 64)]
-    cases.append(("host", 2, 8, HOST, "float32"))
-    if args.device != "cpu":
-        cases = [("base", size, width, CUDA, mode) for size, width in ((16, 64), (32, 128))
-                 for mode in args.modes or MODES]
+    modes = args.modes or (CPU_MODES if args.device == "cpu" else MODES)
     if args.short:
         args.seconds, peft = 0, importlib.util.find_spec("peft")
         names = tuple(name for name in SHORT if peft or not is_peer(name))
-        cases = [("minilm", 16, w, names, "float32") for w in (16, 64)]
+        cases: list[Case] = [("minilm", 16, width, names, "MKL") for width in (16, 64)]
+    elif args.device == "cpu":
+        cases = [(shape, 16, width, names, mode) for shape in ("minilm", "base")
+                 for width in (16, 64) for mode in modes]
+        cases.append(("host", 2, 8, HOST, "MKL"))
+    else:
+        cases = [("base", size, width, CUDA, mode) for size, width in ((16, 64), (32, 128))
+                 for mode in modes]
     return [c for c in cases if args.shape in (None, c[0]) and args.width in (None, c[2])]
 
 
@@ -481,9 +530,7 @@ def run_case(case: Case, args: argparse.Namespace) -> None:
         for name in measured:
             found["rows"][name]["memory"] = measure_memory((shape, size, width), name, mode, args)
 
-    if shape == "host" and not args.seconds:
-        found["rows"] = {name: {"operations": r["operations"]} for name, r in found["rows"].items()}
-    title = f"{shape:7}{size}x{width:<4}"
+    title = f"{shape:7}{size}x{width:<4}{mode:8}"
     for name, r in found["rows"].items():
         print(f"{title}{name:24}", "  ".join(f"{k} {v:.3f}" for k, v in r.items()), flush=True)
     print(f"{title}method's share {found['method']:.4f}, {found['rounds']} rounds", flush=True)
@@ -492,9 +539,11 @@ def run_case(case: Case, args: argparse.Namespace) -> None:
         return
 
     def identity(case: dict[str, Any]) -> tuple[Any, ...]:
-        return (case["machine"], case.get("mode", "float32"), [*WORDS.values()].index(
-            case["model"]), case["size"], case["width"])
+        return (case["machine"], [*WORDS.values()].index(case["model"]), case["size"],
+                case["width"], case["mode"])
 
+    if (shape, width, mode) == ("minilm", 16, "oneDNN"):
+        found["products"] = products()
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     known = [case for case in known if identity(case) != identity(found)]
     write(sorted([*known, found], key=identity))
