@@ -384,8 +384,8 @@ def measure_memory(case: tuple[str, int, int], name: str, mode: str,
 # ---- the report --------------------------------------------------------------------------------
 
 
-NOT_RUN = ("`--device cuda` was not run: RoBERTa-base's shape at 16×64 and 32×128 in float32, TF32, "
-           "bf16 and compiled, with PEFT LoRA and AdaLoRA, time and memory.")
+NOT_RUN = ("`--device cuda` was not run: RoBERTa-base's shape at 16×64 and 32×128 in float32, "
+           "TF32, bf16 and compiled, with PEFT LoRA and AdaLoRA, time and memory.")
 
 
 def against_lora(cases: list[dict[str, Any]]) -> str:

@@ -105,24 +105,6 @@ def test_own_task_trains(tmp_path):
     assert lora - 48 < result["adapter_parameters_after_pruning"] <= lora
 
 
-def test_numbers_are_the_benchmarks():
-    """Figures of the synthetic networks, compared with what the script wrote."""
-    table = (ROOT / "benchmarks/results/rank_recovery_table.md").read_text(encoding="utf-8")
-    lines = table.split("| Methods |")[1].split("\n\n")[0].split("\n")[2:]
-    found = {}  # by method: (misplaced, loss) in the worst pattern and in the short one
-    for line in lines:
-        method, *_, short, worst = (cell.strip() for cell in line.strip("|").split("|"))
-        found[method] = worst.split(" / "), short.split(" / ")
-    (own, ada, lora, paper), losses = zip(
-        *(found[method][0] for method in ("dora", "adalora", "lora", "paper")))
-    for words in (
-            f"`dora` puts {own} % of its adapter's parameters above",
-            f"`adalora` {ada} %, `lora` {lora} % and `paper` {paper} %",
-            f"losses are {', '.join(losses[:3])} and {losses[3]} times the smallest possible",
-            "in a 15th, of 150 steps only, `dora` has {} % and {}.".format(*found["dora"][1])):
-        assert words in WORDS, words
-
-
 LOG = (ROOT / "benchmarks/results/budget_curve.jsonl").read_text(encoding="utf-8")
 RUNS = sorted(map(json.loads, LOG.splitlines()), key=lambda run: run["seed"])
 
@@ -201,108 +183,6 @@ def test_scores_in_the_text():
             f"chose at rank 1/2 has {middle['same']}, in shuffled ones {middle['shuffled']}.",
             f"dropout on A x: LoRA with it has {median(dropout):.4f} at rank 2"):
         assert words in WORDS, words
-
-
-RESULTS = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
-FINDINGS = " ".join(RESULTS.split("## Learning rates")[0].split())
-
-
-TABLES = RESULTS.split("## Score against parameters")[1].split("## The first version")[0]
-CELLS = {name: cells for name, *cells in (  # STS-B, MRPC and perhaps CoLA, by row or "a minus b"
-    map(str.strip, line.strip("|").split("|"))
-    for line in reversed(TABLES.split("\n")))}  # of a row that stands in two tables, the first
-
-
-def differences(*pairs, tasks=SCORED):
-    """The differences of both rows of a pair, by seed."""
-    return [float(number) for pair in pairs
-            for task, cell in zip(SCORED, CELLS[" minus ".join(pair)]) if task in tasks
-            for number in re.findall(r"[-+]\d\.\d{4}", cell)]
-
-
-def ahead(*pairs, tasks=SCORED, sign=1):
-    """Of the seeds that both rows of a pair have: those with which the first is ahead, or with
-    sign = -1 behind."""
-    found = differences(*pairs, tasks=tasks)
-    return f"{sum(sign * number > 0 for number in found)} of {len(found)}"
-
-
-def middles(row):
-    """The medians of a row, of the tasks that were run."""
-    return [float(cell.split()[0]) for cell in CELLS[row] if cell != "not run"]
-
-
-def leads(*pairs):
-    """Of the medians that both rows of a pair have: those in which the first is higher."""
-    found = [(a, b) for pair in pairs for a, b in zip(*map(middles, pair))]
-    return f"{sum(a > b for a, b in found)} of {len(found)}"
-
-
-def test_findings_on_the_methods():
-    """What RESULTS.md says of dora and the other methods, compared with its tables."""
-    lora = ("dora 1", "lora 1"), ("dora 2", "lora 2")
-    qv = ("dora 0.25", "lora qv 1"), ("dora 1", "lora qv 4")
-    ada = ("dora 1", "adalora 1"), ("dora 2", "adalora 2")
-    bitfit, full = ("dora 0.5", "bitfit"), ("dora 2", "full")
-    share = [100 * a / b for a, b in zip(middles("dora 0.25"), middles("lora 2"))]
-    quarter = 100 * middles("dora 0.5")[2] / middles("lora 2")[2]
-    most, *_, least = sorted(differences(full, tasks=["cola"]))
-    lead = middles("dora 1")[0] - middles("adalora 1")[0]
-    for words in (
-            f"{ahead(*lora)} seeds at ranks 1 and 2 (three tasks), and in {leads(*lora)} medians",
-            f"query and value alone with {ahead(*qv)} seeds, and in {leads(*qv)} medians",
-            f"AdaLoRA with {ahead(*ada)} seeds, and in {leads(*ada)} medians, on STS-B at "
-            f"rank 1 by {lead:.4f} only",
-            f"the paper's own settings with {ahead(('dora 2', 'paper 2'))} seeds at rank 2",
-            f"At rank 4 it is even with LoRA ({ahead(('dora 4', 'lora 4'))} seeds)",
-            f"ahead on STS-B ({ahead(bitfit, tasks=['stsb'], sign=-1)} seeds) and behind on MRPC "
-            f"({ahead(bitfit, tasks=['mrpc'])})",
-            f"behind `dora` at rank 2 on MRPC ({ahead(full, tasks=['mrpc'])} seeds)",
-            f"far ahead on CoLA ({ahead(full, tasks=['cola'], sign=-1)}, by {-least:.2f} to "
-            f"{-most:.2f})",
-            f"keeps {share[0]:.1f} % of its score on STS-B and {share[1]:.1f} % on MRPC",
-            f"with a quarter it keeps {quarter:.0f} % there"):
-        assert words in FINDINGS, words
-
-
-def test_findings_on_the_controls():
-    """What RESULTS.md says of the controls, compared with its tables."""
-    same, shuffled, measured = ([f"{name}, {rank}" for rank in ("0.5", "2")] for name in (
-        "same ranks, fixed from the start", "same ranks, shuffled over matrices of one shape",
-        "chosen by the measured cost of removal"))
-    dora = "dora 0.5", "dora 2"
-    surplus = [(f"r' = {r}, 0.5", "dora 0.5") for r in (2, 4)]
-    for words, pairs, sign in (
-            ("shuffled ones with {} seeds on STS-B and {} on MRPC", zip(same, shuffled), 1),
-            ("ahead of the two with {} seeds on STS-B (6 of 6 at rank 2, 3 of 6 at rank 1/2) and "
-             "{} on MRPC", zip(same + shuffled, dora + dora), -1),
-            ("ahead of the default with {} seeds on STS-B and {} on MRPC", zip(measured, dora), 1)):
-        pairs = list(pairs)
-        counts = [ahead(*pairs, tasks=[task], sign=sign) for task in ("stsb", "mrpc")]
-        assert words.format(*counts) in FINDINGS, (words, counts)
-    small, large = (ahead(*((row[i], dora[i]) for row in (same, shuffled)), tasks=["stsb"], sign=-1)
-                    for i in (0, 1))
-    assert f"on STS-B ({large} at rank 2, {small} at rank 1/2) and" in FINDINGS
-    assert f"far behind, with {ahead(*surplus, tasks=['mrpc'], sign=-1)} seeds" in FINDINGS
-    own, again = ({run["seed"]: run["epochs"] for run in on_dev("mrpc", row, 2e-3)}
-                  for row in ("dora 0.5", "the default's score, pruned every 50 steps, 0.5"))
-    assert len(again) == 2 and again.items() <= own.items()  # the same after every epoch
-
-
-def test_findings_on_the_steps():
-    """What RESULTS.md says of the steps from LoRA to dora on MRPC, compared with its tables."""
-    at_rate, unpruned = "lora 2 at dora's rate", "dora 2, nothing pruned"
-    own, rate, gates, dropout, whole = (float(CELLS[row][1].split()[0]) for row in (
-        "lora 2", at_rate, f"{at_rate}, with gates", f"{at_rate}, dropout on A x", unpruned))
-    more = ahead((f"{at_rate}, dropout on A x", at_rate), tasks=["mrpc"])
-    for words in (
-            f"MRPC has {whole:.4f} and `dora` at rank 2 {middles('dora 2')[1]:.4f}, one example",
-            f"learning rate it has {rate:.4f} ({own:.4f} with its own), and with the gates added "
-            f"{gates:.4f} (two seeds).",
-            f"it has {dropout:.4f}, ahead with {more} seeds: all of `dora`'s lead"):
-        assert words in FINDINGS, words
-    assert max(map(abs, differences(("dora 2", unpruned), tasks=["mrpc"]))) < 1.1 / 408
-
 
 def test_the_spread_of_a_collapsed_model():
     """The limit of train_glue and the spreads on both sides of it, compared with collapse.py's
