@@ -467,7 +467,7 @@ def model_name(key: str) -> str:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the tensors of any shape in a file, or in all files that an index names."""
     if path.name.endswith(".index.json"):
-        files = {*read_object(path)["weight_map"].values()}
+        files = {*data.read_json(path)["weight_map"].values()}
         return {key: tensor for file in sorted(files)
                 for key, tensor in read_weights(path.parent / file).items()}
     if path.suffix == ".safetensors":
@@ -484,17 +484,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                         f"use the model's model.safetensors") from None
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises DataError or DoRAError for anything else."""
-    values = data.read_json(path)
-    require(isinstance(values, dict), f"{path}: not a JSON object; download it again")
-    return values
-
-
 def read_config(path: Path) -> RobertaConfig:
     """Return the sizes in a model's config.json. Raises DoRAError for a model that is not RoBERTa
     and for a field that is missing or out of range."""
-    values = read_object(path)
+    values = data.read_json(path)
     require(not is_run(values), f"{path} is a run's, not a model's; to score the run, use "
             f"--eval-only --adapter {path.parent}")
     fixed = {"model_type": "roberta", "is_decoder": False, "add_cross_attention": False,
@@ -523,7 +516,7 @@ def head_order(path: Path, task: Task) -> list[int] | None:
     {0: not_entailment, 1: entailment} gives [1, 0]. Labels without a name, LABEL_0, LABEL_1, are
     taken to be in the task's order.
     """
-    values = read_object(path)
+    values = data.read_json(path)
     if plain(str(values.get("finetuning_task") or task.name)) != plain(task.name):
         return None
     if not task.labels:  # only save_model says in which unit a regression's output is
@@ -874,15 +867,12 @@ def device_name(device: torch.device) -> str:
 
 
 def in_words(scores: dict[str, float]) -> str:
-    """Return metrics as text, without the spread."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items()
+    """Return metrics as text, and a warning if the outputs hardly differ."""
+    text = "  ".join(f"{name} {value:.4f}" for name, value in scores.items()
                      if not name.startswith("spread"))
-
-
-def collapse(spread: float) -> str:
-    """Return what a small spread of the outputs means."""
-    return (f"the outputs on dev are nearly constant (standard deviation {spread:.1g}): the model "
-            f"has collapsed")
+    constant = ("; the outputs on dev are nearly constant: the model has collapsed, so start again "
+                "with a lower --lr")
+    return text + constant * (scores["spread"] < COLLAPSED)
 
 
 CARD = """---
@@ -929,7 +919,7 @@ def model_card(run: Run, folder: Path) -> str:
     """Return the README.md of an adapter's folder: what it is, and how to load it."""
     config, task, scores = run.config, TASKS[run.config.task], run.records[-1]
     labels = ", ".join(f"{i} = {label}" for i, label in enumerate(task.labels))
-    metrics = in_words({name: scores[name] for name in task.metrics})
+    metrics = ", ".join(f"{name} {scores[name]:.4f}" for name in task.metrics)
     ranks = run.pruner.ranks().values()
     return CARD.format(
         base=json.dumps(run.base), task=task.name, method=config.method,
@@ -1060,7 +1050,8 @@ class Run:
                 file.unlink()
             return []
 
-        done = any((folder / name).exists() for name in ("result.json", "adapter", "model"))
+        done = any((folder / name).exists() for name in (
+            "result.json", "adapter/adapter_config.json", "model/config.json"))
         resume = "continue it with --resume, " * bool(saved)
         require(saved and config.resume or not (saved or done), f"{folder} already contains a run; "
                 f"{resume}replace it with --overwrite, or use another --out")
@@ -1087,7 +1078,7 @@ class Run:
         """Write config.json and run.json, and remove the lines of steps and evaluations that will
         be repeated from metrics.jsonl and ranks.jsonl."""
         if self.step:
-            self.earlier = read_object(self.folder / "run.json")["seconds"]
+            self.earlier = data.read_json(self.folder / "run.json")["seconds"]
         self.note_seconds()
         self.mask, self.live = self.pruner.mask, self.live_components()  # as last logged
         if self.writes:
@@ -1187,12 +1178,7 @@ class Run:
         if self.pruner.done and (not self.best or scores[headline] > self.best[headline]):
             self.best = self.records[-1]
             self.save_best()
-
         self.say(f"step {self.step:,}, epoch {epoch:.3g}: {in_words(scores)}")
-        before = self.records[-2]["spread"] if len(self.records) > 1 else math.inf
-        if scores["spread"] < COLLAPSED <= before:  # say it once
-            self.say(f"step {self.step}: {collapse(scores['spread'])}; start again with a lower "
-                     f"--lr, such as {self.config.lr / 4:.2g}")
         self.save()
 
     def save_best(self) -> None:
@@ -1280,7 +1266,7 @@ def is_run(values: dict[str, Any]) -> bool:
 def settings_of_run(folder: Path) -> dict[str, Any]:
     """Return the settings of the run in a folder; {} if there is none."""
     path = folder / "config.json"
-    values = read_object(path) if path.exists() else {}
+    values = data.read_json(path) if path.exists() else {}
     return values if is_run(values) else {}
 
 
@@ -1523,6 +1509,7 @@ def run_command(flags: dict[str, Any]) -> None:
     require(len({*seeds}) == len(seeds), f"--seeds {' '.join(map(str, seeds))}: name each seed "
             f"once")
     configs = [make_config(**settings, seed=seed) for seed in seeds]
+    data.find_task(configs[0].task, split or "")  # whether it has a test set
     if len(seeds) > 1 and flags.get("out"):
         configs = [dataclasses.replace(config, out=f"{config.out}/seed-{config.seed}")
                    for config in configs]
@@ -1614,8 +1601,6 @@ def evaluate_only(config: TrainConfig, adapter: Path | None, split: str | None) 
     sets = load_dev(task, load)
     scores = evaluate_dev(model, sets, task)
     say(f"{task.name}, {sum(map(len, sets.values())):,} dev examples: {in_words(scores)}")
-    if scores["spread"] < COLLAPSED:
-        say(collapse(scores["spread"]))
 
     folder = Path(config.out or home_of(adapter or model_dir)) / "submission"
     for name, part in submission_files(task, split):

@@ -77,15 +77,15 @@ def test_resume(tmp_path, monkeypatch, first, then, last):
     class Cut(Exception):
         pass
 
-    def log(self, line):
-        real(self, line)
+    def after_step(self, *numbers):
+        real(self, *numbers)
         if self.step > last:
             raise Cut
 
-    real = train_glue.Run.log
+    real = train_glue.Run.after_step
     given = settings("dora", save_every=last)
     with monkeypatch.context() as patch:
-        patch.setattr(train_glue.Run, "log", log)
+        patch.setattr(train_glue.Run, "after_step", after_step)
         with pytest.raises(Cut):
             start(first, tmp_path, **given)
     start(then, tmp_path, resume=True, **given)
@@ -166,41 +166,15 @@ def test_operations(monkeypatch):
 # ---- choosing a device, TF32, compile, several processes -----------------------------------------
 
 
-def test_the_device_refuses():
-    """The simulation refuses what a device refuses: mixed devices, float64 on MPS, copies to MPS
-    without blocking; and it counts item, bool, tolist, cpu and masks as waits."""
-    with Device("cuda") as device:
-        x = torch.ones(3).to("cuda")
-        for wrong in (lambda: x + torch.ones(3), lambda: torch.stack([x[0], torch.ones(())]),
-                      lambda: x @ torch.ones(3), lambda: x.to("mps")):
-            with pytest.raises(RuntimeError):
-                wrong()
-        assert (x + torch.tensor(2.0)).device == torch.device("cuda:0")  # one number may join
-        assert device.waits == {}
-        x[0].item(), bool(x[0] > 0), x.tolist(), x.cpu(), x[x > 0]
-        assert sum(device.waits.values()) == 5
-    with Device("mps"):
-        for wrong in (lambda: torch.ones(3, dtype=torch.float64).to("mps"),
-                      lambda: torch.ones(3).to("mps").double(),
-                      lambda: torch.ones(3, dtype=torch.float64, device="mps"),
-                      lambda: torch.ones(3).to("mps", non_blocking=True)):
-            with pytest.raises((TypeError, RuntimeError)):
-                wrong()
-
-
 def test_auto():
-    """--device auto takes CUDA, or else MPS, or else the CPU, which it also takes where MPS would
-    have to compute in float64 (D1). A device that is not there is refused."""
+    """--device auto takes CUDA, or else MPS, or else the CPU. A device that is not there is
+    refused."""
     assert find_device("auto").type == "cpu"
     for kind, other in (KINDS, KINDS[::-1]):
         with Device(kind):
             assert find_device("auto") == torch.device(kind, 0)
             with pytest.raises(DoRAError, match=f"{other} is not available"):
                 find_device(other)
-    with Device("mps"):
-        assert find_device("auto", "float64").type == "cpu"
-    with pytest.raises(DoRAError, match="mps has no float64"):
-        make_config(device="mps", dtype="float64")
 
 
 @pytest.mark.parametrize("kind, deterministic", [
@@ -219,6 +193,7 @@ def test_tf32(tmp_path, capsys, kind, deterministic):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_graphs(tmp_path, monkeypatch, capsys):
     """--compile: batches of all widths share one graph for training and one for evaluation, before
     the compaction and after it. Losses and scores equal the run's that is not compiled, in float64.
@@ -279,8 +254,8 @@ def test_two_processes_send_only_gradients(monkeypatch):
     monkeypatch.setattr(train_glue, "process", lambda: (0, 2))
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Parallel)
     model = tiny_model()
-    net, evaluated = train_glue.wrap(model, make_config())
-    assert evaluated is model and options == [dict(broadcast_buffers=False)]
+    net = train_glue.wrap(model, make_config())
+    assert net.module is model and options == [dict(broadcast_buffers=False)]
     batch = train_glue.data.Batch(torch.randint(4, 99, (6, 8)), torch.ones(6, 8, dtype=torch.bool),
                                   torch.tensor([0, 1] * 3), torch.arange(6))
     train_glue.backward(net, batch, torch.zeros(()), 3, torch.device("cpu"))

@@ -1,7 +1,6 @@
 """An interrupted run, resumed, ends bit for bit as one that nothing stopped, and a failed write
 loses nothing that was complete."""
 import errno
-import io
 import json
 import math
 import os
@@ -118,19 +117,6 @@ def test_a_pipe_that_is_closed(tmp_path, whole):
     assert "after the last" in (tmp_path / "out" / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("name, encoding, shown", [
-    ("uäß", "ascii", r"u\xe4\xdf"), ("u\udcff", "utf-8", r"u\udcff")])
-def test_a_name_that_the_terminal_cannot_show(tmp_path, name, encoding, shown):
-    """T18: a folder's name in letters, or bytes, that stdout's encoding lacks: they are printed as
-    escapes."""
-    words = flags(**run_settings(tmp_path / name, max_steps=8, interval=1))
-    process = command(*words, env={"PYTHONIOENCODING": encoding})
-    said, errors = process.communicate(timeout=100)
-    assert process.returncode == 0 and not errors, errors
-    assert f"files in {tmp_path}/{shown}\n" in said
-    assert (tmp_path / name / "result.json").exists()
-
-
 @pytest.mark.parametrize("epoch, number", [(1, signal.SIGINT), (2, signal.SIGTERM),
                                            (3, signal.SIGINT)])
 def test_interrupted_while_it_evaluates(tmp_path, capsys, monkeypatch, epoch, number):
@@ -163,44 +149,11 @@ def test_interrupted_while_it_evaluates(tmp_path, capsys, monkeypatch, epoch, nu
     assert newest(tmp_path / "out")["step"] == step
     assert len(evaluations(tmp_path / "out")) == epoch - 1 and len(lines(tmp_path / "out")) == step
     noted = json.loads((tmp_path / "out" / "run.json").read_text())
-    noted["calls"][0]["seconds"] = 1000.0                        # they count for the whole run, too
+    noted["seconds"] = 1000.0                                    # they count for the whole run, too
     (tmp_path / "out" / "run.json").write_text(json.dumps(noted))
     assert main([*words, "--resume"]) == 0
     same_runs(tmp_path / "out", tmp_path / "whole")
-    calls = json.loads((tmp_path / "out" / "run.json").read_text())["calls"]
-    assert [(call["first_step"], call["last_step"]) for call in calls] == [(0, step), (step, 24)]
     assert 1000 < json.loads((tmp_path / "out" / "result.json").read_text())["seconds"] < 2000
-
-
-def test_the_bar_leaves_out_evaluation(tmp_path, monkeypatch):
-    """The bar's clock, which starts at 0 and advances only in evaluations, by 100 s for each batch
-    of one: it has counted nothing at the end. The evaluation's own bar has counted its time."""
-    now, bars = [0.0], []
-
-    class Bar(train_glue.tqdm):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **{**options, "disable": False, "file": io.StringIO()})
-            bars.append(self)
-
-        def close(self):
-            self.counted = self._time() - self.start_t
-            super().close()
-
-    monkeypatch.setattr(train_glue, "tqdm", Bar)
-    monkeypatch.setattr(train_glue.time, "time", lambda: now[0])
-    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
-    real = train_glue.RobertaForSequenceClassification.forward
-
-    def forward(model, *args):
-        now[0] += 0 if model.training else 100
-        return real(model, *args)
-
-    monkeypatch.setattr(train_glue.RobertaForSequenceClassification, "forward", forward)
-    run(tmp_path)
-    steps, *dev = bars
-    assert [bar.desc for bar in dev] == ["evaluation"] * 3 and now == [300.0]
-    assert [(bar.counted, bar.n) for bar in dev] == [(100.0, 40)] * 3
-    assert steps.counted == 0.0 and steps.n == 24
 
 
 def test_interrupted_many_times(tmp_path, monkeypatch, whole):
@@ -278,63 +231,6 @@ def test_checkpoints_hold_tensors_alone(whole):
 
 # ---- numbers that are not finite ----------------------------------------------------------------
 
-@pytest.mark.parametrize("value, step, log_every", [
-    (math.nan, 3, 1), (math.inf, 11, 1), (math.nan, 14, 100), (math.inf, 16, 100),
-    slow(math.inf, 3, 1), slow(math.nan, 11, 1), slow(math.inf, 14, 100), slow(math.nan, 16, 100)])
-def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch, whole, value, step, log_every):
-    """NaN or inf from a step on, seen at a log step (each one), before a checkpoint (save_every 4)
-    or before the evaluation at an epoch's end (16): exit code 2, one line with step, learning rate
-    and weight; the state is saved aside; checkpoints, adapter and log hold finite numbers only,
-    and the resumed run ends as the one that never broke."""
-    words = flags(**run_settings(tmp_path, log_every=log_every, save_every=4))
-    seen = step if log_every == 1 else 16
-    with monkeypatch.context() as patch:
-        each_loss(patch, lambda n, loss: loss * (value if n >= step else 1))
-        assert main(words) == 2
-    error = capsys.readouterr().err.strip()
-    lr = train_glue.learning_rate(seen - 1, 24, make_config(**run_settings(tmp_path)))
-    loss = value if seen == step else math.nan      # later steps start from weights that are NaN
-    for part in (f"step {seen}: loss {loss}", "first bad weight roberta.encoder.layer.0.attention",
-                 f"(--lr), which was {lr:.3g}.", "not-finite.pt", str(tmp_path / "checkpoints")):
-        assert part in error, (part, error)
-    assert "\n" not in error
-    aside = torch.load(tmp_path / "checkpoints" / "not-finite.pt", weights_only=True)
-    assert aside["step"] == seen and aside["best"] is None
-    good = sorted(tmp_path.glob("checkpoints/step-*.pt"))
-    assert f"last good checkpoint there is {good[-1].stem if good else 'none yet'}" in error
-    for path in good:
-        weights = torch.load(path, weights_only=True)["weights"]
-        assert all(tensor.isfinite().all() for tensor in weights.values())
-    assert not (tmp_path / "adapter").exists()
-    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=pytest.fail)
-    if log_every == 1:
-        assert main([*words, "--resume"]) == 0
-        same_runs(tmp_path, whole)
-
-
-@pytest.mark.parametrize("method, importance", [("dora", "sensitivity"), ("paper", "norm"),
-                                                ("adalora", "triplet")])
-def test_a_score_that_is_not_finite(tmp_path, capsys, monkeypatch, method, importance):
-    """The scores of one matrix are NaN from the start: the first pruning, at step 7, stops with
-    its name and the learning rate, and the state is saved aside."""
-    real = dora.Pruner.scores
-
-    def scores(pruner):
-        bad = [name.endswith("0.attention.self.key") for name in pruner.layers]
-        factors = torch.tensor([math.nan if b else 1.0 for b in bad])
-        assert pruner.config.importance == importance
-        return real(pruner) * factors.repeat_interleave(pruner.config.r_prime)
-
-    monkeypatch.setattr(dora.Pruner, "scores", scores)
-    assert main(flags(**run_settings(tmp_path, method=method))) == 2
-    error = capsys.readouterr().err
-    lr = train_glue.learning_rate(6, 24, make_config(**run_settings(tmp_path, method=method)))
-    for part in ("step 7: a score of ", "layer.0.attention.self.key is not finite",
-                 f"(--lr), which was {lr:.3g}.", "not-finite.pt"):
-        assert part in error, (part, error)
-    assert torch.load(tmp_path / "checkpoints" / "not-finite.pt", weights_only=True)["step"] == 6
-
 
 def test_ctrl_c_while_loading(tmp_path, capsys, monkeypatch):
     """Ctrl-C before the first step: one line, exit code 130, no run folder."""
@@ -346,97 +242,78 @@ def test_ctrl_c_while_loading(tmp_path, capsys, monkeypatch):
     assert "nothing to save" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("value, step, log_every", [
+    (math.nan, 3, 1), (math.inf, 11, 1), (math.nan, 14, 100), (math.inf, 16, 100)])
+def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch, whole, value, step, log_every):
+    """NaN or inf from a step on, seen at a log step (each one), before a checkpoint (save_every 4)
+    or before the evaluation at an epoch's end (16): exit code 2, one line with step, learning rate
+    and weight; the state is saved aside; checkpoints and adapter hold finite numbers only, and the
+    resumed run ends as the one that never broke."""
+    words = flags(**run_settings(tmp_path, log_every=log_every, save_every=4))
+    seen = step if log_every == 1 else 16
+    with monkeypatch.context() as patch:
+        each_loss(patch, lambda n, loss: loss * (value if n >= step else 1))
+        assert main(words) == 2
+    error = capsys.readouterr().err.strip()
+    lr = train_glue.learning_rate(seen - 1, 24, make_config(**run_settings(tmp_path)))
+    for part in (f"step {seen}: loss ", "roberta.encoder.layer.0.attention", f"{lr:.3g}",
+                 str(tmp_path / "checkpoints" / "not-finite.pt")):
+        assert part in error, (part, error)
+    assert "\n" not in error
+    aside = torch.load(tmp_path / "checkpoints" / "not-finite.pt", weights_only=True)
+    assert aside["step"] == seen and aside["best"] is None
+    for path in tmp_path.glob("checkpoints/step-*.pt"):
+        weights = torch.load(path, weights_only=True)["weights"]
+        assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert not (tmp_path / "adapter").exists()
+    if log_every == 1:
+        assert main([*words, "--resume"]) == 0
+        same_runs(tmp_path, whole)
+
+
+def test_a_score_that_is_not_finite(tmp_path, capsys, monkeypatch):
+    """The scores of one matrix are NaN from the start: the first pruning, at step 7, stops with
+    its name and the learning rate, and the state is saved aside."""
+    real = dora.Pruner.scores
+
+    def scores(pruner):
+        bad = [name.endswith("0.attention.self.key") for name in pruner.layers]
+        factors = torch.tensor([math.nan if b else 1.0 for b in bad])
+        return real(pruner) * factors.repeat_interleave(pruner.config.r_prime)
+
+    monkeypatch.setattr(dora.Pruner, "scores", scores)
+    assert main(flags(**run_settings(tmp_path))) == 2
+    error = capsys.readouterr().err
+    lr = train_glue.learning_rate(6, 24, make_config(**run_settings(tmp_path)))
+    for part in ("step 7", "layer.0.attention.self.key", f"{lr:.3g}", "not-finite.pt"):
+        assert part in error, (part, error)
+    assert torch.load(tmp_path / "checkpoints" / "not-finite.pt", weights_only=True)["step"] == 6
+
+
 # ---- damaged checkpoints ------------------------------------------------------------------------
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-1000])
+def rest(path):
+    """A checkpoint of another version."""
+    torch.save({"step": 14}, path)
 
 
-def empty(path):
-    path.write_bytes(b"")
-
-
-def flipped(path):
-    raw = bytearray(path.read_bytes())
-    weights = torch.load(path, weights_only=True)["weights"]
-    inside = raw.index(max(weights.values(), key=torch.numel).detach().numpy().tobytes())
-    raw[inside + 100] ^= 255
-    path.write_bytes(raw)
-
-
-def other(path):
-    torch.save({"step": 3}, path)
-
-
-def listed(path):
-    torch.save([1, 2], path)
-
-
-@pytest.mark.parametrize("damage", [cut, flipped, *map(slow, (empty, other, listed))])
-def test_a_damaged_checkpoint(tmp_path, capsys, monkeypatch, whole, damage):
-    """The newest is cut short, empty, has a byte changed or holds something else: it says so by
-    name, goes on from the one before, and ends as the uninterrupted run."""
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_bytes(path.read_bytes()[:-1000]), slow(rest),
+    slow(lambda path: path.write_bytes(b"")), slow(lambda path: torch.save([1, 2], path))])
+def test_a_damaged_checkpoint(tmp_path, monkeypatch, whole, damage):
+    """The newest is cut short, empty, or holds something else: it is refused by name. Without it,
+    the run goes on from the one before, and ends as the uninterrupted run."""
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(patch, 14)
         run(tmp_path, save_every=5)
-    newest_path = max((tmp_path / "checkpoints").iterdir())
-    assert newest_path.name == "step-00000014.pt"
-    damage(newest_path)
-    capsys.readouterr()
+    path = tmp_path / "checkpoints" / "step-00000014.pt"
+    damage(path)
+    with pytest.raises(DoRAError, match=rf"{path} is damaged"):
+        resume(tmp_path, save_every=5)
+    path.unlink()
     resume(tmp_path, save_every=5)
-    assert f"{newest_path} is damaged, going back to the one before" in capsys.readouterr().out
     same_runs(tmp_path, whole)
 
-
-def test_a_damaged_checkpoint_is_not_one_of_the_newest_two(tmp_path, monkeypatch):
-    """T23: the damaged one is renamed, so that the two that are kept after the next saves are
-    intact; and --overwrite deletes it."""
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        stop_at(patch, 14)
-        run(tmp_path, save_every=5)
-    cut(tmp_path / "checkpoints" / "step-00000014.pt")
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        stop_at(patch, 3)
-        resume(tmp_path, save_every=2)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
-        "step-00000012.pt", "step-00000013.pt", "step-00000014.damaged"]
-    run(tmp_path, overwrite=True)
-    assert not [*tmp_path.glob("checkpoints/*.damaged")]
-
-
-@pytest.mark.parametrize("name, damage", [
-    *((name, damage) for name in ("metrics.jsonl", "ranks.jsonl", "run.json", "config.json")
-      for damage in ("gone", "cut")), ("adapter", "gone")])
-def test_a_run_without_its_other_files(tmp_path, monkeypatch, whole, name, damage):
-    """T22: the checkpoint decides whether a run can go on: without its log, or with half of it, it
-    ends with the same weights, and every line is JSON. Without its best adapter it saves
-    another."""
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        stop_at(patch, 18)
-        run(tmp_path)
-    path = tmp_path / name
-    if name == "adapter":
-        shutil.rmtree(path)
-    elif damage == "gone":
-        path.unlink()
-    else:
-        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:1]))
-    resume(tmp_path)
-    same(newest(tmp_path)["weights"], newest(whole)["weights"])
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-    for log in ("metrics.jsonl", "ranks.jsonl"):
-        if (tmp_path / log).exists():
-            [*map(json.loads, (tmp_path / log).read_text().splitlines())]
-
-
-def test_a_best_adapter_that_is_gone_at_the_end(tmp_path):
-    """T22: after the last evaluation, the adapter deleted: the resumed run evaluates the last epoch
-    again and saves its adapter."""
-    run(tmp_path)
-    (tmp_path / "result.json").unlink()
-    shutil.rmtree(tmp_path / "adapter")
-    found = resume(tmp_path)
-    assert found["best"]["step"] == 24 and (tmp_path / "adapter").exists()
 
 
 def test_a_run_that_moved(tmp_path, monkeypatch):
@@ -456,84 +333,37 @@ def test_a_run_that_moved(tmp_path, monkeypatch):
     assert main(["--eval-only", "--adapter", str(tmp_path / "out")]) == 0
 
 
-def test_all_checkpoints_damaged(tmp_path, monkeypatch):
-    """None is intact: an error, and the files stay as they are."""
-    stop_at(monkeypatch, 3)
-    with pytest.raises(Interrupted):
-        run(tmp_path)
-    for path in (tmp_path / "checkpoints").iterdir():
-        empty(path)
-    with pytest.raises(DoRAError, match="all checkpoints are damaged"):
-        resume(tmp_path)
-    assert len(lines(tmp_path)) == 3
-
-
 # ---- refusals -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(rank=1.5), ["rank = 2.0", "1.5"]),
-    (dict(schedule="slow_first"), ["schedule = fast_first", "slow_first"]),
-    (dict(start_rank=5), ["start_rank = None", "5"]), (dict(epochs=4), ["epochs = 3", "4"]),
-    (dict(max_steps=30), ["max_steps = None", "30"]), (dict(seed=2), ["seed = 1", "2"]),
-    (dict(interval=4), ["interval = 3", "4"]), (dict(lr=0.1), ["lr = 0.003", "0.1"]),
-    (dict(method="lora"), ["=", "resume with the same"]), (dict(dtype="float64"), ["dtype"]),
-    (dict(batch_size=4), ["batch_size = 8", "4"]), (dict(targets=("query",)), ["targets"]),
-    (dict(dropout=False), ["dropout"])])
-def test_another_run_is_not_resumed(tmp_path, whole, changes, words):
-    """Other budget, schedule, length, seed, method ...: refused, naming setting and both values;
-    the folder stays as it is."""
-    shutil.copytree(whole, tmp_path / "out")
-    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    with pytest.raises(DoRAError) as caught:
-        resume(tmp_path / "out", **changes)
-    for word in words:
-        assert word in str(caught.value)
-    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
-
-
-def test_another_version_is_not_resumed(tmp_path, whole):
-    """A checkpoint without an entry that this version needs: refused in one line that names it; the
+@pytest.mark.parametrize("changes, word", [
+    (dict(rank=1.5), "rank = 2.0, not 1.5"), (dict(epochs=4), "epochs = 3, not 4"),
+    (dict(schedule="slow_first"), "schedule = fast_first, not slow_first"),
+    (dict(lr=0.1), "lr = 0.003, not 0.1"),
+    (dict(dtype="float64"), "dtype"), (dict(targets=("query",)), "targets"),
+    (dict(task="toy-pretrain"), "task = toy, not toy-pretrain"), ("model", "model weights"),
+    ("train", "train.tsv = "), ("dev", "dev.tsv = "), ("row", "train examples = 61, not 60")])
+def test_another_run_is_not_resumed(tmp_path, whole, changes, word):
+    """Other settings, data (a word, a row) or weights: refused by name, with both values; the
     folder stays as it is."""
-    shutil.copytree(whole, tmp_path / "out")
-    for path in (tmp_path / "out").glob("checkpoints/step-*.pt"):
-        state = torch.load(path)
-        del state["first_loss"]
-        torch.save(state, path)
-    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    with pytest.raises(DoRAError, match="another version of train_glue.py and lacks first_loss"):
-        resume(tmp_path / "out")
-    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+    out = shutil.copytree(whole, tmp_path / "out")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    given = run_settings(out, resume=True)
+    if changes == "model":
+        folder = given["model_dir"] = shutil.copytree(given["model_dir"], tmp_path / "m")
+        weights = dora.read_safetensors(folder / "model.safetensors")
+        weights["roberta.encoder.layer.1.output.dense.bias"] += 0.5
+        dora.write_safetensors(folder / "model.safetensors", weights)
+    elif isinstance(changes, str):
+        folder = given["data_dir"] = shutil.copytree(given["data_dir"], tmp_path / "d")
+        path = folder / "toy" / f"{'train' if changes == 'row' else changes}.tsv"
+        rows = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(rows[:-1]) if changes == "row" else
+                         b"".join(rows).replace(b"dog", b"cat", 1))
+    given = {name: str(value) if name.endswith("_dir") else value for name, value in given.items()}
+    with pytest.raises(DoRAError, match=word):
+        train(make_config(**{**given, **(changes if isinstance(changes, dict) else {})}))
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
-
-def test_another_task_or_model_is_not_resumed(tmp_path, whole):
-    """Another task, other data or another model in the same folder's place: refused by name."""
-    shutil.copytree(whole, tmp_path / "out")
-    given = run_settings(tmp_path / "out", resume=True)
-    with pytest.raises(DoRAError, match="task = toy, not toy-pretrain"):
-        train(make_config(**{**given, "task": "toy-pretrain"}))
-    shutil.copytree(given["model_dir"], tmp_path / "m")
-    weights = dora.read_safetensors(tmp_path / "m" / "model.safetensors")
-    weights["roberta.encoder.layer.1.output.dense.bias"] += 0.5
-    dora.write_safetensors(tmp_path / "m" / "model.safetensors", weights)
-    with pytest.raises(DoRAError, match="model weights, config.json and tokenizer = "):
-        train(make_config(**{**given, "model_dir": str(tmp_path / "m")}))
-    shutil.copytree(given["data_dir"], tmp_path / "d")
-    path = tmp_path / "d" / "toy" / "train.tsv"
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
-    with pytest.raises(DoRAError, match="train examples = 61, not 60"):
-        train(make_config(**{**given, "data_dir": str(tmp_path / "d")}))
-
-
-@pytest.mark.parametrize("split", ["train", "dev"])
-def test_other_data_of_the_same_size_is_not_resumed(tmp_path, whole, split):
-    """T15: train.tsv or dev.tsv with one word changed, as many rows as before: refused by name."""
-    shutil.copytree(whole, tmp_path / "out")
-    given = run_settings(tmp_path / "out", resume=True, epochs=3)
-    shutil.copytree(given["data_dir"], tmp_path / "d")
-    path = tmp_path / "d" / "toy" / f"{split}.tsv"
-    path.write_bytes(path.read_bytes().replace(b"dog", b"cat", 1))
-    with pytest.raises(DoRAError, match=rf"{split}.tsv = \w+, not \w+; resume with the same"):
-        train(make_config(**{**given, "data_dir": str(tmp_path / "d")}))
 
 
 def test_random_states_of_other_devices(tmp_path, monkeypatch, whole):
@@ -599,19 +429,6 @@ def test_a_run_that_died_before_its_first_checkpoint(tmp_path, capsys, whole, ag
     assert len([*(tmp_path / "checkpoints").iterdir()]) == 2
 
 
-def test_seeds_on_other_data_or_another_model(tmp_path, capsys):
-    """T20: scores of seeds on different data or models are not averaged: a finished seed is refused
-    with the place that differs. The same place by another name is accepted."""
-    given = run_settings(tmp_path / "out", max_steps=8, interval=1)
-    assert main([*flags(**given), "--seeds", "1", "2"]) == 0
-    for name in ("data_dir", "model_dir"):
-        other = {**given, name: shutil.copytree(given[name], tmp_path / name)}
-        assert main([*flags(**other), "--seeds", "1", "2"]) == 2
-        assert f"contains a run with {name} = {given[name]}, not" in capsys.readouterr().err
-    same_place = {**given, "data_dir": os.path.relpath(given["data_dir"])}
-    assert main([*flags(**same_place), "--seeds", "1", "2"]) == 0
-
-
 def test_several_seeds_resume(tmp_path, monkeypatch, whole):
     """Stopped in the second of three seeds: the same command with --resume finishes the second,
     does the third, and leaves the first as it is."""
@@ -645,7 +462,7 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch, whole):
     assert main(words) == 2
     error = capsys.readouterr().err.strip()
     path = tmp_path / "checkpoints" / "step-00000011.pt"
-    assert error.endswith(f"{path}: No space left on device; finished files are intact")
+    assert error.endswith(f"{path}: No space left on device")
     assert "\n" not in error
     monkeypatch.undo()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
@@ -702,14 +519,6 @@ def test_a_read_only_folder(tmp_path, capsys, monkeypatch):
     assert main(flags(**run_settings(tmp_path / "out"))) == 2
     error = capsys.readouterr().err.strip()
     assert f"{tmp_path / 'out'}: Read-only file system" in error and "\n" not in error
-
-
-def test_a_file_in_the_folders_place(tmp_path, capsys):
-    """--out is a file: one line that names it, and it stays as it is."""
-    (tmp_path / "out").write_text("mine")
-    assert main(flags(**run_settings(tmp_path / "out"))) == 2
-    assert str(tmp_path / "out") in capsys.readouterr().err
-    assert (tmp_path / "out").read_text() == "mine"
 
 
 # ---- kill -9 ------------------------------------------------------------------------------------
@@ -828,9 +637,3 @@ def test_kill_with_the_real_encoder(tmp_path):
         shutil.rmtree(folder)
     assert kills >= 10
 
-
-def test_the_result_is_json(whole):
-    """result.json and every line of metrics.jsonl is JSON that other languages read: no NaN."""
-    json.loads((whole / "result.json").read_text(), parse_constant=pytest.fail)
-    for line in (whole / "metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=pytest.fail)

@@ -3,7 +3,6 @@ float32 or refuses the file in one line. (peers/test_transformers.py compares wi
 """
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -141,14 +140,6 @@ def test_dropout_only_in_training():
     assert not torch.equal(quiet(*batch), quiet(*batch))
 
 
-def test_it_needs_one_token_type():
-    """With two token types (an odd checkpoint) all tokens have type 0."""
-    model, batch = tiny_model(type_vocab_size=2), sentences()
-    before = model(*batch)
-    model.roberta.embeddings.token_type_embeddings.weight.data[1] = 100.0
-    assert torch.equal(model(*batch), before)
-
-
 # ---- the loader ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
@@ -179,12 +170,6 @@ def test_half_precision_is_widened(folder):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     for a, b in zip(model.parameters(), tiny_model().parameters()):
         assert torch.equal(a, b.half().float())
-
-
-def test_safetensors_come_first(folder):
-    """Where both files are there, the damaged .bin is not opened."""
-    (folder / "pytorch_model.bin").write_bytes(b"rubbish")
-    assert torch.equal(logits(load_roberta(folder, 2)), logits(tiny_model()))
 
 
 def test_a_round_trip(folder, tmp_path):
@@ -230,58 +215,56 @@ def test_a_new_head(folder, edit):
     assert torch.equal(load_roberta(folder, 2).classifier.dense.weight, head.dense.weight)
 
 
-def test_regression_after_classification(folder):
-    """A checkpoint with two classes loads for one output: a new head of that width."""
-    assert load_roberta(folder, 1).classifier.out_proj.weight.shape == (1, 32)
+KEY = "roberta.encoder.layer.1.output.dense.weight"
 
 
 KEY = "roberta.encoder.layer.1.output.dense.weight"
 
 
 @pytest.mark.parametrize("edit, words", [
-    (lambda w: {k: t for k, t in w.items() if k != KEY},
-     f"{KEY} is missing, 1 of 41 weights"),
-    (lambda w: w.update({KEY: torch.ones(32, 63)}), f"{KEY!r} is (32, 63), expected (32, 64)"),
-    (lambda w: w.update({KEY: torch.ones(32 * 64)}), f"{KEY!r} is (2048,), expected (32, 64)"),
-    (lambda w: w.update({"roberta.encoder.layer.2.output.dense.bias": torch.ones(32)}),
-     "layer.2.output.dense.bias' is (32,), expected no such weight"),
-    (lambda w: {k.replace("roberta.", "bert."): t for k, t in w.items()}, "bert.embeddings"),
-    (lambda w: {"classifier.dense.weight": torch.ones(32, 32)}, "is missing, 37 of 41 weights")],
-    ids=["missing", "shape", "flat", "unknown", "bert", "head alone"])
+    (lambda w: {k: t for k, t in w.items() if k != KEY}, f"1 of 41 weights are missing, .* {KEY}"),
+    (lambda w: {"classifier.dense.weight": torch.ones(32, 32)}, "37 of 41 weights are missing"),
+    (lambda w: {k.replace("roberta.", "bert."): t for k, t in w.items()}, "37 of 41 .* missing"),
+    (lambda w: w.update({KEY: torch.ones(32, 63)}), rf"{KEY}' is \(32, 63\) .* \(32, 64\)"),
+    (lambda w: w.update({KEY: torch.ones(32, 64, dtype=torch.int8)}), rf"{KEY}' .* torch.int8"),
+    (lambda w: w.update({KEY.replace("1", "2"): torch.ones(32)}), "layer.2.* no such weight"),
+    # as the first BERT files have them
+    (lambda w: {k.replace("Norm.weight", "Norm.gamma"): t for k, t in w.items()}, "Norm.gamma")],
+    ids=["missing", "head alone", "bert", "shape", "quantized", "unknown", "another time"])
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_wrong_weights_are_named(folder, form, edit, words):
     """A missing, misshapen or unknown weight: one line with file, key and shapes."""
     rewrite(folder, edit, form)
-    with pytest.raises(DoRAError) as caught:
+    with pytest.raises(DoRAError, match=words) as caught:
         load_roberta(folder, 2)
-    message = str(caught.value)
-    assert words in message and str(folder) in message and "\n" not in message
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_no_weights(folder):
-    """A folder without weights, and one without anything: what to point at."""
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(DoRAError, match="no model.safetensors or pytorch_model.bin"):
-        load_roberta(folder, 2)
-    with pytest.raises(DoRAError, match="config.json not found"):
-        load_roberta(folder / "nowhere", 2)
-    with pytest.raises(DoRAError, match="did you mean .*m/model?"):
-        save_model(tiny_model(), folder / "model")
-        (folder / "config.json").unlink()
-        load_roberta(folder, 2)
-
-
-@pytest.mark.parametrize("content", [
-    {"w": 3}, {1: torch.ones(2)}, [torch.ones(2)], torch.ones(2), {"model": {"w": torch.ones(2)}}])
+@pytest.mark.parametrize("content", [{"w": 3}, [torch.ones(2)], {"model": {"w": torch.ones(2)}}])
 def test_a_pickle_of_something_else(folder, content):
     """A .bin that holds no plain dictionary of tensors."""
     (folder / "model.safetensors").unlink()
     torch.save(content, folder / "pytorch_model.bin")
-    with pytest.raises(DoRAError, match="not a dictionary of tensors"):
+    with pytest.raises(DoRAError, match="pytorch_model.bin: not a plain state dict"):
         load_roberta(folder, 2)
 
 
-# ---- other architectures, shards, pointers ------------------------------------------------------
+def test_files_that_are_not_there(folder):
+    """A folder without weights or without anything, and files that git-lfs has not fetched."""
+    with pytest.raises(data.DataError, match="nowhere/config.json"):
+        load_roberta(folder / "nowhere", 2)
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        with pytest.raises((DoRAError, data.DataError), match=f"{name}.*git lfs pull"):
+            load_roberta(folder, 2)
+        if name == "model.safetensors":
+            (folder / name).unlink()
+            with pytest.raises(DoRAError, match=f"{folder}: no {name}"):
+                load_roberta(folder, 2)
+            save_model(tiny_model(), folder)
+
+
+# ---- other architectures, shards ----------------------------------------------------------------
 
 def shard(folder, suffix="safetensors", edit=dict):
     """Cut the folder's weights into two files and an index, as transformers saves large models."""
@@ -306,19 +289,6 @@ def test_shards(folder, suffix):
     assert torch.equal(logits(load_roberta(folder, 2)), logits(tiny_model()))
 
 
-@pytest.mark.parametrize("edit, words", [
-    (lambda places: {**places, "x": "model-00003-of-00002.safetensors"}, "but .* lists it"),
-    (lambda places: {**places, "x": "model-00001-of-00002.safetensors"}, "'x' is not in"),
-    (lambda places: {**places, "x": "../model-00001-of-00002.safetensors"}, "no weight_map"),
-    (lambda places: {**places, "x": 3}, "no weight_map"), (lambda places: [], "no weight_map"),
-    (lambda places: {k: p for k, p in places.items() if KEY != k}, f"{KEY} is missing")])
-def test_a_broken_index(folder, edit, words):
-    """T8: an index that names what is not there, or files elsewhere, is refused by name."""
-    shard(folder, edit=edit)
-    with pytest.raises(DoRAError, match=words):
-        load_roberta(folder, 2)
-
-
 @pytest.mark.parametrize("head", [
     {"qa_outputs.weight": (2, 32), "qa_outputs.bias": (2,)},                 # question answering
     {"classifier.weight": (9, 32), "classifier.bias": (9,)},                 # token classification
@@ -334,26 +304,6 @@ def test_heads_of_other_kinds(folder, head, prefix):
     assert not model.trained_head and not model.classifier.out_proj.bias.any()
     for a, b in zip(model.roberta.parameters(), tiny_model().roberta.parameters()):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_names_of_another_time(folder, form):
-    """LayerNorm.gamma and beta, as the first BERT files have them, are refused by name."""
-    rewrite(folder, lambda w: {k.replace("LayerNorm.weight", "LayerNorm.gamma"): t
-                               for k, t in w.items()}, form)
-    with pytest.raises(DoRAError, match="LayerNorm.gamma' is .*, expected no such weight"):
-        load_roberta(folder, 2)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json",
-                                  "model.safetensors.index.json"])
-def test_git_lfs_pointers(folder, name):
-    """T8: a file that git-lfs has not fetched is named as that."""
-    if name != "config.json":
-        (folder / "model.safetensors").unlink()
-    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(DoRAError, match=f"{name}: .*git-lfs pointer.*git lfs pull"):
-        load_roberta(folder, 2)
 
 
 # ---- the labels of a checkpoint's head ----------------------------------------------------------
@@ -389,8 +339,7 @@ def test_the_order_of_labels(tmp_path, task, names, order):
     ("sst2", 2, {"id2label": {"0": "bad", "1": "good"}}),
     ("rte", 2, {"id2label": {"0": "entailment", "1": "neutral", "2": "contradiction"}}),
     ("rte", 2, {"id2label": {"0": "LABEL_1", "1": "LABEL_0"}}),
-    ("rte", 2, {"finetuning_task": "qnli"}), ("stsb", 1, {}), ("stsb", 1, {"label_top": 4.0}),
-    ("rte", 2, {"problem_type": "multi_label_classification"})])
+    ("rte", 2, {"finetuning_task": "qnli"}), ("stsb", 1, {}), ("stsb", 1, {"label_top": 4.0})])
 def test_a_head_for_other_labels(tmp_path, task, classes, fields):
     """T1: a head of the right size for other labels, another task or another unit is not used."""
     save_model(tiny_model(classes), tmp_path)
@@ -411,26 +360,12 @@ def test_a_saved_model_knows_its_task(tmp_path, task):
     assert not load_roberta(tmp_path, task.num_labels, other).trained_head
 
 
-@pytest.mark.parametrize("names", [3, ["a", "b"], {"a": "b", "c": "d"}, {"1": "a", "2": "b"}])
-def test_a_damaged_table_of_labels(folder, names):
-    """T1: an id2label that is no table from 0 on is refused."""
-    with pytest.raises(DoRAError, match="id2label is"):
-        load_roberta(with_config(folder, id2label=names), 2, data.TASKS["rte"])
-
-
 def test_the_dropout_of_the_head(folder):
     """T1: classifier_dropout is the head's dropout; without it the encoder's is."""
     assert load_roberta(folder, 2).classifier.dropout.p == 0.1
     assert load_roberta(with_config(folder, classifier_dropout=0.5), 2).classifier.dropout.p == 0.5
     assert load_roberta(with_config(folder, classifier_dropout=0), 2).classifier.dropout.p == 0
     assert load_roberta(folder, 2).roberta.embeddings.dropout.p == 0.1
-
-
-@pytest.mark.parametrize("field", ["is_decoder", "add_cross_attention"])
-def test_a_decoder(folder, field):
-    """T1: a decoder, whose attention looks only back, is refused."""
-    with pytest.raises(DoRAError, match=f"{field} is True, expected False"):
-        load_roberta(with_config(folder, **{field: True}), 2)
 
 
 # ---- config.json --------------------------------------------------------------------------------
@@ -444,42 +379,26 @@ def test_config_is_read_as_written(folder):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("hidden_size", None), ("hidden_size", "32"), ("hidden_size", 32.0), ("hidden_size", True),
-    ("hidden_size", -32), ("hidden_size", 2**40), ("hidden_size", 33), ("num_attention_heads", 5),
-    ("num_hidden_layers", 0), ("num_hidden_layers", 10**6), ("num_attention_heads", 0),
-    ("vocab_size", [1]), ("layer_norm_eps", -1.0), ("layer_norm_eps", float("nan")),
-    ("hidden_dropout_prob", 1.0), ("hidden_dropout_prob", float("inf")), ("pad_token_id", "x"),
-    ("model_type", "bert"), ("hidden_act", "relu"), ("hidden_act", ["gelu"]),
-    ("position_embedding_type", "relative_key")])
-def test_absurd_fields(folder, field, value):
-    """A value no model can have: an error with file and field."""
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    ("hidden_size", None), ("hidden_size", "32"), ("hidden_size", 32.5), ("hidden_size", 33),
+    ("num_attention_heads", 5), ("num_hidden_layers", 0), ("vocab_size", [1]),
+    ("layer_norm_eps", -1.0), ("layer_norm_eps", None), ("hidden_dropout_prob", "x"),
+    ("model_type", "bert"), ("hidden_act", "relu"), ("position_embedding_type", "relative_key"),
+    ("is_decoder", True), ("add_cross_attention", True)])
+def test_fields_that_are_not_robertas(folder, field, value):
+    """A size that is not there (never roberta-base's instead), or that no model can have, and
+    another architecture: an error with file and field."""
+    with_config(folder, **{field: value})
     with pytest.raises(DoRAError) as caught:
         load_roberta(folder, 2)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(folder / "config.json") in str(caught.value) and "\n" not in str(caught.value)
     assert field in str(caught.value) or "not divisible by 5 heads" in str(caught.value)
 
 
-@pytest.mark.parametrize("field", [
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-    "max_position_embeddings", "layer_norm_eps"])
-def test_missing_fields(folder, field):
-    """A size that is not there is an error, never roberta-base's."""
-    path = folder / "config.json"
-    values = json.loads(path.read_text())
-    del values[field]
-    path.write_text(json.dumps(values))
-    with pytest.raises(DoRAError, match=f"{field} is None"):
-        load_roberta(folder, 2)
-
-
-@pytest.mark.parametrize("text", [
-    b"", b"{", b"[]", b"3", b"null", b'"roberta"', b"\xff\xfe", b"[" * 100_000, b"{}"])
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe", b"{}"])
 def test_a_config_that_is_none(folder, text):
-    """Broken JSON, JSON that is no object, too deep, empty: one line."""
+    """Broken JSON, JSON that is no object, empty: one line."""
     (folder / "config.json").write_bytes(text)
-    with pytest.raises(DoRAError, match="config.json"):
+    with pytest.raises((DoRAError, data.DataError), match="config.json"):
         load_roberta(folder, 2)
 
 
@@ -497,13 +416,3 @@ def test_recorded_hidden_states():
         expected = torch.tensor(recorded["states"][name])           # (B, D) of one position
         torch.testing.assert_close(states[:, position], expected, rtol=0, atol=1e-5)
 
-
-@pytest.mark.skipif(not MINILM.exists(), reason="needs ../shared/models")
-def test_the_shared_encoder_with_another_head(tmp_path):
-    """A float16 encoder without a head: saved with a head, it loads with the same logits."""
-    model = load_roberta(MINILM, 3).eval()
-    save_model(model, tmp_path)
-    ids, mask = sentences(vocab=50000)
-    with torch.no_grad():
-        assert torch.equal(model(ids, mask), load_roberta(tmp_path, 3).eval()(ids, mask))
-    shutil.rmtree(tmp_path)
