@@ -1086,7 +1086,9 @@ class Run:
             write_json(self.folder / "config.json", settings)
             for part in self.folder.glob("checkpoints/.*.part"):  # left by a killed process
                 part.unlink()
-            for path in self.folder.glob("*.jsonl"):
+            for path in (self.folder / "metrics.jsonl", self.folder / "ranks.jsonl"):
+                if not path.exists():
+                    continue
                 lines = [line for line in read_lines(path) if self.step and not self.repeats(line)]
                 path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         if not self.step and self.pruner.layers:
