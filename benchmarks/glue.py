@@ -8,9 +8,8 @@
     stage 2   STS-B and MRPC, three seeds, every row
     stage 3   learning rates on a tenth of CoLA's train set, then CoLA
     stage 4   controls: is it the choice of the components, the pruning, or neither?
-    stage 5   the default of dora against other choices, three seeds on STS-B's held-out tenth
-    stage 6   from LoRA to dora in steps, MRPC and STS-B, three seeds
-    stage 7   ten seeds of four of these steps on MRPC
+    stage 5   from LoRA to dora in steps, MRPC and STS-B, three seeds
+    stage 6   ten seeds of four of these steps on MRPC
 
 A finished run is a line of results/budget_curve.jsonl, with its predictions on dev, and is never
 repeated. A run that was stopped continues from its checkpoint. Several of these processes may run
@@ -39,14 +38,13 @@ from torch import Tensor, nn
 import data
 import train_glue
 from dora import DoRAConfig, DoRAError, DoRALinear, Pruner, inject
-from rank_recovery import PerParameter, PerParameterTwice
 
 LOG = report.RESULTS / "budget_curve.jsonl"
 CODE = 1  # raise it when a change of the program changes what these runs compute
 EPOCHS = {"stsb": 4, "mrpc": 6, "cola": 5}
 TENTH = {"stsb": 574, "mrpc": 366, "cola": 855}  # examples that held_out() holds out
 SEEDS, TEN = (1, 2, 3), tuple(range(1, 11))
-BOTH = ("stsb", "mrpc")  # the tasks of stages 1, 2, 4 and 6
+BOTH = ("stsb", "mrpc")  # the tasks of stages 1, 2, 4 and 5
 NOISE = 0.002  # of a score on a held-out tenth: rates whose scores are as close are alike
 # the middle of the first three rates on STS-B; others 2e-3. The other tasks start at half of it
 START_LR = {"full": 1e-4, "lora 2": 4e-3, "lora qv 1": 4e-3, "adalora 2": 4e-3, "paper 2": 4e-3}
@@ -78,7 +76,6 @@ class Row(NamedTuple):
     method: str
     settings: dict[str, Any]
     rate: str  # the row whose learning rate it takes
-    pruner: type[Pruner] = Pruner
     places: str = ""  # the dora row whose ranks it has from the start
     shuffled: bool = False
 
@@ -123,13 +120,6 @@ CONTROL_PAIRS = (
     (f"{SAME}, 0.5", f"{SHUFFLED}, 0.5"), (f"{SAME}, 2", f"{SHUFFLED}, 2"),
     (f"{SAME}, 2", "lora 2"), (f"{SHUFFLED}, 2", "lora 2"),
 )
-HALF = dict(rank=0.5)
-CHOICES = {
-    "components in order of score / cost": Row("dora", HALF, "dora 0.5", PerParameter),
-    "components in order of score / cost^2": Row("dora", HALF, "dora 0.5", PerParameterTwice),
-    "budget in components": Row("dora", dict(HALF, budget_unit="components"), "dora 0.5"),
-    "scale alpha / r = 16": Row("dora", dict(HALF, alpha=16.0), "dora 0.5"),
-}
 AT_RATE, UNPRUNED = "lora 2 at dora's rate", "dora 2, nothing pruned"
 NO_DROPOUT, ON_AX = f"{AT_RATE}, no dropout", f"{AT_RATE}, dropout on A x"
 STEPS = {name: Row("lora", dict(rank=2.0, **more), "dora 2") for name, more in (
@@ -141,7 +131,7 @@ STEP_PAIRS = (
     (ON_AX, NO_DROPOUT), ("dora 2", ON_AX), ("dora 2", UNPRUNED), (UNPRUNED, "lora 2"),
 )
 FOUR = (AT_RATE, NO_DROPOUT, ON_AX, "dora 2")  # ten seeds each on MRPC
-ALL = {**ROWS, **CONTROLS, **RECORDED, **CHOICES, **STEPS}
+ALL = {**ROWS, **CONTROLS, **RECORDED, **STEPS}
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -165,11 +155,8 @@ def run(c: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         model_dir=str(args.model_dir), out=str(out), device=args.device, save_every=100,
         resume=any(out.glob("checkpoints/*.pt")), **settings)
 
-    pruner: Any = row.pruner
-    if ranks:
-        pruner = functools.partial(FixedRanks, ranks=ranks,
-                                   shuffle=c["seed"] if row.shuffled else None)
-    with mock.patch.multiple(train_glue, Pruner=pruner, **watching(out)):
+    pruner = functools.partial(FixedRanks, ranks=ranks, shuffle=c["seed"] if row.shuffled else None)
+    with mock.patch.multiple(train_glue, Pruner=pruner if ranks else Pruner, **watching(out)):
         result = train_glue.train(config)
 
     metric = data.TASKS[c["task"]].metrics[0]
@@ -285,14 +272,14 @@ def rate_of(row: str, task: str) -> float | None:
     return None if rate_to_try(source, task) else best_rate(tried_rates(source, task))
 
 
-def on(row: str, task: str, split: str = "dev") -> list[dict[str, Any]]:
-    """Return the finished runs of a row on a task at its learning rate, by seed.
+def on(row: str, task: str) -> list[dict[str, Any]]:
+    """Return the finished runs of a row on a task's dev set at its learning rate, by seed.
 
     Until every seed has been run there, these are the runs at the rate that an earlier rule chose,
     by the score of the last epoch.
     """
     runs = [line for line in report.read_log(LOG)
-            if (line["row"], line["split"], line["task"]) == (row, split, task)]
+            if (line["row"], line["split"], line["task"]) == (row, "dev", task)]
     found = [line for line in runs if line["lr"] == rate_of(row, task)]
     tried = tried_rates(ALL[row].rate, task, "last")
     if len(found) < len(SEEDS) and tried:
@@ -318,10 +305,8 @@ def to_do(stages: Iterable[int]) -> Iterator[dict[str, Any]]:
     if 4 in stages:
         yield from on_dev(CONTROLS, BOTH)
     if 5 in stages:
-        yield from on_dev(("dora 0.5", *CHOICES), ("stsb",), split="held out")
-    if 6 in stages:
         yield from on_dev(STEPS, BOTH[::-1])  # MRPC first: there dora leads by more
-    if 7 in stages:
+    if 6 in stages:
         yield from on_dev(FOUR, ("mrpc",), TEN)
 
 
@@ -332,8 +317,8 @@ def rates(rows: Iterable[str], task: str) -> Iterator[dict[str, Any]]:
             yield cell(row, "held out", task, 1, rate)
 
 
-def on_dev(rows: Iterable[str], tasks: tuple[str, ...], seeds: tuple[int, ...] = SEEDS,
-           split: str = "dev") -> Iterator[dict[str, Any]]:
+def on_dev(rows: Iterable[str], tasks: tuple[str, ...],
+           seeds: tuple[int, ...] = SEEDS) -> Iterator[dict[str, Any]]:
     """Yield the runs of the rows whose learning rate and places are known, seed by seed."""
     for task in tasks:
         for seed in seeds:
@@ -341,7 +326,7 @@ def on_dev(rows: Iterable[str], tasks: tuple[str, ...], seeds: tuple[int, ...] =
                 places, rate = ALL[row].places, rate_of(row, task)
                 known = not places or any(line["seed"] == seed for line in on(places, task))
                 if rate is not None and known:
-                    yield cell(row, split, task, seed, rate)
+                    yield cell(row, "dev", task, seed, rate)
 
 
 # ---- comparisons ---------------------------------------------------------------------------------
@@ -459,7 +444,6 @@ def write_report(data_dir: Path) -> None:
         "STEPS": scores_table(("lora 2", *STEPS, "dora 2"), BOTH),
         "STEP_PAIRS": differences_table(STEP_PAIRS, BOTH),
         "BY_EXAMPLE": by_example(labels_of("mrpc", data_dir)),
-        "CHOICES": scores_table(("dora 0.5", *CHOICES), ("stsb",), "held out"),
         "RATES": "\n\n".join(map(rates_table, EPOCHS))}
     parts = [tables.get(part) or textwrap.fill(part, 120, break_on_hyphens=False,
                                                break_long_words=False)
@@ -469,14 +453,14 @@ def write_report(data_dir: Path) -> None:
     plot(errors)
 
 
-def scores_table(rows: Iterable[str], tasks: Iterable[str], split: str = "dev") -> str:
+def scores_table(rows: Iterable[str], tasks: Iterable[str]) -> str:
     """Return a table of rows by tasks, with parameters, learning rates and collapses. A star marks
     a rate that the earlier rule chose."""
     body = []
     for row in rows:
         cells = []
         for task in tasks:
-            found = on(row, task, split)
+            found = on(row, task)
             text = report.spread(line["best"] for line in found)
             if found:
                 sizes = sorted({size(line) for line in found})
@@ -587,7 +571,7 @@ def plot(errors: dict[str, float | None]) -> None:
 def main() -> None:
     """Run the command line."""
     parser = report.parser(str(__doc__))
-    parser.add_argument("--stages", type=int, nargs="+", choices=range(1, 8), default=range(1, 8))
+    parser.add_argument("--stages", type=int, nargs="+", choices=range(1, 7), default=range(1, 7))
     parser.add_argument("--rows", nargs="+", choices=ALL, metavar="ROW",
                         help='only these rows of the tables, such as "dora 2"')
     args = parser.parse_args()
@@ -637,7 +621,7 @@ def short(args: argparse.Namespace) -> None:
         assert last == 1 and sorted(shared) == [0, 2] and (shuffle or shared == [2, 0])
         assert [int(layer.c.sum()) for layer in layers.values()] == [*shared, last]
     done = report.finished(LOG)
-    left = sum(report.key_of(c) not in done for c in to_do(range(1, 8)))
+    left = sum(report.key_of(c) not in done for c in to_do(range(1, 7)))
     print(f"{len(done)} finished runs on record, {left} can start")
 
 

@@ -4,18 +4,18 @@ A frozen teacher y = net(x; W0 + Delta W*) + noise has a Delta W* whose rank dif
 matrix. A student starts from W0 with r' components in every matrix, sees fresh data in every step,
 and prunes itself to exactly the teacher's budget. Two figures per run:
 
-    misplaced   sum over matrices of cost * max(0, kept - true) / sum of cost * kept: share of the
-                adapter that is in a matrix which already has all the rank it needs. The cost of a
-                component is d_in + d_out. The share is of the run's own adapter, so that it
-                cannot exceed 100 %, even for LoRA, whose adapter is larger than the teacher's.
+    misplaced   sum over matrices of max(0, kept - true) / sum of kept: share of the components in
+                a matrix which already has all the rank it needs. The share is of the run's own
+                adapter, so that it cannot exceed 100 %, even for LoRA, whose adapter is larger
+                than the teacher's.
     loss        expected squared error on noisy targets / noise^2: the teacher itself gets 1
 
     python benchmarks/rank_recovery.py           # all, 20 seeds; continues where it was stopped
-    python benchmarks/rank_recovery.py --only "Budget unit" --seeds 5    # tables by their titles
+    python benchmarks/rank_recovery.py --only Methods --seeds 5    # tables by their titles
     python benchmarks/rank_recovery.py --short   # about 20 s, with assertions: what CI runs
 
-A row is a set of DoRAConfig values and, where these do not suffice, a Pruner defined here. The seed
-fixes teacher, data and start, so all rows meet the same problems. A finished run is a line of
+A row is a set of DoRAConfig values. The seed fixes teacher, data and start, so all rows meet the
+same problems. A finished run is a line of
 results/rank_recovery.jsonl and is never repeated; several processes may run at once.
 """
 
@@ -53,21 +53,6 @@ class Pattern:
     gains: tuple[float, ...] = ()  # (W / gain)(gain h): the same function, other sizes of W
     batch: int = 64  # examples per step
     steps: int = 1500
-    blocks: str = ""  # s: a square matrix, f: up to 4 widths and down again; none = all square
-    share: float = 1.0  # budget as a share of the teacher's own cost
-    boost: float = 1.0  # factor of the singular values in f blocks
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """Return (d_out, d_in) of every matrix."""
-        d = self.width
-        kinds = {"s": [(d, d)], "f": [(4 * d, d), (d, 4 * d)]}
-        return [shape for kind in self.blocks or "s" * len(self.truth) for shape in kinds[kind]]
-
-    @property
-    def costs(self) -> list[int]:
-        """Return the parameters of one component of every matrix, d_in + d_out."""
-        return [sum(shape) for shape in self.shapes]
 
 
 MIXED, GAINS = (0, 1, 2, 4, 0, 3), (1.0, 2.0, 0.5, 1.0, 2.0, 0.5)
@@ -90,15 +75,6 @@ PATTERNS = {
 }
 STRESS = ("150 steps",)  # too few to converge: shown, not counted as "worst"
 
-# A component of an f block costs 5 * 48 parameters, one of an s block 2 * 48: RoBERTa's ratio.
-SHAPES = dict(blocks="ssfssf", steps=1500)
-COSTS = {
-    "expensive": Pattern((0, 0, 3, 2, 0, 0, 2, 3), **SHAPES),
-    "cheap": Pattern((3, 4, 0, 0, 3, 2, 0, 0), **SHAPES),
-    "both": Pattern((0, 3, 2, 0, 1, 2, 0, 3), **SHAPES),
-    "both, half": Pattern((0, 3, 2, 0, 1, 2, 0, 3), share=0.5, **SHAPES),
-    "strong, half": Pattern((0, 3, 2, 0, 1, 2, 0, 3), share=0.5, boost=2.0, **SHAPES),
-}
 CHANGED = "Ī·Ū .85, B=0, fast, but for"  # the third table: rows that change one setting each
 FEWER = 5  # its seeds, at most
 TELLING = ("mixed", "uneven", "gains", "batch 8", "400 steps", "150 steps")
@@ -123,24 +99,6 @@ CHANGES: tuple[dict[str, Any], ...] = (
     dict(LATE, importance="frobenius", beta1=0.9, beta2=None), dict(LATE, schedule="slow_first"))
 
 
-# ---- what the settings of dora.py cannot express -------------------------------------------------
-
-
-class PerParameter(Pruner):
-    """Orders components by score per parameter, Ī Ū / cost."""
-
-    def scores(self) -> Tensor:
-        return super().scores() / self.costs
-
-
-class PerParameterTwice(Pruner):
-    """Orders components by Ī Ū / cost^2: both factors, which are differences of a loss, per
-    parameter."""
-
-    def scores(self) -> Tensor:
-        return super().scores() / self.costs**2
-
-
 # ---- tables, problems, runs ----------------------------------------------------------------------
 
 
@@ -151,23 +109,14 @@ def tables() -> dict[str, dict[str, dict[str, Any]]]:
 
     grid = {f"{a}, {b}, {c}": {**BASE, **SCORES[a], **STARTS[b], **CURVES[c]}
             for a in SCORES for b in STARTS for c in CURVES}
-    dora = METHODS["dora"]
-    in_parameters = dict(dora, budget_unit="parameters")
-    return {
-        "Methods": {**METHODS, "dora, phases .3 / .3": {**dora, **LATE}},
-        "Score, start, curve": grid,
-        CHANGED: {label(change): {**BASE, **change} for change in CHANGES},
-        "Budget unit": {
-            "components": dict(dora, budget_unit="components"),
-            "parameters, by Ī·Ū": in_parameters,
-            "parameters, by Ī·Ū / cost": dict(in_parameters, pruner=PerParameter),
-            "parameters, by Ī·Ū / cost²": dict(in_parameters, pruner=PerParameterTwice)}}
+    return {"Methods": {**METHODS, "dora, phases .3 / .3": {**METHODS["dora"], **LATE}},
+            "Score, start, curve": grid,
+            CHANGED: {label(change): {**BASE, **change} for change in CHANGES}}
 
 
 def patterns_of(title: str) -> dict[str, Pattern]:
     """Return the columns of a table."""
-    telling = {name: PATTERNS[name] for name in TELLING}
-    return {"Methods": PATTERNS, "Budget unit": COSTS}.get(title, telling)
+    return PATTERNS if title == "Methods" else {name: PATTERNS[name] for name in TELLING}
 
 
 class Residual(nn.Module):
@@ -182,56 +131,32 @@ class Residual(nn.Module):
         return h + torch.tanh(self.linear(self.gain * h))  # (..., width)
 
 
-class FeedForward(nn.Module):
-    """h + W2 tanh(W1 h), where W1 is (4 width, width)."""
-
-    def __init__(self, W1: Tensor, W2: Tensor):
-        super().__init__()
-        self.up, self.down = (nn.Linear(W.shape[1], W.shape[0], bias=False) for W in (W1, W2))
-        self.up.weight, self.down.weight = nn.Parameter(W1), nn.Parameter(W2)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h + self.down(torch.tanh(self.up(h)))  # (..., width)
-
-
 def network(pattern: Pattern, W: list[Tensor]) -> nn.Module:
     """Return the residual network of these matrices."""
     gains = pattern.gains or (1.0,) * len(W)
-    matrices, blocks = iter(zip(W, gains, strict=True)), []
-    for kind in pattern.blocks or "s" * len(W):
-        blocks.append(Residual(*next(matrices)) if kind == "s" else
-                      FeedForward(next(matrices)[0], next(matrices)[0]))
-    return nn.Sequential(*blocks)
+    return nn.Sequential(*(Residual(*pair) for pair in zip(W, gains, strict=True)))
 
 
 def problem(pattern: Pattern, seed: int) -> tuple[nn.Module, nn.Module]:
     """Return the teacher, W0 + Delta W*, and the student, W0.
 
-    Delta W* = sum_i s_i u_i v_i^T with orthonormal u and v. In an up matrix s_i is twice as large,
-    because the down matrix behind it halves what arrives.
+    Delta W* = sum_i s_i u_i v_i^T with orthonormal u and v.
     """
-    g = torch.Generator().manual_seed(seed)
+    g, d = torch.Generator().manual_seed(seed), pattern.width
     low, high = pattern.strength
-    W0 = [torch.randn(shape, generator=g) / shape[1]**0.5 for shape in pattern.shapes]
+    W0 = [torch.randn(d, d, generator=g) / d**0.5 for _ in pattern.truth]
     W = []
     for start, rank in zip(W0, pattern.truth, strict=True):
-        U, V = (torch.linalg.qr(torch.randn(d, rank, generator=g))[0] for d in start.shape)
+        U, V = (torch.linalg.qr(torch.randn(d, rank, generator=g))[0] for _ in range(2))
         s = low + (high - low) * torch.rand(rank, generator=g)  # (rank,)
-        if start.shape[0] != start.shape[1]:
-            s = s * pattern.boost * (2 if start.shape[0] > start.shape[1] else 1)
         W.append(start + (U * s) @ V.T)
     return network(pattern, W), network(pattern, W0)
 
 
 def misplaced(kept: list[int], pattern: Pattern) -> float:
-    """Return the share of the adapter that is in a matrix which already has all it needs."""
+    """Return the share of the components in a matrix which already has all it needs."""
     surplus = [max(0, k - t) for k, t in zip(kept, pattern.truth, strict=True)]
-    return size(surplus, pattern) / size(kept, pattern)
-
-
-def size(kept: Sequence[int], pattern: Pattern) -> int:
-    """Return the parameters of an adapter with these ranks."""
-    return sum(k * cost for k, cost in zip(kept, pattern.costs, strict=True))
+    return sum(surplus) / sum(kept)
 
 
 @torch.no_grad()
@@ -242,26 +167,13 @@ def loss_over_floor(student: nn.Module, teacher: nn.Module, x: Tensor) -> float:
 
 
 def make_config(settings: dict[str, Any], pattern: Pattern) -> DoRAConfig:
-    """Return the row's settings at the pattern's budget, which is the teacher's cost in the row's
-    unit. Without pruning every matrix gets the mean rank, rounded up.
-
-    r = cost of the teacher / cost of one component in every matrix is a fraction, so that b(T) =
-    round(r * the latter) is the teacher's cost exactly. In patterns of several shapes r differs
-    from unit to unit; alpha then makes up for it, so that all rows have the same scale.
-    """
-    settings = {key: value for key, value in settings.items() if key != "pruner"}
-    unit = settings.get("budget_unit", DoRAConfig.budget_unit)
-    mean = pattern.share * sum(pattern.truth) / len(pattern.truth)
-    rank: float = mean
-    if unit == "parameters":
-        rank = pattern.share * size(pattern.truth, pattern) / sum(pattern.costs)
+    """Return the row's settings at the teacher's budget, exactly: r, the mean true rank, is a
+    fraction. Without pruning every matrix gets this mean, rounded up."""
+    rank = sum(pattern.truth) / len(pattern.truth)
     start = pattern.start
     if settings.get("schedule", "") is None:
         rank = start = math.ceil(rank)
-    fixed: dict[str, Any] = dict(rank=rank, start_rank=start, dropout=0.0, targets=("linear",))
-    if pattern.blocks:
-        fixed.update(targets=("linear", "up", "down"),
-                     alpha=DoRAConfig.alpha * max(1, rank) / max(1, mean))
+    fixed = dict(rank=rank, start_rank=start, dropout=0.0, targets=("linear",))
     return DoRAConfig(**{**settings, **fixed})
 
 
@@ -270,7 +182,7 @@ def run(settings: dict[str, Any], pattern: Pattern, seed: int) -> dict[str, Any]
     teacher, student = problem(pattern, seed)
     torch.manual_seed(seed)  # the start of A and B
     config = make_config(settings, pattern)
-    pruner = settings.get("pruner", Pruner)(inject(student, config), config, pattern.steps)
+    pruner = Pruner(inject(student, config), config, pattern.steps)
     params = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=0.01, fused=True)
     steps, warm = pattern.steps, max(1, round(0.06 * pattern.steps))  # warm-up as in the paper
@@ -339,16 +251,6 @@ def right(cells: dict[tuple[str, str], list[dict[str, Any]]], row: str) -> str:
     return f"{sum(found)} of {len(found)}"
 
 
-NOTES = {"Budget unit": """
-The matrices of this table differ in shape: four are square, and two pairs lead up to four times the
-width and down again, so that a component costs 1 or 2.5. Rank is needed only in the expensive
-matrices, only in the cheap ones, or in both. In the two columns "half" the budget is half the
-teacher's, so that needed components have to go: in "both, half" one of a square, an up and a down
-matrix raises the loss by 0.40, 0.43 and 0.21, in "strong, half" by 0.46, 1.32 and 0.85. Third
-figure: parameters kept, % of the teacher's. All rows are the method `dora`.
-"""}
-
-
 def markdown() -> str:
     """Return the tables: misplaced % / loss over the floor, and the runs without a mistake."""
     text = (f"Misplaced, % of the run's own adapter / loss over the floor, means over the seeds. "
@@ -357,16 +259,12 @@ def markdown() -> str:
     for title, rows in tables().items():
         cells, body = cells_of(title), []
         for row in rows:
-            line = [row]
-            for name, pattern in patterns_of(title).items():
-                runs = cells[row, name]
-                line.append(f"{mean(runs, 'misplaced'):.1f} / {mean(runs, 'loss'):.3f}")
-                if title == "Budget unit":
-                    kept = statistics.mean(size(run["kept"], pattern) for run in runs)
-                    line[-1] += f" / {100 * kept / size(pattern.truth, pattern):.0f}"
-            body.append([*line, right(cells, row)])
+            means = [(mean(cells[row, name], "misplaced"), mean(cells[row, name], "loss"))
+                     for name in patterns_of(title)]
+            body.append([row, *(f"{share:.1f} / {loss:.3f}" for share, loss in means),
+                         right(cells, row)])
         seeds = len(cells[next(iter(cells))])
-        text += NOTES.get(title, "") + "\n" + report.table(
+        text += "\n" + report.table(
             [f"{title} ({seeds} seeds)", *patterns_of(title), "right"], body) + "\n"
     return text
 
