@@ -22,6 +22,7 @@ import argparse
 import base64
 import functools
 import math
+import re
 import statistics
 import sys
 import textwrap
@@ -45,6 +46,7 @@ EPOCHS = {"stsb": 4, "mrpc": 6, "cola": 5}
 TENTH = {"stsb": 574, "mrpc": 366, "cola": 855}  # examples that held_out() holds out
 SEEDS, TEN = (1, 2, 3), tuple(range(1, 11))
 BOTH = ("stsb", "mrpc")  # the tasks of stages 1, 2, 4 and 5
+T_QUANTILE = {3: 4.303, 6: 2.571, 10: 2.262}  # Student's, 97.5 %, by the number of differences
 NOISE = 0.002  # of a score on a held-out tenth: rates whose scores are as close are alike
 # the middle of the first three rates on STS-B; others 2e-3. The other tasks start at half of it
 START_LR = {"full": 1e-4, "lora 2": 4e-3, "lora qv 1": 4e-3, "adalora 2": 4e-3, "paper 2": 4e-3}
@@ -365,63 +367,19 @@ def labels_of(task: str, data_dir: Path) -> np.ndarray:
     return np.array([float(line.split("\t")[column]) for line in lines]) / unit
 
 
-def facts() -> dict[str, str]:
-    """Return the numbers that results/findings.md has in braces."""
-    lora, four = [("dora 1", "lora 1"), ("dora 2", "lora 2")], [("dora 4", "lora 4")]
-    small, large = ([(f"dora {rank}", f"{name}, {rank}") for name in (SAME, SHUFFLED)]
-                    for rank in (0.5, 2))
-    places = [(f"{SAME}, {rank}", f"{SHUFFLED}, {rank}") for rank in (0.5, 2)]
-    counted = {  # name: (pairs whose first row is ahead or not, tasks)
-        "lora": (lora, EPOCHS), "lora_4": (four, BOTH), "all_lora": ([*lora, *four], EPOCHS),
-        "adalora": ([("dora 1", "adalora 1"), ("dora 2", "adalora 2")], BOTH),
-        "paper": ([("dora 2", "paper 2")], BOTH)}
-    for task in EPOCHS:
-        counted |= {
-            f"bitfit_{task}": ([("bitfit", "dora 0.5")], [task]),
-            f"full_{task}": ([("full", "dora 2")], [task]),
-            f"controls_{task}": (small + large, [task]),
-            f"measured_{task}": ([(f"{MEASURED}, {r}", f"dora {r}") for r in (0.5, 2)], [task]),
-            f"surplus_{task}": ([(f"r' = {r}, 0.5", "dora 0.5") for r in (2, 4)], [task])}
-    found = {name: differences(*value) for name, value in counted.items()}
-    medians = {"unpruned": UNPRUNED, "dora_2": "dora 2", "on_ax": ON_AX, "at_rate": AT_RATE}
-    return {
-        **{name: report.ahead(values) for name, values in found.items()},
-        "p": f"{report.coin(found['lora']):.3f}", "p_all": f"{report.coin(found['all_lora']):.3f}",
-        **{f"held_{row[:4]}_{task}": f"{tried_rates(row, task)[rate_of(row, task) or 0.0]:.4f}"
-           for row in ("lora 2", "dora 2") for task in EPOCHS},
-        **{f"places_{task}": interval(differences(places, [task])) for task in BOTH},
-        "kept_2": kept_places(2), "kept_half": kept_places(0.5),
-        **{name: f"{statistics.median(line['best'] for line in on(row, 'mrpc')):.4f}"
-           for name, row in medians.items()},
-        "examples": ", ".join(f"{408 * d:+.0f}" for d in differences([(ON_AX, AT_RATE)], ["mrpc"])),
-        "no_dropout": without_dropout()}
-
-
-def interval(found: list[float]) -> str:
-    """Return the mean of six differences and its 95 % interval by Student's t."""
-    assert len(found) == 6  # 2.571 is the quantile of five degrees of freedom
-    half, mean = 2.571 * statistics.stdev(found) / math.sqrt(6), statistics.mean(found)
-    return f"{mean:+.4f} (95 % interval {mean - half:+.3f} to {mean + half:+.3f})"
-
-
-def kept_places(rank: float) -> str:
-    """Return which share of the components a shuffle leaves in their matrix."""
-    shares = []
-    for task in BOTH:
-        for line in on(f"{SHUFFLED}, {rank}", task):
-            own = ranks_of(f"dora {rank}", task, line["seed"])
-            shares.append(sum(map(min, own, line["ranks"])) / sum(own))
-    return f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %"
-
-
-def without_dropout() -> str:
-    """Return what LoRA without any dropout has on MRPC, or that it was not run."""
-    if not (lines := on(NO_DROPOUT, "mrpc")):
-        return ("LoRA without any dropout, PEFT's default, has not been run, so we cannot say "
-                "whether dropout on A x helps or dropout on x hurts.")
-    return (f"Without any dropout LoRA has {report.spread(line['best'] for line in lines)}, and "
-            "dropout on A x is ahead of that in "
-            f"{report.ahead(differences([(ON_AX, NO_DROPOUT)], ['mrpc']))} runs.")
+def fact(kind: str, rows: str, tasks: str) -> str:
+    """Return a number of results/findings.md, which asks for it as {kind: a > b; c > d on tasks}:
+    in how many runs the first row of a pair is ahead, the p of a sign test on that, the mean
+    difference with its interval or in examples; or {median: row on task}."""
+    pairs = [tuple(pair.split(" > ")) for pair in rows.split("; ")]
+    if kind == "median":
+        return f"{statistics.median(line['best'] for line in on(rows, tasks)):.4f}"
+    found = differences(pairs, tasks.split())
+    mean, error = statistics.mean(found), statistics.stdev(found) / math.sqrt(len(found))
+    half = T_QUANTILE.get(len(found), 2.0) * error
+    return {"ahead": report.ahead(found), "p": f"{report.coin(found):.3f}",
+            "examples": ", ".join(f"{408 * difference:+.0f}" for difference in found),
+            "mean": f"{mean:+.4f} (95 % interval {mean - half:+.3f} to {mean + half:+.3f})"}[kind]
 
 
 # ---- report --------------------------------------------------------------------------------------
@@ -432,11 +390,11 @@ def write_report(data_dir: Path) -> None:
     lines = report.read_log(LOG)
     hours = sum(line["seconds"] for line in lines) / 3600
     errors = {task: standard_error(task, labels_of(task, data_dir)) for task in EPOCHS}
-    words = (report.RESULTS / "findings.md").read_text("utf-8").format(
+    words = (report.RESULTS / "findings.md").read_text("utf-8")
+    words = re.sub(r"\{(\w+): ([^}]*) on ([^}]*)\}", lambda found: fact(*found.groups()), words).format(
         runs=f"{len(lines)} runs, {hours:.1f} hours of one core: {report.machines(lines)}",
-        epochs=", ".join(f"{task} {n}" for task, n in EPOCHS.items()), noise=NOISE,
         errors=", ".join(f"{task} {error:.3f}" for task, error in errors.items() if error)
-        or "not known yet", **facts())
+        or "not known yet")
     tables = {
         "SCORES": scores_table(ROWS, EPOCHS), "PAIRS": differences_table(PAIRS, EPOCHS),
         "CONTROLS": scores_table((*CONTROLS, *RECORDED), BOTH),
