@@ -39,17 +39,21 @@ from torch import Tensor, nn
 import data
 import train_glue
 from dora import DoRAConfig, DoRAError, DoRALinear, Pruner, inject
+from report import Line
 
 LOG = report.RESULTS / "budget_curve.jsonl"
 CODE = 1  # raise it when a change of the program changes what these runs compute
 EPOCHS = {"stsb": 4, "mrpc": 6, "cola": 5}
 TENTH = {"stsb": 574, "mrpc": 366, "cola": 855}  # examples that held_out() holds out
-SEEDS, TEN = (1, 2, 3), tuple(range(1, 11))
+SEEDS, TEN, STAGES = (1, 2, 3), tuple(range(1, 11)), range(1, 7)
 BOTH = ("stsb", "mrpc")  # the tasks of stages 1, 2, 4 and 5
 T_QUANTILE = {3: 4.303, 6: 2.571, 10: 2.262}  # Student's, 97.5 %, by the number of differences
 NOISE = 0.002  # of a score on a held-out tenth: rates whose scores are as close are alike
 # the middle of the first three rates on STS-B; others 2e-3. The other tasks start at half of it
 START_LR = {"full": 1e-4, "lora 2": 4e-3, "lora qv 1": 4e-3, "adalora 2": 4e-3, "paper 2": 4e-3}
+
+
+Pairs = Iterable[tuple[str, str]]  # rows whose scores are compared seed by seed
 
 
 class FixedRanks(Pruner):
@@ -67,7 +71,8 @@ class FixedRanks(Pruner):
                 names = [name for name in layers if shapes[name] == shape]
                 for name, rank in zip(names, rng.permutation([given[name] for name in names])):
                     given[name] = int(rank)
-        self._set_mask(torch.cat([torch.arange(config.r_prime) < given[name] for name in layers]))
+        place = torch.arange(config.r_prime)
+        self._set_mask(torch.cat([place < given[name] for name in layers]))
         with torch.no_grad():
             self._close_gates()
 
@@ -139,22 +144,24 @@ ALL = {**ROWS, **CONTROLS, **RECORDED, **STEPS}
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def cell(row: str, split: str, task: str, seed: int, lr: float) -> dict[str, Any]:
+def cell(row: str, split: str, task: str, seed: int, lr: float) -> Line:
     """Return what tells a run from others."""
     return dict(code=CODE, row=row, split=split, task=task, seed=seed, lr=lr)
 
 
-def run(c: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def run(c: Line, args: argparse.Namespace) -> Line:
     """Make a run. Return what the log is to hold of it."""
     row, out = ALL[c["row"]], report.RUNS / "budget-curve" / report.key_of(c)
     settings = row.settings
     ranks = ranks_of(row.places, c["task"], c["seed"]) if row.places else []
     if ranks:  # plain LoRA of the highest rank, of which FixedRanks leaves a part
-        settings = dict(rank=float(max(ranks)), alpha=8.0 * max(ranks) / max(1, settings["rank"]))
+        top = float(max(ranks))
+        settings = dict(rank=top, alpha=8.0 * top / max(1, settings["rank"]))
+    data_dir = held_out(args.data_dir) if c["split"] == "held out" else args.data_dir
     config = train_glue.make_config(
-        c["task"], row.method, seed=c["seed"], lr=c["lr"], epochs=EPOCHS[c["task"]], batch_size=32,
-        data_dir=str(held_out(args.data_dir) if c["split"] == "held out" else args.data_dir),
-        model_dir=str(args.model_dir), out=str(out), device=args.device, save_every=100,
+        c["task"], row.method, seed=c["seed"], lr=c["lr"], epochs=EPOCHS[c["task"]],
+        batch_size=32, data_dir=str(data_dir), model_dir=str(args.model_dir),
+        out=str(out), device=args.device, save_every=100,
         resume=any(out.glob("checkpoints/*.pt")), **settings)
 
     pruner = functools.partial(FixedRanks, ranks=ranks, shuffle=c["seed"] if row.shuffled else None)
@@ -175,7 +182,7 @@ def run(c: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         "machine": report.machine(args.threads, args.device), "predictions": predictions[-1]}
 
 
-def watching(out: Path) -> dict[str, Any]:
+def watching(out: Path) -> Line:
     """Return two functions of train_glue that write the predictions of each evaluation of a run
     into its folder, beside the score that they have."""
     choose, evaluate = train_glue.choose, train_glue.evaluate
@@ -198,7 +205,8 @@ def packed(predictions: np.ndarray) -> str:
     """Return classes as digits, or scores in 0..1 as base64 of 16 bits each."""
     if (predictions == predictions.astype(int)).all():
         return "".join(map(str, predictions.astype(int)))
-    return base64.b64encode((predictions * 65535).round().astype("<u2").tobytes()).decode()
+    numbers = (predictions * 65535).round().astype("<u2")
+    return base64.b64encode(numbers.tobytes()).decode()
 
 
 def unpacked(text: str) -> np.ndarray:
@@ -222,7 +230,8 @@ def held_out(data_dir: Path) -> Path:
         tenth = len(rows) // 10
         (folder / name).mkdir(parents=True, exist_ok=True)
         for split, part in (("dev", rows[:tenth]), ("train", rows[tenth:])):
-            text = "\n".join([*lines[:head], *(lines[i] for i in sorted(part))]) + "\n"
+            chosen = [lines[i] for i in sorted(part)]
+            text = "\n".join([*lines[:head], *chosen]) + "\n"
             path = folder / name / f"{split}.tsv"
             if not path.exists() or path.read_text("utf-8") != text:
                 path.write_text(text, "utf-8")
@@ -274,7 +283,7 @@ def rate_of(row: str, task: str) -> float | None:
     return None if rate_to_try(source, task) else best_rate(tried_rates(source, task))
 
 
-def on(row: str, task: str) -> list[dict[str, Any]]:
+def on(row: str, task: str) -> list[Line]:
     """Return the finished runs of a row on a task's dev set at its learning rate, by seed.
 
     Until every seed has been run there, these are the runs at the rate that an earlier rule chose,
@@ -293,7 +302,7 @@ def on(row: str, task: str) -> list[dict[str, Any]]:
 # ---- stages --------------------------------------------------------------------------------------
 
 
-def to_do(stages: Iterable[int]) -> Iterator[dict[str, Any]]:
+def to_do(stages: Iterable[int]) -> Iterator[Line]:
     """Yield the runs that can be made now, in their order; those that depend on others follow as
     soon as these are finished."""
     if 1 in stages:
@@ -312,7 +321,7 @@ def to_do(stages: Iterable[int]) -> Iterator[dict[str, Any]]:
         yield from on_dev(FOUR, ("mrpc",), TEN)
 
 
-def rates(rows: Iterable[str], task: str) -> Iterator[dict[str, Any]]:
+def rates(rows: Iterable[str], task: str) -> Iterator[Line]:
     """Yield the next run of each row that looks for its learning rate."""
     for row in rows:
         if rate := rate_to_try(row, task):
@@ -320,7 +329,7 @@ def rates(rows: Iterable[str], task: str) -> Iterator[dict[str, Any]]:
 
 
 def on_dev(rows: Iterable[str], tasks: tuple[str, ...],
-           seeds: tuple[int, ...] = SEEDS) -> Iterator[dict[str, Any]]:
+           seeds: tuple[int, ...] = SEEDS) -> Iterator[Line]:
     """Yield the runs of the rows whose learning rate and places are known, seed by seed."""
     for task in tasks:
         for seed in seeds:
@@ -334,12 +343,12 @@ def on_dev(rows: Iterable[str], tasks: tuple[str, ...],
 # ---- comparisons ---------------------------------------------------------------------------------
 
 
-def size(line: dict[str, Any]) -> int:
+def size(line: Line) -> int:
     """Return the stored parameters of a run, without its head."""
     return line["adapter"] or line["trainable"] - line["head"]
 
 
-def differences(pairs: Iterable[tuple[str, str]], tasks: Iterable[str]) -> list[float]:
+def differences(pairs: Pairs, tasks: Iterable[str]) -> list[float]:
     """Return the differences of the scores between both rows of each pair, by task and seed."""
     return [difference for a, b in pairs for task in tasks
             for difference in report.by_seed(on(a, task), on(b, task), "best")]
@@ -361,7 +370,8 @@ def standard_error(task: str, labels: np.ndarray) -> float | None:
 
 def labels_of(task: str, data_dir: Path) -> np.ndarray:
     """Return the labels of a dev set: classes, or scores in 0..1."""
-    column, header, unit = {"mrpc": (0, 1, 1), "cola": (1, 0, 1), "stsb": (9, 1, 5)}[task]
+    column, header, unit = {
+        "mrpc": (0, 1, 1), "cola": (1, 0, 1), "stsb": (9, 1, 5)}[task]
     path = data_dir / data.TASKS[task].folder / "dev.tsv"
     lines = path.read_text("utf-8").rstrip("\n").split("\n")[header:]
     return np.array([float(line.split("\t")[column]) for line in lines]) / unit
@@ -391,7 +401,8 @@ def write_report(data_dir: Path) -> None:
     hours = sum(line["seconds"] for line in lines) / 3600
     errors = {task: standard_error(task, labels_of(task, data_dir)) for task in EPOCHS}
     words = (report.RESULTS / "findings.md").read_text("utf-8")
-    words = re.sub(r"\{(\w+): ([^}]*) on ([^}]*)\}", lambda found: fact(*found.groups()), words).format(
+    asked = re.compile(r"\{(\w+): ([^}]*) on ([^}]*)\}")
+    words = asked.sub(lambda found: fact(*found.groups()), words).format(
         runs=f"{len(lines)} runs, {hours:.1f} hours of one core: {report.machines(lines)}",
         errors=", ".join(f"{task} {error:.3f}" for task, error in errors.items() if error)
         or "not known yet")
@@ -432,7 +443,7 @@ def scores_table(rows: Iterable[str], tasks: Iterable[str]) -> str:
     return report.table(["row", *(f"{task}: score; parameters; rate" for task in tasks)], body)
 
 
-def differences_table(pairs: Iterable[tuple[str, str]], tasks: Iterable[str]) -> str:
+def differences_table(pairs: Pairs, tasks: Iterable[str]) -> str:
     """Return a table of the differences between two rows with the same seed."""
     body = []
     for a, b in pairs:
@@ -503,22 +514,24 @@ def plot(errors: dict[str, float | None]) -> None:
     axes = figure.subplots(1, len(EPOCHS), sharey=True)
     for ax, (task, error) in zip(axes, errors.items()):
         scores = [[line["best"] for line in on(row, task)] for _, row, _ in SHOWN]
-        middle = (min(map(min, filter(None, scores))) + max(map(max, filter(None, scores)))) / 2
+        every = [score for found in scores for score in found]
+        middle = (min(every) + max(every)) / 2
         for y, (found, (_, _, method)) in enumerate(zip(scores, SHOWN)):
             color = report.COLORS[method]
             if not found:
                 ax.text(middle, y, "not run", ha="center", va="center", color="#777777")
                 continue
             ax.plot(found, [y] * len(found), "o", ms=4, alpha=0.6, color=color)
-            ax.plot([statistics.median(found)] * 2, [y - 0.35, y + 0.35], lw=2, color=color)
+            ax.vlines(statistics.median(found), y - 0.35, y + 0.35, lw=2, color=color)
         if error:
             ax.set_xlim(middle - 6 * error, middle + 6 * error)
-            ax.errorbar([middle - 4 * error], [len(SHOWN)], xerr=error, capsize=3, color="#777777")
+            ax.errorbar(middle - 4 * error, len(SHOWN), xerr=error, capsize=3, color="#777777")
             ax.text(middle - 2.7 * error, len(SHOWN), "± standard error",
                     fontsize=7, color="#555555", va="center")
         ax.set_title(f"{data.TASKS[task].folder}: {data.TASKS[task].metrics[0].title()}")
         ax.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(SHOWN)), [words.replace("`", "") for words, _, _ in SHOWN])
+    names = [words.replace("`", "") for words, _, _ in SHOWN]
+    axes[0].set_yticks(range(len(SHOWN)), names)
     axes[0].invert_yaxis()
     report.save_figure(figure, report.RESULTS / "glue.svg")
 
@@ -529,7 +542,7 @@ def plot(errors: dict[str, float | None]) -> None:
 def main() -> None:
     """Run the command line."""
     parser = report.parser(str(__doc__))
-    parser.add_argument("--stages", type=int, nargs="+", choices=range(1, 7), default=range(1, 7))
+    parser.add_argument("--stages", type=int, nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--rows", nargs="+", choices=ALL, metavar="ROW",
                         help='only these rows of the tables, such as "dora 2"')
     args = parser.parse_args()
@@ -561,9 +574,11 @@ def short(args: argparse.Namespace) -> None:
     assert best_rate({1e-3: 0.8085, 2e-3: 0.8173, 4e-3: 0.8178, 8e-3: 0.0}) == 2e-3
     assert next_rate({5e-3: 0.8175, 1e-2: 0.8178, 2e-2: 0.8}, 1e-2) == 2.5e-3
     assert all(row.rate in ROWS and row.places in ("", *ROWS) for row in ALL.values())
-    assert (unpacked(packed(np.array([0, 2, 1]))) == [0, 2, 1]).all()
-    assert abs(unpacked(packed(np.array([0.25, 1.0]))) - [0.25, 1]).max() < 1e-4
-    assert report.coin([1] * 9 + [-1]) == 22 / 1024 and report.coin([1, 1, -2, -2, 0]) == 1
+    classes, numbers = np.array([0, 2, 1]), np.array([0.25, 1.0])
+    assert (unpacked(packed(classes)) == classes).all()
+    assert abs(unpacked(packed(numbers)) - numbers).max() < 1e-4
+    assert report.coin([1] * 9 + [-1]) == 22 / 1024
+    assert report.coin([1, 1, -2, -2, 0]) == 1
     assert report.bootstrap(np.ones((2, 5))) == (1, 1)
 
     config = DoRAConfig(rank=2, targets=("0", "1", "2"), **train_glue.METHODS["lora"])
@@ -576,10 +591,11 @@ def short(args: argparse.Namespace) -> None:
         pruner.observe()
         pruner.step()
         *shared, last = [*pruner.ranks().values()]
-        assert last == 1 and sorted(shared) == [0, 2] and (shuffle or shared == [2, 0])
+        assert last == 1 and sorted(shared) == [0, 2]
+        assert shuffle or shared == [2, 0]
         assert [int(layer.c.sum()) for layer in layers.values()] == [*shared, last]
     done = report.finished(LOG)
-    left = sum(report.key_of(c) not in done for c in to_do(range(1, 7)))
+    left = sum(report.key_of(c) not in done for c in to_do(STAGES))
     print(f"{len(done)} finished runs on record, {left} can start")
 
 

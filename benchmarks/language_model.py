@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from dora import METHODS, DoRAConfig, DoRAError, NotFiniteError, Pruner, compact_, inject, merge_
 from glue import NOISE, best_rate, next_rate
+from report import Line
 
 CODE = 1  # raise it when a change of the program changes what these runs compute
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -70,6 +71,9 @@ class Setup:
     max_tokens: int = 96  # of a generated sentence; the longest in the test file has 90
 
 
+Texts = list[tuple[str, str]]  # (meaning, sentence)
+
+
 # ---- data ----------------------------------------------------------------------------------------
 
 
@@ -78,6 +82,10 @@ class Pair(NamedTuple):
 
     prompt: list[int]
     sentence: list[int]  # ends with the token that ends a text
+
+    def length(self) -> int:
+        """Return the number of tokens."""
+        return len(self.prompt) + len(self.sentence)
 
 
 def read(path: Path) -> dict[str, list[str]]:
@@ -89,11 +97,12 @@ def read(path: Path) -> dict[str, list[str]]:
     return found
 
 
-def sets(setup: Setup) -> tuple[list[tuple[str, str]], list[tuple[str, str]], dict[str, list[str]]]:
+def sets(setup: Setup) -> tuple[Texts, Texts, dict[str, list[str]]]:
     """Return the train set and the held-out set as (meaning, sentence), and the test set by
     meaning. The first two share no meaning and are the same for all seeds."""
     valid = read(setup.data / "valid.txt")
-    order = [list(valid)[i] for i in np.random.default_rng(0).permutation(len(valid))]
+    names = list(valid)
+    order = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
     cut = len(order) // 10
     rest = [(meaning, sentence) for meaning in order[cut:] for sentence in valid[meaning]]
     chosen = np.random.default_rng(0).permutation(len(rest))[:setup.pairs]
@@ -104,7 +113,7 @@ def sets(setup: Setup) -> tuple[list[tuple[str, str]], list[tuple[str, str]], di
     return [rest[i] for i in chosen], held_out, test
 
 
-def encode(tokenizer: Any, pairs: list[tuple[str, str]]) -> list[Pair]:
+def encode(tokenizer: Any, pairs: Texts) -> list[Pair]:
     """Return the tokens of (meaning, sentence) pairs."""
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
@@ -120,14 +129,14 @@ def batches(pairs: list[Pair], seed: int, size: int = 16) -> list[list[Pair]]:
     order = [pairs[i] for i in rng.permutation(len(pairs))]
     found = []
     for i in range(0, len(order), 8 * size):
-        part = sorted(order[i:i + 8 * size], key=lambda pair: len(pair.prompt + pair.sentence))
+        part = sorted(order[i:i + 8 * size], key=Pair.length)
         found += [part[j:j + size] for j in range(0, len(part), size)]
     return [found[i] for i in rng.permutation(len(found))]
 
 
 def collate(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
     """Return ids (B, T), padded on the right, and where a sentence stands in them, (B, T) bool."""
-    width = max(len(pair.prompt + pair.sentence) for pair in pairs)
+    width = max(map(Pair.length, pairs))
     ids = torch.zeros(len(pairs), width, dtype=torch.long)
     wanted = torch.zeros(len(pairs), width, dtype=torch.bool)
     for i, (prompt, sentence) in enumerate(pairs):
@@ -155,7 +164,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min((step + 1) / warm, (steps - step) / (steps - warm))
 
 
-def train(model: Any, pairs: list[Pair], config: DoRAConfig, c: dict[str, Any]) -> dict[str, Any]:
+def train(model: Any, pairs: list[Pair], config: DoRAConfig, c: Line) -> Line:
     """Adapt the model to the pairs. Return the losses per token, CPU seconds, the peak of the
     memory in MB and the live components per matrix.
 
@@ -216,8 +225,9 @@ def generate(model: Any, tokenizer: Any, pairs: list[Pair], max_tokens: int) -> 
         prompts = [pairs[i].prompt for i in order[k:k + 64]]
         width = max(map(len, prompts))
         # padding is on the left, so that every row continues at the same place
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        pads = [[0] * (width - len(p)) for p in prompts]
+        ids = torch.tensor([pad + p for pad, p in zip(pads, prompts)])
+        mask = torch.tensor([pad + [1] * len(p) for pad, p in zip(pads, prompts)])
         out = model.generate(
             input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_tokens,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
@@ -230,7 +240,8 @@ def bleu(sentences: list[str], references: list[list[str]]) -> tuple[float, str]
     """Return BLEU in percent against all references of each sentence, and sacrebleu's signature."""
     import sacrebleu
     most = max(map(len, references))
-    streams = [[refs[k] if k < len(refs) else None for refs in references] for k in range(most)]
+    padded = [refs + [None] * (most - len(refs)) for refs in references]
+    streams = [list(stream) for stream in zip(*padded)]
     metric = sacrebleu.BLEU()
     return metric.corpus_score(sentences, streams).score, str(metric.get_signature())
 
@@ -252,12 +263,12 @@ def smollm2() -> tuple[Any, Any]:
         folder, gguf_file=GGUF, dtype=torch.float32), tokenizer
 
 
-def cell(row: str, split: str, steps: int, seed: int, lr: float) -> dict[str, Any]:
+def cell(row: str, split: str, steps: int, seed: int, lr: float) -> Line:
     """Return what tells a run from others."""
     return dict(code=CODE, row=row, split=split, steps=steps, seed=seed, lr=lr)
 
 
-def to_do(setup: Setup) -> Iterator[dict[str, Any]]:
+def to_do(setup: Setup) -> Iterator[Line]:
     """Yield the runs that can be made now: first the search for learning rates, then the rows whose
     rate is known, seed by seed."""
     for row in setup.rows:
@@ -274,7 +285,7 @@ def tried_rates(setup: Setup, row: str) -> dict[float, float]:
     """Return minus the held-out NLL by learning rate, -inf for a run that diverged."""
     lines = [line for line in report.read_log(setup.log)
              if (line["row"], line["split"]) == (row, "held out")]
-    return {line["lr"]: -math.inf if line["nll"] is None else -line["nll"] for line in lines}
+    return {line["lr"]: -(math.inf if line["nll"] is None else line["nll"]) for line in lines}
 
 
 def rate_of(setup: Setup, row: str) -> float | None:
@@ -283,9 +294,9 @@ def rate_of(setup: Setup, row: str) -> float | None:
     return None if next_rate(tried) is not None else best_rate(tried)
 
 
-def run(c: dict[str, Any], setup: Setup) -> dict[str, Any]:
+def run(c: Line, setup: Setup) -> Line:
     """Make a run. Return what the log is to hold of it."""
-    line: dict[str, Any] = {"nll": None, "torch": torch.__version__, "machine": report.machine()}
+    line: Line = {"nll": None, "torch": torch.__version__, "machine": report.machine()}
     model, tokenizer = setup.load()
     pairs, held_out, test = sets(setup)
     if c["split"] == "test":
@@ -311,7 +322,7 @@ def run(c: dict[str, Any], setup: Setup) -> dict[str, Any]:
 # ---- report --------------------------------------------------------------------------------------
 
 
-def on_test(setup: Setup, row: str) -> list[dict[str, Any]]:
+def on_test(setup: Setup, row: str) -> list[Line]:
     """Return the finished runs of a row on the test file that did not diverge."""
     return [line for line in report.read_log(setup.log)
             if (line["row"], line["split"]) == (row, "test") and line["nll"] is not None]
@@ -381,10 +392,11 @@ def plot(setup: Setup) -> None:
     found = {row: lines for row in setup.rows if (lines := on_test(setup, row))}
     chosen = [row for row in found if not row.startswith("lora")]
     figure = report.figure(8, 3.8)
-    score, *maps = figure.subplots(1, 1 + len(chosen), width_ratios=[1.3, *[1] * len(chosen)])
+    widths = [1.3, *[1] * len(chosen)]
+    score, *maps = figure.subplots(1, len(widths), width_ratios=widths)
     for y, (row, lines) in enumerate(found.items()):
-        color = report.COLORS[row.split()[0]]
-        score.plot([line["nll"] for line in lines], [y] * len(lines), "o", ms=4, color=color)
+        nll, color = [line["nll"] for line in lines], report.COLORS[row.split()[0]]
+        score.plot(nll, [y] * len(nll), "o", ms=4, color=color)
     score.set_yticks(range(len(found)), found)
     score.invert_yaxis()
     score.set_title("NLL by seed (lower is better)")

@@ -35,11 +35,15 @@ import torch
 from torch import Tensor, nn
 
 from dora import METHODS, DoRAConfig, Pruner, inject
+from report import Line
 
 LOG = report.RESULTS / "rank_recovery.jsonl"
 CODE = 1  # raise it when a change of dora.py changes what these runs compute
 NOISE = 0.5  # standard deviation of the noise on each output; a lost component costs 0.2 to 0.6
 LR = 1e-2  # every row converges here: half and twice as much gave the same picture
+
+
+Cells = dict[tuple[str, str], list[Line]]  # runs by row and pattern
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Pattern:
     steps: int = 1500
 
 
-MIXED, GAINS = (0, 1, 2, 4, 0, 3), (1.0, 2.0, 0.5, 1.0, 2.0, 0.5)
+MIXED = (0, 1, 2, 4, 0, 3)
+GAINS = (1.0, 2.0, 0.5, 1.0, 2.0, 0.5)
 PATTERNS = {
     "mixed": Pattern(MIXED),
     "early": Pattern((4, 3, 2, 1, 0, 0)),
@@ -124,7 +129,8 @@ class Residual(nn.Module):
 
     def __init__(self, W: Tensor, gain: float):
         super().__init__()
-        self.gain, self.linear = gain, nn.Linear(W.shape[1], W.shape[0], bias=False)
+        self.gain = gain
+        self.linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
         self.linear.weight = nn.Parameter(W / gain)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -147,7 +153,8 @@ def problem(pattern: Pattern, seed: int) -> tuple[nn.Module, nn.Module]:
     W0 = [torch.randn(d, d, generator=g) / d**0.5 for _ in pattern.truth]
     W = []
     for start, rank in zip(W0, pattern.truth, strict=True):
-        U, V = (torch.linalg.qr(torch.randn(d, rank, generator=g))[0] for _ in range(2))
+        start_U, start_V = (torch.randn(d, rank, generator=g) for _ in range(2))
+        U, V = torch.linalg.qr(start_U)[0], torch.linalg.qr(start_V)[0]
         s = low + (high - low) * torch.rand(rank, generator=g)  # (rank,)
         W.append(start + (U * s) @ V.T)
     return network(pattern, W), network(pattern, W0)
@@ -163,7 +170,8 @@ def misplaced(kept: list[int], pattern: Pattern) -> float:
 def loss_over_floor(student: nn.Module, teacher: nn.Module, x: Tensor) -> float:
     """Return E (student - teacher - noise)^2 / NOISE^2, noise integrated out: the teacher gets
     1."""
-    return 1 + float((student(x) - teacher(x)).square().mean()) / NOISE**2
+    distance = (student(x) - teacher(x)).square().mean()
+    return 1 + distance.item() / NOISE**2
 
 
 def make_config(settings: dict[str, Any], pattern: Pattern) -> DoRAConfig:
@@ -177,7 +185,7 @@ def make_config(settings: dict[str, Any], pattern: Pattern) -> DoRAConfig:
     return DoRAConfig(**{**settings, **fixed})
 
 
-def run(settings: dict[str, Any], pattern: Pattern, seed: int) -> dict[str, Any]:
+def run(settings: dict[str, Any], pattern: Pattern, seed: int) -> Line:
     """Train one student, about 3 ms per step. Return what the log is to hold."""
     teacher, student = problem(pattern, seed)
     torch.manual_seed(seed)  # the start of A and B
@@ -206,7 +214,7 @@ def run(settings: dict[str, Any], pattern: Pattern, seed: int) -> dict[str, Any]
                 seconds=round(time.perf_counter() - began, 1))
 
 
-def to_do(titles: Sequence[str], seeds: int) -> Iterator[dict[str, Any]]:
+def to_do(titles: Sequence[str], seeds: int) -> Iterator[Line]:
     """Yield the runs of tables, seed by seed, so that a stopped sweep leaves whole tables."""
     for seed in range(seeds):
         for title in titles:
@@ -215,22 +223,23 @@ def to_do(titles: Sequence[str], seeds: int) -> Iterator[dict[str, Any]]:
                     yield dict(code=CODE, row=row, pattern=name, seed=seed)
 
 
-def run_cell(c: dict[str, Any]) -> dict[str, Any]:
+def run_cell(c: Line) -> Line:
     """Make the run of a row on a pattern."""
     title = next(title for title, rows in tables().items() if c["row"] in rows)
-    return run(tables()[title][c["row"]], patterns_of(title)[c["pattern"]], c["seed"])
+    pattern = patterns_of(title)[c["pattern"]]
+    return run(tables()[title][c["row"]], pattern, c["seed"])
 
 
 # ---- report --------------------------------------------------------------------------------------
 
 
-def cells_of(title: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
+def cells_of(title: str) -> Cells:
     """Return the finished runs of a table by row and pattern, of the seeds that every row has."""
     rows, patterns = tables()[title], patterns_of(title)
     runs = [line for line in report.read_log(LOG)
             if line["row"] in rows and line["pattern"] in patterns]
     met = collections.Counter((run["pattern"], run["seed"]) for run in runs)
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {
+    found: Cells = {
         (row, name): [] for row in rows for name in patterns}
     for run in runs:
         if met[run["pattern"], run["seed"]] == len(rows):
@@ -239,12 +248,12 @@ def cells_of(title: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
     return found
 
 
-def mean(runs: list[dict[str, Any]], field: str) -> float:
+def mean(runs: list[Line], field: str) -> float:
     """Return the mean of a figure over runs, nan for none."""
     return statistics.mean(run[field] for run in runs) if runs else math.nan
 
 
-def right(cells: dict[tuple[str, str], list[dict[str, Any]]], row: str) -> str:
+def right(cells: Cells, row: str) -> str:
     """Return in how many runs of a row nothing is misplaced, patterns of STRESS left out."""
     found = [run["misplaced"] == 0 for (name, pattern), runs in cells.items() for run in runs
              if name == row and pattern not in STRESS]
@@ -275,7 +284,8 @@ def plot() -> None:
     figure = report.figure(8, 3.6)
     scales = (("misplaced", 0, 50, "{:.1f}", "misplaced, % of the run's own adapter"),
               ("loss", 1, 1.5, "{:.2f}", "loss over the noise floor (1 is perfect)"))
-    for ax, (field, low, high, digits, title) in zip(figure.subplots(2, 1, sharex=True), scales):
+    axes = figure.subplots(2, 1, sharex=True)
+    for ax, (field, low, high, digits, title) in zip(axes, scales):
         means = [[mean(cells[row, name], field) for name in names] for row in rows]
         ax.imshow(means, aspect="auto", cmap="YlOrRd", vmin=low, vmax=high)
         for y, values in enumerate(means):

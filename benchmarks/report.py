@@ -33,12 +33,14 @@ GLUE, MINILM = ROOT / "../shared/data/glue", ROOT / "../shared/models/minilm-l6-
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+Line = dict[str, Any]  # of a log: what tells a run from others, and what was found
+
 # One colour per method in every figure: Okabe and Ito's set, which the colour-blind can tell apart.
 COLORS = {"dora": "#D55E00", "paper": "#CC79A7", "adalora": "#009E73", "lora": "#0072B2",
           "lora qv": "#56B4E9", "full": "#000000", "bitfit": "#E69F00", "head": "#999999"}
 
 
-def parser(text: str, **defaults: Any) -> argparse.ArgumentParser:
+def parser(text: str) -> argparse.ArgumentParser:
     """Return a command line with what most scripts have in common."""
     found = argparse.ArgumentParser(description=text,
                                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,36 +56,36 @@ def parser(text: str, **defaults: Any) -> argparse.ArgumentParser:
 # ---- runs and their logs -------------------------------------------------------------------------
 
 
-def key_of(cell: dict[str, Any]) -> str:
+def key_of(cell: Line) -> str:
     """Return a short name of what tells a run from others."""
     return hashlib.sha1(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[Line]:
     """Return the finished runs of a log, a line each. They are shared: do not change them."""
     return parse(path.read_text("utf-8")) if path.exists() else []
 
 
 @functools.lru_cache(maxsize=4)  # a report asks for the same log in every cell of its tables
-def parse(text: str) -> list[dict[str, Any]]:
+def parse(text: str) -> list[Line]:
     """Return the lines of a log; one that was cut off is left out, so that its run is repeated."""
     return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
 
-def finished(path: Path) -> dict[str, dict[str, Any]]:
+def finished(path: Path) -> dict[str, Line]:
     """Return the lines of a log by key."""
     return {line["key"]: line for line in read_log(path)}
 
 
-def add_to_log(path: Path, line: dict[str, Any]) -> None:
+def add_to_log(path: Path, line: Line) -> None:
     """Append a finished run to a log."""
     cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
     with open(path, "a", encoding="utf-8") as file:
         file.write("\n" * cut_off + json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def make_all(log: Path, to_do: Callable[[], Iterable[dict[str, Any]]],
-             run: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def make_all(log: Path, to_do: Callable[[], Iterable[Line]],
+             run: Callable[[Line], Line]) -> None:
     """Make one run after another until the only ones left are those that other processes are at.
 
     to_do() yields the runs that can be made now, in their order. It is asked again after each run,
@@ -139,7 +141,7 @@ def machine(threads: int = 1, device: str = "cpu") -> str:
     return f"{name}; {platform.system()}; {', '.join(versions)}"
 
 
-def machines(lines: Iterable[dict[str, Any]]) -> str:
+def machines(lines: Iterable[Line]) -> str:
     """Return the machine that the runs of a log were made on, or how many on each of several. The
     oldest runs did not note theirs."""
     counts = Counter(line.get("machine") or f"a machine that was not noted, torch {line['torch']}"
@@ -177,7 +179,8 @@ def spread(values: Iterable[float], digits: int = 4) -> str:
     found = sorted(values)
     if not found:
         return "not run"
-    middle, low, high = (f"{v:.{digits}f}" for v in (statistics.median(found), found[0], found[-1]))
+    ends = statistics.median(found), found[0], found[-1]
+    middle, low, high = (f"{value:.{digits}f}" for value in ends)
     return f"{middle} ({low} to {high}, {len(found)})"
 
 
@@ -189,8 +192,9 @@ def ahead(differences: list[float]) -> str:
 def coin(differences: Iterable[float]) -> float:
     """Return the two-sided p of a sign test. By example, of 1, 0 and -1, this is McNemar's."""
     signs = [d > 0 for d in differences if d]
-    n, fewer = len(signs), min(sum(signs), len(signs) - sum(signs))
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+    n, fewer = len(signs), min(signs.count(True), signs.count(False))
+    ways = sum(math.comb(n, k) for k in range(fewer + 1))
+    return min(1.0, 2 * ways / 2**n)
 
 
 def bootstrap(values: np.ndarray) -> tuple[float, float]:
@@ -204,7 +208,7 @@ def bootstrap(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def by_seed(first: list[dict[str, Any]], second: list[dict[str, Any]], name: str) -> list[float]:
+def by_seed(first: list[Line], second: list[Line], name: str) -> list[float]:
     """Return the differences of a figure between two rows, by rising seed, of the seeds that both
     rows have."""
     a, b = ({line["seed"]: line[name] for line in lines} for lines in (first, second))

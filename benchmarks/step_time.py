@@ -50,7 +50,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_glue
-from dora import METHODS, DoRAConfig, DoRALinear, Pruner, compact_, inject
+from dora import METHODS, DoRAConfig, Pruner, compact_, inject
 from train_glue import RobertaConfig, RobertaForSequenceClassification
 
 SHAPES = {"minilm": RobertaConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
@@ -63,11 +63,11 @@ MODES = ("float32", "tf32", "bf16", "compile")  # on CUDA; bf16 and compile use 
 TARGETS = list(DoRAConfig().targets)
 RESULTS = report.HERE / "results" / "step_time.json"
 FLOOR, TF_FLOOR, OURS, COMPACTED = "our floor", "transformers' floor", "dora", "dora, compacted"
-PAPER, NAIVE, FULL = "paper, scores of Eq. 7", "paper, naive scores", "full fine-tuning"
+PAPER, FULL = "paper, scores of Eq. 7", "full fine-tuning"
 ENTRIES = "adalora, scores of every entry"
 LORA, ADALORA = "PEFT LoRA", "PEFT AdaLoRA"
 EVALUATED = (FLOOR, OURS, COMPACTED, LORA)  # in batches of 64, as train_glue.predict
-SHORT = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, NAIVE, LORA)
+SHORT = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, LORA)
 HOST = CUDA = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, ENTRIES, LORA, ADALORA)
 Batch = tuple[Tensor, Tensor, Tensor]  # ids (B, T), mask (B, T) bool, labels (B,)
 
@@ -116,16 +116,11 @@ def build(name: str, model: nn.Module, mode: str = "MKL") -> Row:
     elif name in (LORA, ADALORA):
         model, after = peft_model(name, model)
     elif name != FULL:  # prune from the start, every ten steps
-        settings = METHODS[{PAPER: "paper", NAIVE: "paper", ENTRIES: "adalora"}.get(name, "dora")]
-        config = DoRAConfig(**settings)
-        config = replace(config, initial_phase=0.0, interval=10)
-        if name == NAIVE:  # of the scores only the naive ones below are to be measured
-            config = replace(config, importance="sensitivity")
+        settings = METHODS[{PAPER: "paper", ENTRIES: "adalora"}.get(name, "dora")]
+        config = replace(DoRAConfig(**settings), initial_phase=0.0, interval=10)
         layers = inject(model, config)
         model.classifier.requires_grad_(True)
     pruner = Pruner(layers, config, 4 if name == COMPACTED else 10_000)
-    if name == NAIVE:
-        after = lambda: [naive_score(layer) for layer in layers.values()] and None  # noqa: E731
 
     def loss(batch: Batch) -> Tensor:
         ids, mask, labels = batch
@@ -154,13 +149,6 @@ def peft_model(name: str, model: nn.Module) -> tuple[nn.Module, Callable[[], Non
         init_r=3, target_r=2, tinit=1, tfinal=5_000, deltaT=10, total_step=10_000, **more))
     steps = iter(range(1, 10_000))
     return model, lambda: model.base_model.update_and_allocate(next(steps))
-
-
-@torch.no_grad()
-def naive_score(layer: DoRALinear) -> Tensor:
-    """Compute Eq. 7 as it is printed, through a (r', d_out, d_in) tensor."""
-    W = torch.einsum("i,oi,id->iod", layer.c, layer.B, layer.A)  # (r', d_out, d_in)
-    return W.norm(dim=(1, 2)) / (W.sum(0).norm() + 1e-8)
 
 
 def load(shape: str, peer: bool, device: str, mode: str = "MKL") -> nn.Module:
@@ -407,32 +395,19 @@ def against_lora(cases: list[dict[str, Any]]) -> str:
     return report.table(["`dora` over PEFT LoRA, both at rank 2", *heads], body)
 
 
-def host_table(case: dict[str, Any]) -> str:
-    """Return the table of the host's work; --seconds 0 leaves out the times."""
-    rows, timed = case["rows"], "ms" in case["rows"][FLOOR]
-    floors = ["over our floor", "over transformers' floor"]
-    head = ["", "operations per step", *floors, *["host time, ms per step", *floors] * timed]
-    cells = []
-    for name, r in rows.items():
-        shares = [r["operations"] / rows[floor]["operations"] for floor in (FLOOR, TF_FLOOR)]
-        cells.append([name, f"{r['operations']:,.0f}", *(f"{share:.2f}" for share in shares)])
-        if timed:
-            cells[-1] += [f"{r['ms']:.1f}", f"{r['floor']:.2f}", f"{r['tf']:.2f}"]
-    return report.table(head, cells)
+COLUMNS = (("operations per step", "operations", "{:,.0f}"), ("ms, at least", "ms", "{:.1f}"),
+           ("over our floor", "floor", "{:.2f}"), ("over transformers' floor", "tf", "{:.2f}"),
+           ("over PEFT LoRA", "lora", "{:.2f}"), ("evaluation over ours", "eval floor", "{:.2f}"),
+           ("over PEFT LoRA", "eval lora", "{:.2f}"), ("MB over the model", "memory", "{:.0f}"))
 
 
-def time_table(case: dict[str, Any]) -> str:
-    """Return the table of time, evaluation and memory."""
+def table(case: dict[str, Any]) -> str:
+    """Return a table with the columns that were measured."""
     rows = case["rows"]
-    body = []
-    for name, r in rows.items():
-        cells = [f"{r['ms']:.0f}", *(f"{r[key]:.2f}" for key in ("floor", "tf", "lora"))]
-        cells += [f"{r[key]:.2f}" if key in r else "" for key in ("eval floor", "eval lora")]
-        cells.append(f"{r['memory']:.0f}" if "memory" in r else "")
-        body.append([name, *cells])
-    return report.table(["", "ms per step, at least", "over our floor", "over transformers' floor",
-                         "over PEFT LoRA", "evaluation over our floor", "over PEFT LoRA",
-                         "MB over the model"], body)
+    columns = [column for column in COLUMNS if any(column[1] in row for row in rows.values())]
+    body = [[name, *(digits.format(row[key]) if key in row else "" for _, key, digits in columns)]
+            for name, row in rows.items()]
+    return report.table(["", *(head for head, _, _ in columns)], body)
 
 
 def write(cases: list[dict[str, Any]]) -> None:
@@ -449,13 +424,10 @@ def write(cases: list[dict[str, Any]]) -> None:
             parts.append("One product of (256, 384) by (384, 1536): " + ", ".join(
                 f"{mode} {1e3 * ms[mode]:,.0f} µs, largest error against float64 "
                 f"{error[mode]:.1e}" for mode in ms) + f" ({case['machine']}).")
-        host = "operations" in case["rows"][FLOOR]
-        parts += [f"**{case['model']}, {case['size']}×{case['width']}, {case['mode']}** "
-                  f"({case['rounds']} rounds)", host_table(case) if host else time_table(case)]
-        if not host:
-            parts.append(f"Penalty, scores and pruning of dora together: {case['method']:.1%} of "
-                         f"its step.")
-        parts.append(f"`{case['command']}`, {case['machine']}.")
+        parts += [f"**{case['model']}, {case['size']}×{case['width']}, {case['mode']}**",
+                  table(case), f"{case['rounds']} rounds. Penalty, scores and pruning of dora "
+                  f"together: {case['method']:.1%} of its step. `{case['command']}`, "
+                  f"{case['machine']}."]
     RESULTS.write_text(json.dumps(cases, indent=1) + "\n")
     report.write_part("step_time", "\n\n".join(parts))
 
@@ -469,7 +441,6 @@ def check(case: dict[str, Any]) -> None:
     assert ours["operations"] < 3.2 * floor["operations"], rows
     assert rows[COMPACTED]["operations"] < 0.9 * ours["operations"], rows
     assert rows[PAPER]["operations"] < 1.3 * ours["operations"], rows
-    assert rows[PAPER]["operations"] < 0.9 * rows[NAIVE]["operations"], rows
     if LORA in rows:
         assert ours["gflops"] < 0.9 * rows[LORA]["gflops"], rows
     if "memory" in floor:
@@ -502,7 +473,7 @@ Case = tuple[str, int, int, tuple[str, ...], str]  # shape, examples, tokens, ro
 
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
     """Return the tables to measure."""
-    names = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, NAIVE, FULL, LORA, ADALORA)
+    names = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, FULL, LORA, ADALORA)
     modes = args.modes or (CPU_MODES if args.device == "cpu" else MODES)
     if args.short:
         args.seconds, peft = 0, importlib.util.find_spec("peft")
