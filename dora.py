@@ -56,7 +56,6 @@ from typing import Any, BinaryIO, ClassVar, Literal, get_args, get_origin, get_t
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -221,8 +220,9 @@ def inject(model: nn.Module, config: DoRAConfig) -> dict[str, DoRALinear]:
     "0.attention.output.dense", "put.dense" matches neither. Unfreeze the head afterwards.
     """
     model = unwrapped(model)
-    layers = {name: DoRALinear(base, config) for name, base in find_targets(model, config).items()}
+    bases = find_targets(model, config)
     model.requires_grad_(False)
+    layers = {name: DoRALinear(base, config) for name, base in bases.items()}
     for name, layer in layers.items():
         layer.L = len(layers)  # they share one budget
         replace(model, name, layer)
@@ -412,7 +412,8 @@ class Pruner:
         I = function(list(self.layers.values()))
         I = [I] if isinstance(I, Tensor) else I
         if not self.I_bar:
-            self.I_bar, self.U_bar = ([torch.zeros_like(part) for part in I] for _ in range(2))
+            self.I_bar = [torch.zeros_like(part) for part in I]
+            self.U_bar = [torch.zeros_like(part) for part in I]
         smoothed = map(self._smooth, I, self.I_bar, self.U_bar)
         self.I_bar, self.U_bar = map(list, zip(*smoothed))
 
@@ -468,8 +469,8 @@ class Pruner:
         """Restore a saved state. Call this on freshly injected layers, before compact_()."""
         check_state(self, state)
         device = next((layer.c.device for layer in self.layers.values()), None)
-        self.I_bar, self.U_bar = ([part.to(device, copy=True) for part in state[k]]
-                                  for k in ("I_bar", "U_bar"))
+        self.I_bar = [part.to(device, copy=True) for part in state["I_bar"]]
+        self.U_bar = [part.to(device, copy=True) for part in state["U_bar"]]
         self.t, self.observed = state["t"], False
         self._set_mask(state["mask"].cpu())
         if self.done:  # before the last pruning a closed gate may be nonzero again; keep its value
@@ -539,15 +540,17 @@ def rank_map(ranks: dict[str, int]) -> str:
 
 def table(corner: str, cells: dict[tuple[str, str], int]) -> str:
     """Lay out the numbers at (row, column), with totals; "." where there is none."""
-    rows, columns = ([*dict.fromkeys(key[i] for key in cells), "total"] for i in (0, 1))
+    rows = [*dict.fromkeys(row for row, _ in cells), "total"]
+    columns = [*dict.fromkeys(column for _, column in cells), "total"]
     sums: dict[tuple[str, str], int] = {}
     for (row, column), rank in cells.items():
         for place in ((row, "total"), ("total", column), ("total", "total")):
             sums[place] = sums.get(place, 0) + rank
 
-    found = {**cells, **sums}
-    lines = [[row, *(str(found.get((row, column), ".")) for column in columns)] for row in rows]
-    lines = [[corner, *columns], *lines]
+    lines = [[corner, *columns]]
+    for row in rows:
+        numbers = [{**cells, **sums}.get((row, column), ".") for column in columns]
+        lines.append([row, *map(str, numbers)])
     widths = [max(map(len, words)) for words in zip(*lines)]
     return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
@@ -572,13 +575,15 @@ def triplet(layers: Layers) -> list[Tensor]:
 
 def triplet_total(s: list[Tensor]) -> Tensor:
     """s(c_i) + mean s(a_i) + mean s(b_i), (n,), from tensors in the order of `triplet`."""
-    return torch.cat([c + A.mean(1) + B.mean(1) for c, A, B in zip(s[::3], s[1::3], s[2::3])])
+    groups = zip(s[::3], s[1::3], s[2::3])  # c (r',), A (r', d_in), B^T (r', d_out)
+    return torch.cat([c + A.mean(1) + B.mean(1) for c, A, B in groups])
 
 
 def orthogonal_penalty(layers: Layers) -> Tensor:
     """Mean of ||A A^T - I||_F and ||B^T B - I||_F over all layers, scalar (AdaLoRA's code)."""
     norms = []
-    for group in alike((m for layer in layers for m in (layer.A, layer.B.T)), lambda m: m.shape):
+    vectors = [rows for layer in layers for rows in (layer.A, layer.B.T)]
+    for group in alike(vectors, lambda rows: rows.shape):
         X = torch.stack(group)  # (matrices, r', d_in) or (matrices, r', d_out)
         eye = torch.eye(X.shape[1], device=X.device, dtype=X.dtype)
         norms.append(torch.linalg.vector_norm(X @ X.mT - eye, dim=(1, 2)))
@@ -621,14 +626,14 @@ def gradient(p: nn.Parameter) -> Tensor:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of torch.compile, DataParallel and averaging.
+    """Return the model inside torch.compile and DataParallel.
 
     Raises DoRAError for DistributedDataParallel, which would not average the gradients of new
     parameters.
     """
     require(isinstance(model, nn.Module), f"expected a model (nn.Module), got a "
             f"{type(model).__name__}; the model is the first argument")
-    while isinstance(model, (nn.DataParallel, AveragedModel)) or hasattr(model, "_orig_mod"):
+    while isinstance(model, nn.DataParallel) or hasattr(model, "_orig_mod"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore
     require(not isinstance(model, nn.parallel.DistributedDataParallel),
             "the model is in DistributedDataParallel; pass the model inside it, model.module, and "
@@ -717,8 +722,9 @@ def choices(name: str, hint: Any) -> list[Any]:
 def check_settings(config: Any) -> None:
     """Refuse an unknown choice, a value of a wrong type or out of range, and a combination."""
     hints, rules = get_type_hints(type(config)), ranges(type(config))
-    for name, hint in ((f.name, hints[f.name]) for f in fields(config)):
-        value, known = getattr(config, name), choices(name, hint)
+    for name in (f.name for f in fields(config)):
+        value, hint = getattr(config, name), hints[name]
+        known = choices(name, hint)
         if known:
             words = ", ".join("none" if choice is None else choice for choice in known)
             require(value in known, f"{name} = {value!r}: choose one of {words}")
@@ -864,7 +870,7 @@ def check_state(pruner: Pruner, state: dict[str, Any]) -> None:
 def check_final(layers: dict[str, DoRALinear]) -> None:
     """Refuse layers whose last pruning is not done, whose mask is not held, or that are NaN."""
     for name, layer in layers.items():
-        if not all(p.isfinite().all() for p in (layer.A, layer.B, layer.c)):
+        if not all(p.isfinite().all() for p in layer.parameters(recurse=False)):
             raise NotFiniteError(f"{name}: a component is NaN or infinite; lower the learning rate")
         require(layer.final, f"{name}: these weights are from before the last pruning; finish the "
                 f"run, calling pruner.step() in every step, or restore later ones")
@@ -913,11 +919,11 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
-DTYPES = {code: getattr(torch, name) for code, name in {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
-    "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16",
-    "U32": "uint32", "U64": "uint64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-}.items() if hasattr(torch, name)}  # an older torch does not have the last five
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -1018,8 +1024,9 @@ def save_adapter(model: nn.Module, folder: str | Path, metadata: dict[str, str] 
                          peft_names(model, heads), next(iter(live.values())).config.dropout)
     write_safetensors(folder / "adapter_model.safetensors", tensors,
                       {**(metadata or {}), "base_marks": json.dumps(marks)})
+    text = json.dumps({**config, **(peft or {})}, indent=2) + "\n"
     with atomic_file(folder / "adapter_config.json") as file:
-        file.write(json.dumps({**config, **(peft or {})}, indent=2).encode() + b"\n")
+        file.write(text.encode())
 
 
 def peft_config(ranks: dict[str, int], heads: list[str], dropout: float) -> dict[str, Any]:
@@ -1067,7 +1074,8 @@ def check_base(folder: Path, marks: dict[str, list[float]], base: dict[str, Tens
     """Refuse a base that differs by more than rounding to bfloat16 does, about 0.2 %."""
     for name, before in marks.items():
         now = mark(base[name]) if name in base else [math.inf]
-        require(all(abs(x - y) <= 0.01 * before[0] + 1e-5 for x, y in zip(before, now)),
+        tolerance = 0.01 * before[0] + 1e-5
+        require(all(abs(x - y) <= tolerance for x, y in zip(before, now)),
                 f"{folder}: was trained on other weights: {name} differs in this model; use the "
                 f"base that it was trained on, or unfreeze what is new, such as a head, and train "
                 f"again")
@@ -1140,10 +1148,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
         names = [other for other, module in modules.items() if module is modules[name]]
         check_target(str(folder), names, modules[name])
         A, B = (head.pop(f"{name}.lora_{m}.weight", torch.empty(0, 0)) for m in "AB")
-        shape = tuple(modules[name].weight.shape)
-        require(A.shape[:1] == B.shape[1:] and shape == (*B.shape[:1], *A.shape[1:]),
+        (d_out, d_in), r = modules[name].weight.shape, len(A)
+        require(A.shape == (r, d_in) and B.shape == (d_out, r),
                 f"{folder}: {name!r:.120} has lora_B {tuple(B.shape)} and lora_A {tuple(A.shape)}, "
-                f"the model's matrix is {shape}; is the adapter for another base model?")
+                f"the model's matrix is {(d_out, d_in)}; is the adapter for another base model?")
         require(rank_of(name) in (None, len(A)), f"{folder}: the rank of {name} is "
                 f"{rank_of(name)!r:.40} in adapter_config.json and {len(A)} beside it; the files "
                 f"are of two saves, save the adapter again")
