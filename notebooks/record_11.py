@@ -1,8 +1,8 @@
-"""Record what transformers makes of the checkpoint of 05: `python notebooks/record_05.py`.
+"""Record what transformers makes of the checkpoint of 11: `python notebooks/record_11.py`.
 
-Writes 05_reference.json beside this file: texts with their token ids by transformers' tokenizer,
+Writes 11_reference.json beside this file: texts with their token ids by transformers' tokenizer,
 the states of <s> after the embeddings and each layer, and the logits. Needs transformers; the
-notebook needs write_checkpoint and the recorded numbers alone.
+notebook itself needs only write_checkpoint and the recorded numbers.
 """
 import json
 import sys
@@ -24,7 +24,7 @@ TEXTS = ["these dogs near the king see a bird", "the old teacher sees some paint
 
 
 def write_checkpoint(folder):
-    """The toy's vocabulary and a tiny RoBERTa, whose weights numpy's seed makes anew anywhere."""
+    """The toy's vocabulary and a tiny RoBERTa, whose weights numpy's seed makes again anywhere."""
     bpe = data.write_toy(folder / "data", folder)
     config = RobertaConfig(vocab_size=len(bpe.vocab), hidden_size=64, num_hidden_layers=3,
                            num_attention_heads=4, intermediate_size=256,
@@ -56,7 +56,7 @@ def main():
     rows = {"versions": versions, "texts": TEXTS, "ids": ids, "logits": out.logits.tolist(),
             "states of <s>, first text": states[:, 0].tolist()}
     lines = [f' "{name}": {json.dumps(row, ensure_ascii=False)}' for name, row in rows.items()]
-    (HERE / "05_reference.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
+    (HERE / "11_reference.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
 
 
 if __name__ == "__main__":
