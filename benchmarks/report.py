@@ -132,6 +132,8 @@ def machine(threads: int = 1, device: str = "cpu") -> str:
         found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
         name = f"{found[1] if found else platform.processor()} ({os.cpu_count()} cores, " \
                f"{torch.backends.cpu.get_cpu_capability()}), {threads} thread{'s' * (threads > 1)}"
+        if torch.backends.mkldnn.matmul.fp32_precision == "bf16":  # means so only with AMX
+            name += ", products by oneDNN"
     versions = [f"Python {platform.python_version()}"]
     for package in ("torch", "transformers", "peft"):
         try:
