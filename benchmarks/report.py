@@ -93,10 +93,11 @@ def make_all(log: Path, to_do: Callable[[], Iterable[Line]],
     log is to hold besides what tells the run from others.
     """
     def next_one() -> bool:
-        for cell in to_do():
+        done = finished(log)
+        for cell in (cell for cell in to_do() if key_of(cell) not in done):
             key = key_of(cell)
             with claimed(key) as mine:
-                if mine and key not in finished(log):
+                if mine and key not in finished(log):  # another process may just have made it
                     print("---", *cell.values(), flush=True)
                     add_to_log(log, {"key": key, **cell, **run(cell)})
                     return True
