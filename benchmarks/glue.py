@@ -400,7 +400,7 @@ def write_report(data_dir: Path) -> None:
     lines = report.read_log(LOG)
     hours = sum(line["seconds"] for line in lines) / 3600
     errors = {task: standard_error(task, labels_of(task, data_dir)) for task in EPOCHS}
-    words = (report.RESULTS / "findings.md").read_text("utf-8")
+    words = (report.RESULTS / "findings.md").read_text("utf-8").strip()
     asked = re.compile(r"\{(\w+): ([^}]*) on ([^}]*)\}")
     words = asked.sub(lambda found: fact(*found.groups()), words).format(
         runs=f"{len(lines)} runs, {hours:.1f} hours of one core: {report.machines(lines)}",
@@ -467,7 +467,8 @@ def by_example(labels: np.ndarray) -> str:
                          f"{values.mean():+.4f} ({low:+.4f} to {high:+.4f})",
                          ", ".join(f"+{(row > 0).sum()} -{(row < 0).sum()} ({report.coin(row):.2f})"
                                    for row in values)])
-    return report.table(["rows", "seeds", "mean difference", "by seed"], body)
+    head = ["rows", "seeds", "mean difference", "by seed"]
+    return report.table(head, body) if body else "No such run is stored yet."
 
 
 def rates_table(task: str) -> str:
