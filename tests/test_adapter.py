@@ -96,18 +96,6 @@ def test_merge_by_hand():
         assert torch.equal(linear.bias, plain().get_submodule(name).bias)
 
 
-def test_merge_in_half_precision():
-    """Over a bfloat16 base the sum is made in float32 and rounded once."""
-    config = net_config(rank=3, importance=None, schedule=None)
-    model, layers = adapted(config, dtype=torch.bfloat16)
-    randomize(layers)
-    expected = {name: (layer.base.weight.float() + layer.delta_weight()).bfloat16()
-                for name, layer in layers.items()}
-    merge_(model)
-    for name, weight in expected.items():
-        assert torch.equal(model.get_submodule(name).weight, weight)
-
-
 # ---- what is saved ------------------------------------------------------------------------------
 
 def test_saved_files_by_hand(folder):
@@ -182,21 +170,6 @@ def test_save_load_save(folder, tmp_path):
     save_adapter(model, tmp_path / "again")
     a, b = (read_safetensors(f / "adapter_model.safetensors") for f in (folder, tmp_path / "again"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_loading_in_float32(folder):
-    """The float64 adapter on a float32 base: outputs to 1e-5."""
-    model = base_with(dtype=torch.float32)
-    load_adapter(model, folder)
-    expected = pruned()(inputs()).float()
-    torch.testing.assert_close(model.eval()(inputs(dtype=torch.float32)), expected,
-                               rtol=1e-5, atol=1e-5)
-
-
-def handmade(tmp_path, tensors, **config):
-    write_safetensors(tmp_path / "adapter_model.safetensors", tensors)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
-    return tmp_path
 
 
 ALPHA_OF = [  # adapter_config.json of rank 2, and alpha / r of layer.0.up and layer.1.down

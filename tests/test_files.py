@@ -272,31 +272,6 @@ def test_broken_tables(place, capsys, split):
         refused(capsys, place, path)
 
 
-def test_bad_rows(place, capsys):
-    """A row with other columns, an unknown label, NUL or no UTF-8 in the middle of train.tsv: file
-    and line are named."""
-    path = place[0] / "toy" / "train.tsv"
-    rows = path.read_bytes().splitlines()
-    for row in (b"", b"toy\t1\tthe dog", b"toy\t1\t\tthe\tdog", b"toy\t2\t\tthe dog",
-                b"toy\t1\t\tthe \0 dog", b"toy\t1\t\tthe \xff dog"):
-        path.write_bytes(b"\n".join([*rows[:10], row, *rows[10:], b""]))
-        assert f"{path} line 11: " in refused(capsys, place, path)
-
-
-def test_harmless_forms(place, tmp_path):
-    """CRLF, no final newline, a byte order mark and a blank line at the end give the same run."""
-    path = place[0] / "toy" / "train.tsv"
-    raw = path.read_bytes()
-    changes = dict(max_steps=5, interval=1)
-    run(tmp_path / "expected", **changes)
-    for i, content in enumerate((raw.replace(b"\n", b"\r\n"), raw.removesuffix(b"\n"),
-                                 b"\xef\xbb\xbf" + raw, raw + b"\n")):
-        path.write_bytes(content)
-        run(tmp_path / str(i), data_dir=str(place[0]), **changes)
-        assert (tmp_path / str(i) / "metrics.jsonl").read_bytes() == (
-            tmp_path / "expected" / "metrics.jsonl").read_bytes()
-
-
 def test_broken_adapters(place, capsys, tmp_path):
     """--eval-only --adapter with either file broken, or with a matrix that the model lacks."""
     run(tmp_path / "run", max_steps=5, interval=1)

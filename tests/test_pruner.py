@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from small import adapted, feed, gates, inputs, net_config, plain, randomize, trained, trainer
+from small import adapted, feed, gates, inputs, net_config, randomize, trained, trainer
 from torch import nn
 
 from dora import (
@@ -57,10 +57,10 @@ def test_exactly_b_gates_after_every_prune(schedule, equal):
 
 
 def test_the_last_prune_falls_on_the_same_step_whatever_the_interval():
-    """200 random runs: the step after which the budget is first met is T - t_f, where `last` puts
+    """60 random runs: the step after which the budget is first met is T - t_f, where `last` puts
     it, and the mask stays as it is from then on."""
     rng = random.Random(0)
-    for _ in range(200):
+    for _ in range(60):
         total, interval = rng.randint(10, 80), rng.randint(1, 90)
         initial, final = rng.choice([0.07, 0.1, 0.15, 0.33]), rng.choice([0, 0.25, 0.5])
         config = net_config(schedule="slow_first", rank=1, start_rank=2, interval=interval,
@@ -154,47 +154,27 @@ def test_momentum_reopens_a_gate_until_the_final_mask():
     assert all((layer.A.abs().sum(1) > 0).all() for layer in layers.values())
 
 
-def test_an_emptied_matrix_is_its_base():
-    """A matrix whose components all went gives its base's output, has no update, and trains on."""
-    layers, pruner = pruner_of(20, rank=1, start_rank=2, interval=2, **EXACT)
-    for _ in range(20):
-        feed(pruner, [0., 0, 9, 8, 7, 1, 0, 0, 6, 5, 4, 1])
-    query = layers["layer.0.query"]
-    randomize({"": query})
-    query.c.data.mul_(query.mask)
-    assert query.rank == 0 and not query.delta_weight().any()
-    assert torch.equal(query(inputs()), query.base(inputs()))
-
-
 # ---- wrong use ----------------------------------------------------------------------------------
 
-def test_a_step_without_observe():
-    """step() without observe(), at the start, twice in a row, and in the final phase: an error that
-    names the missing call and the step."""
+def test_observe_once_in_every_step():
+    """step() without observe(), at the start, twice in a row, and in the final phase, and a second
+    observe() in a step, which would count the first micro-batch of two twice: an error that names
+    the call and the step, and changes no average."""
     _layers, pruner = pruner_of(20)
     with pytest.raises(DoRAError, match=r"step 1\b.*observe\(\)"):
         pruner.step()
-    feed(pruner, torch.ones(18))
-    with pytest.raises(DoRAError, match=r"step 2\b.*observe\(\)"):
-        pruner.step()
-    for _ in range(14):
+    for step in range(1, 17):
         feed(pruner, torch.ones(18))
-    with pytest.raises(DoRAError, match=r"step 16.*observe\(\)"):
-        pruner.step()
-
-
-def test_a_second_observe_in_a_step():
-    """observe() for each of two micro-batches would count the gradient of the first one twice:
-    an error that names the step and changes no average. The run goes on with step()."""
-    _layers, pruner = pruner_of(20)
-    feed(pruner, torch.ones(18))
+        if step in (1, 14, 16):  # before the first pruning, before the last and after it
+            with pytest.raises(DoRAError, match=rf"step {step + 1}\b.*observe\(\)"):
+                pruner.step()
     pruner.observe()
     before = [part.clone() for part in (*pruner.I_bar, *pruner.U_bar)]
-    with pytest.raises(DoRAError, match=r"step 2\b.*observe\(\)"):
+    with pytest.raises(DoRAError, match=r"step 17\b.*observe\(\)"):
         pruner.observe()
     assert all(map(torch.equal, before, (*pruner.I_bar, *pruner.U_bar)))
     pruner.step()
-    assert pruner.t == 2
+    assert pruner.t == 17
 
 
 @pytest.mark.parametrize("importance", ["sensitivity", "triplet", "norm", "frobenius"])
@@ -261,17 +241,6 @@ def test_pruner_counts_optimizer_steps():
 
 # ---- the same run again, and in two parts -------------------------------------------------------
 
-@pytest.mark.parametrize("method", ["dora", "paper", "adalora"])
-def test_runs_repeat(method):
-    """Two runs with the same seeds end bit for bit equal."""
-    config = net_config(**METHODS[method] | dict(rank=1, start_rank=2, dropout=0.1))
-    ends = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        ends.append(trained(config)[0].state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(ends[0].values(), ends[1].values(), strict=True))
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_state_dict_continues_bit_for_bit(method):
     """A run cut in any phase, its trained weights and states through torch.save and weights_only
@@ -318,17 +287,6 @@ def through_a_file(state):
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def test_a_state_of_the_final_phase_can_be_compacted():
-    """A new model that has only taken up the Pruner's state, past the last pruning, compacts to the
-    shapes that a checkpoint of the compacted run has."""
-    model, _layers, pruner = trained(net_config(rank=1, start_rank=2))
-    shapes = {name: p.shape for name, p in compact_(model).named_parameters()}
-    fresh, new_layers = adapted(pruner.config)
-    resumed = Pruner(new_layers, pruner.config, 40)
-    resumed.load_state_dict(pruner.state_dict())
-    assert {name: p.shape for name, p in compact_(fresh).named_parameters()} == shapes
 
 
 def test_a_state_moves_to_the_layers_device():
@@ -426,10 +384,9 @@ def test_compaction_keeps_the_trajectory(optimizer, options, method):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_compaction_keeps_parameter_groups(named):
-    """Several groups with their own settings keep the same Parameter objects, and their names
-    if they have some; those of emptied matrices hold no numbers and are never stepped."""
+def test_compaction_keeps_parameter_groups():
+    """Several groups with their own settings  keep the same Parameter
+    objects; those of emptied matrices hold no numbers and are never stepped."""
     config = net_config(rank=1, start_rank=2, interval=2, **EXACT)
     model, layers = adapted(config)
     pruner = Pruner(layers, config, 20)
@@ -437,43 +394,20 @@ def test_compaction_keeps_parameter_groups(named):
     def parts(layers):
         return [[layer.A for layer in layers], [p for layer in layers for p in (layer.B, layer.c)],
                 list(model.head.parameters())]
-    names = {p: name for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([
-        {"params": [(names[p], p) for p in params] if named else params, "lr": lr}
-        for params, lr in zip(parts(layers.values()), (1e-3, 1e-2, 1e-1))])
+        {"params": params, "lr": lr} for params, lr in zip(parts(layers.values()), (.1, .01, .2))])
     before = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
-    groups_names = [group.get("param_names") for group in optimizer.param_groups]
     for _ in range(20):
         feed(pruner, [0., 0, 9, 8, 7, 1, 0, 0, 6, 5, 4, 1])
     compact_(model, optimizer)
     left = [layer for layer in model.modules() if isinstance(layer, DoRALinear)]
-    assert len(left) == 4
     groups = optimizer.param_groups
-    assert [group["lr"] for group in groups] == [1e-3, 1e-2, 1e-1]
+    assert len(left) == 4 and [group["lr"] for group in groups] == [.1, .01, .2]
     assert [[id(p) for p in group["params"]] for group in groups] == before
-    assert [group.get("param_names") for group in groups] == groups_names
-    assert bool(groups_names[0]) == named
     for group, params in zip(groups, parts(left), strict=True):
         assert [id(p) for p in group["params"] if p.numel()] == [id(p) for p in params]
     model(inputs()).sum().backward()
     optimizer.step()
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_compaction_changes_no_output(method):
-    """compact_ without an optimizer: outputs to 1e-12, fewer numbers stored, and compacting again
-    or a method without pruning changes nothing."""
-    rank = dict(rank=2) if method == "lora" else dict(rank=1, start_rank=2)
-    model, layers, _ = trained(net_config(**METHODS[method] | dict(rank, dropout=0.0)))
-    expected, size = model(inputs()), sum(p.numel() for p in model.parameters())
-    assert compact_(model) is model
-    torch.testing.assert_close(model(inputs()), expected, rtol=0, atol=1e-12)
-    live = sum(k * (sum(layers[n].base.weight.shape) + 1) for n, k in
-               ((n, layer.rank) for n, layer in layers.items()))
-    base = sum(p.numel() for p in plain().parameters())
-    assert sum(p.numel() for p in model.parameters()) == base + live <= size
-    compact_(model)
-    torch.testing.assert_close(model(inputs()), expected, rtol=0, atol=1e-12)
 
 
 def test_before_the_last_pruning(tmp_path):
@@ -520,22 +454,6 @@ def test_a_component_that_is_not_finite_after_the_last_pruning(method, tmp_path)
         compact_(model)
     assert not (tmp_path / "adapter").exists()
     save_adapter(model, tmp_path / "adapter")
-
-
-def test_training_goes_on_after_compaction():
-    """The Pruner still asks for observe(), still counts, and its penalty stays 0."""
-    config = net_config(rank=1, start_rank=2)
-    model, layers, pruner = trained(config, steps=40)
-    model, layers = adapted(config)
-    pruner = Pruner(layers, config, 40)
-    optimizer, step = trainer(model, pruner)
-    for t in range(40):
-        step()
-        if t == 20:
-            compact_(model, optimizer)
-    assert pruner.t == 40 and pruner.penalty().item() == 0
-    with pytest.raises(DoRAError, match=r"step 41\b.*observe\(\)"):
-        pruner.step()
 
 
 # ---- the paper's own form against its authors' algorithm ----------------------------------------
@@ -615,4 +533,3 @@ def test_the_papers_form_follows_the_authors_algorithm():
     assert changes > 5 and sum(pruner.ranks().values()) == 8
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
-

@@ -86,12 +86,12 @@ def header_by_chance(rng):
     return header, max(0, end + rng.choice([0] * 10 + [1, -1]))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_more_lenient_than_the_library(tmp_path, seed):
-    """2,000 random headers each: what the library refuses for a size, a shape, a type or a place,
+    """800 random headers each: what the library refuses for a size, a shape, a type or a place,
     ours refuses; what both read is equal."""
     rng, path, refused, both = random.Random(seed), tmp_path / "x.safetensors", 0, 0
-    for _ in range(2000):
+    for _ in range(800):
         header, size = header_by_chance(rng)
         file_of(path, json.dumps(header), bytes(size))
         try:
@@ -103,4 +103,4 @@ def test_no_more_lenient_than_the_library(tmp_path, seed):
         else:
             both += 1
             equal(read_safetensors(path), expected)
-    assert refused > 500 and both > 300
+    assert refused > 200 and both > 120
