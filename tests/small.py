@@ -153,28 +153,33 @@ def loss_of(model, x=X, y=Y):
     return (model(x) - y).square().mean()
 
 
-def fit(model, config, layers, steps=20, lr=1e-2):
-    """The README's loop; returns the Pruner and the optimizer."""
+def fit(model, config, layers, steps=20, optimizers=(), after=lambda pruner: None):
+    """The README's loop, with after(pruner) behind each step; return the Pruner and the (first)
+    optimizer, which is AdamW if none is given."""
     torch.manual_seed(2)
     pruner = Pruner(layers, config, steps)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    optimizers = optimizers or [torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2)]
     model.train()
     for _ in range(steps):
-        train_step(model, pruner, optimizer)
-    return pruner, optimizer
+        train_step(model, pruner, *optimizers)
+        after(pruner)
+    return pruner, optimizers[0]
 
 
-def train_step(model, pruner, optimizer):
+def train_step(model, pruner, *optimizers):
     """One step as the head of dora.py shows it, on X and Y."""
     def closure():
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss = loss_of(model) + pruner.penalty()
         loss.backward()
         return loss
 
     closure()
     pruner.observe()
-    optimizer.step(closure) if isinstance(optimizer, torch.optim.LBFGS) else optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step(closure) if isinstance(optimizer, torch.optim.LBFGS) else optimizer.step()
     pruner.step()
 
 

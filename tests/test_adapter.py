@@ -123,17 +123,6 @@ def test_saved_files_by_hand(folder):
     assert config["rank_pattern"] == config["alpha_pattern"] == pattern
 
 
-def test_a_new_save_replaces_the_old(tmp_path):
-    """Saving into a folder that holds an adapter replaces both files; a missing folder is made."""
-    save_adapter(pruned(), tmp_path / "a" / "b")
-    model = trained(net_config(rank=2, start_rank=2))[0]
-    save_adapter(model, tmp_path / "a" / "b")
-    loaded = base_with()
-    load_adapter(loaded, tmp_path / "a" / "b")
-    torch.testing.assert_close(loaded.eval()(inputs()), model(inputs()))
-    assert len(os.listdir(tmp_path / "a" / "b")) == 2
-
-
 def test_head_is_what_trains(tmp_path):
     """modules_to_save are the outermost modules all of whose parameters train; without a trained
     head it is null."""
@@ -280,15 +269,6 @@ def test_the_files_of_two_saves(tmp_path):
     path = tmp_path / "1" / "adapter_model.safetensors"
     path.write_bytes((tmp_path / "2" / "adapter_model.safetensors").read_bytes())
     refuses(base_with(), tmp_path / "1", r"layer\.\d\.")
-
-
-def test_missing_files(folder):
-    """A missing file is an OSError that names it."""
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        (folder / name).unlink()
-        with pytest.raises(OSError) as error:
-            load_adapter(base_with(), folder)
-        assert str(error.value.filename).endswith(name)
 
 
 def test_a_model_that_the_adapter_does_not_fit(folder):

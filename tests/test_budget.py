@@ -70,13 +70,6 @@ def test_eq9_against_exact_fractions(schedule):
                 assert exact - 1 < b[t] <= exact or b[t] == exact - 1
 
 
-@pytest.mark.parametrize("schedule", [SLOW, FAST])
-def test_a_fraction_of_a_rank(schedule):
-    """rank 0.5 over 72 matrices ends with 36 components, from one in each."""
-    b = curve(schedule, 0.5, None, 72, 100)
-    assert (b[0], b[-1]) == (72, 36)
-
-
 def test_a_rank_that_is_not_pruned():
     """Without a schedule, or with start_rank = rank, every b(t) is r L."""
     assert set(curve(None, 2, 2, 6, 50, importance=None)) == {12}
@@ -97,14 +90,6 @@ def test_steps_that_are_not_a_whole_number(total):
     """With 12.5 steps the last pruning, at step 6.5, would never come."""
     with pytest.raises(DoRAError, match=f"total_steps = {total}|{total} steps"):
         Pruner({}, net_config(), total)
-
-
-def test_a_short_run_still_prunes():
-    """Every T from 1 on leaves a step to prune in by the default phases: b(0) is r'L, b(T) is r
-    L."""
-    for total in range(1, 40):
-        b = curve(SLOW, 2, 3, 6, total)
-        assert b[0] == 18 and b[-1] == 12
 
 
 # ---- which components ---------------------------------------------------------------------------
@@ -131,16 +116,6 @@ def test_keep_mask_keeps_exactly_k():
         mask = top(torch.tensor(scores, dtype=torch.float64), k)
         assert mask.dtype == torch.bool
         assert mask.tolist() == [i in set(best) for i in range(n)]
-
-
-def test_the_threshold_rule_would_miss_the_budget():
-    """Why keep_mask is not `score > kthvalue`: that drops all five equal scores, and one component
-    where none is due."""
-    scores = torch.ones(5)
-    assert (scores > scores.kthvalue(2).values).sum() == 0 and top(scores, 3).sum() == 3
-    scores = torch.arange(5.0)
-    assert (scores > scores.kthvalue(max(0, 1)).values).sum() == 4
-    assert top(scores, 5).sum() == 5
 
 
 # ---- a budget in parameters ---------------------------------------------------------------------

@@ -63,15 +63,6 @@ def test_scales(name):
         assert data.METRICS[name](predictions, labels) == pytest.approx(expected, abs=1e-6)
 
 
-def test_confusion_tables():
-    """Matthews over the confusion table's four cells, each from 0 to 4: equals scikit-learn's."""
-    for cells in np.ndindex(5, 5, 5, 5):
-        predictions = np.repeat([0, 0, 1, 1], cells)
-        labels = np.repeat([0, 1, 0, 1], cells)
-        if len(labels):
-            compare("matthews", predictions, labels)
-
-
 def test_nan():
     """NaN and infinite predictions give what scipy gives: NaN, but for the ranks of an infinite
     one."""
