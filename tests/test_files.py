@@ -195,7 +195,10 @@ def refused(capsys, place, path, *words):
     before = path.read_bytes() if path.exists() else None
     out = data_dir.parent / "out"
     capsys.readouterr()
-    code = main([*flags(**run_settings(out, data_dir=data_dir, model_dir=model_dir)), *words])
+    settings = run_settings(out, data_dir=data_dir, model_dir=model_dir)
+    if words:  # an evaluation takes few of the settings of a run
+        settings = {name: settings[name] for name in ("task", "data_dir", "model_dir", "device")}
+    code = main([*flags(**settings), *words])
     error = capsys.readouterr().err.strip()
     assert code == 2 and "\n" not in error and len(error) < 1200
     assert error.startswith("train_glue.py: error: ")
@@ -216,12 +219,11 @@ def broken(path):
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("name", ["config.json", "vocab.json", "merges.txt", "model.safetensors"])
-def test_broken_model_files(place, capsys, name):
+def test_broken_model_files(place, capsys):
     """Each file of the model's folder, broken in each way."""
-    path = place[1] / name
-    for _ in broken(path):
-        refused(capsys, place, path)
+    for name in ("config.json", "vocab.json", "merges.txt", "model.safetensors"):
+        for _ in broken(place[1] / name):
+            refused(capsys, place, place[1] / name)
 
 
 def test_hostile_pickles(place, capsys):
@@ -249,23 +251,9 @@ def test_a_configuration_of_another_model(place, capsys):
         refused(capsys, place, path)
 
 
-def test_a_tokenizer_of_another_model(place, capsys):
-    """vocab.json with two ids swapped; merges.txt whose products are not in it."""
-    path = place[1] / "vocab.json"
-    vocab = json.loads(path.read_text())
-    vocab["<s>"], vocab["!"] = vocab["!"], vocab["<s>"]
-    path.write_text(json.dumps(vocab))
-    refused(capsys, place, path)
-    shutil.copy(files()[1] / "vocab.json", path)
-    path = place[1] / "merges.txt"
-    path.write_text("#version: 0.2\nq z\n")
-    refused(capsys, place, path)
-
-
-@pytest.mark.parametrize("split", ["train", "dev"])
-def test_broken_tables(place, capsys, split):
-    """train.tsv and dev.tsv, broken in each way but the last, which leaves a shorter table."""
-    path = place[0] / "toy" / f"{split}.tsv"
+def test_broken_tables(place, capsys):
+    """train.tsv, broken in each way but the last, which leaves a shorter table."""
+    path = place[0] / "toy" / "train.tsv"
     ways = broken(path)
     for _ in range(4):
         next(ways)

@@ -1,6 +1,5 @@
 """dora.py against Hugging Face PEFT and transformers: adapters both ways, LoRA, AdaLoRA,
 merging."""
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import torch
 import transformers
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from tiny import files, run_settings
 from torch import nn
 
 import train_glue
@@ -19,7 +19,6 @@ from dora import (
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in (
     "FutureWarning", "RuntimeWarning", "UserWarning")]              # theirs, of each other
-MINILM = Path(__file__).parents[2] / "../shared/models/minilm-l6-roberta"
 transformers.utils.logging.set_verbosity_error()        # a new head is no news here
 transformers.utils.logging.disable_progress_bar()
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
@@ -37,18 +36,6 @@ def new_roberta(seed=0):
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     return model
-
-
-@pytest.fixture(scope="module", params=["tiny", "minilm"])
-def base(request, tmp_path_factory):
-    """Folder of a base model in the Hugging Face layout."""
-    if request.param == "minilm":
-        if not MINILM.exists():
-            pytest.skip("needs ../shared/models")
-        return MINILM
-    folder = tmp_path_factory.mktemp("tiny")
-    new_roberta().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -120,17 +107,17 @@ def pruned(folder):
 # ---- our adapters in PEFT -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("compact", [False, True])
-def test_peft_loads_our_adapter(base, tmp_path, compact):
+def test_peft_loads_our_adapter(tiny, tmp_path, compact):
     """PEFT on transformers' RoBERTa loads what we saved, with ranks 0 to 3 and with `output.dense`
     unlike `attention.output.dense`, and gives our logits to 1e-5; every matrix has its own rank."""
-    model, ranks = pruned(base)
+    model, ranks = pruned(tiny)
     expected = logits(model)
     if compact:
         compact_(model)
     save_adapter(model, tmp_path)
-    loaded = PeftModel.from_pretrained(theirs(base), tmp_path)
+    loaded = PeftModel.from_pretrained(theirs(tiny), tmp_path)
     close(logits(loaded), expected)
-    assert (expected - logits(ours(base))).abs().max() > 1e-2         # the adapter does something
+    assert (expected - logits(ours(tiny))).abs().max() > 1e-2         # the adapter does something
     found = {name.removeprefix("base_model.model."): module.r["default"]
              for name, module in loaded.named_modules() if hasattr(module, "lora_A")}
     assert found == {name: rank for name, rank in ranks.items() if rank}
@@ -139,48 +126,37 @@ def test_peft_loads_our_adapter(base, tmp_path, compact):
     assert ranks[name.format("")] != ranks[name.format("attention.")]
 
 
-@pytest.mark.parametrize("method, labels, head", [
-    ("dora", 2, False), ("paper", 3, False), ("lora", 1, False), ("dora", 3, True)])
-def test_pefts_auto_class_loads_a_run(tmp_path, monkeypatch, method, labels, head):
+def test_pefts_auto_class_loads_a_run(tmp_path):
     """AutoPeftModelForSequenceClassification.from_pretrained(RUN/adapter) finds the base model by
-    itself and gives the logits of the run's model; so does the Python that the card prints, for a
-    base that comes with a head for two labels, too."""
-    from tiny import files, run_settings
-    monkeypatch.setitem(train_glue.TASKS, "toy", dataclasses.replace(
-        train_glue.TASKS["toy"], labels=tuple("012"[:labels]) if labels > 1 else (),
-        metrics=("accuracy",) if labels > 1 else ("pearson",)))
+    itself and gives the logits of the run's model; so does the Python that the card prints."""
     base = tmp_path / "base"  # an encoder without a head, as those that are published
     shutil.copytree(files()[1], base)
     weights = read_safetensors(base / "model.safetensors")
     write_safetensors(base / "model.safetensors", {
-        name: weight.clone() for name, weight in weights.items()
-        if head or "classifier" not in name})
-    train_glue.train(train_glue.make_config(**run_settings(
-        tmp_path / "out", method=method, model_dir=str(base))))
+        name: weight.clone() for name, weight in weights.items() if "classifier" not in name})
+    train_glue.train(train_glue.make_config(**run_settings(tmp_path / "out", model_dir=str(base))))
     folder = tmp_path / "out" / "adapter"
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS"
     assert config["base_model_name_or_path"] == str(base.resolve())
 
-    model = train_glue.load_roberta(base, labels).eval()
+    model = train_glue.load_roberta(base, 2).eval()
     load_adapter(model, folder)
-    if not head:
-        loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(
-            folder, num_labels=labels)
-        close(logits(loaded), logits(model))
+    loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    close(logits(loaded), logits(model))
     names = {}
     code = (folder / "README.md").read_text().split("Load it with PEFT")[1].split("```python\n")[1]
     exec(code.split("```")[0], names)
     close(logits(names["model"]), logits(model))
 
 
-def test_our_merged_model_loads_in_transformers(base, tmp_path):
+def test_our_merged_model_loads_in_transformers(tiny, tmp_path):
     """merge_ and train_glue.save_model, loaded by transformers: the same logits, no key missing.
     PEFT's merge_and_unload of the adapter gives the same weights."""
-    model, _ = pruned(base)
+    model, _ = pruned(tiny)
     expected = logits(model)
     save_adapter(model, tmp_path / "adapter")
-    theirs_merged = PeftModel.from_pretrained(theirs(base), tmp_path / "adapter").merge_and_unload()
+    theirs_merged = PeftModel.from_pretrained(theirs(tiny), tmp_path / "adapter").merge_and_unload()
     train_glue.save_model(merge_(model), tmp_path)
     loaded, info = transformers.RobertaForSequenceClassification.from_pretrained(
         tmp_path, output_loading_info=True)
@@ -324,100 +300,7 @@ def test_other_models(tmp_path, new, method, targets, head):
     assert model.state_dict().keys() == new().state_dict().keys()
 
 
-# ---- LoRA ---------------------------------------------------------------------------------------
-
-def test_lora_equals_pefts_lora():
-    """METHODS["lora"] and PEFT's LoRA with the same A and B on the same RoBERTa: logits, gradients
-    and five AdamW steps are equal, in training mode with all dropout from the same seed."""
-    targets, r, alpha = ("query", "value", "output.dense"), 4, 6
-    config = DoRAConfig(rank=r, alpha=alpha, dropout=0.2, targets=targets, **METHODS["lora"])
-    model = new_roberta()
-    layers = inject(model, config)
-    model.classifier.requires_grad_(True)
-    reference = get_peft_model(new_roberta(), LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=0.2, target_modules=list(targets)))
-    pairs = []
-    torch.manual_seed(1)
-    for name, layer in layers.items():
-        twin = reference.base_model.model.get_submodule(name)
-        A, B = twin.lora_A["default"].weight, twin.lora_B["default"].weight
-        for p, q in ((layer.A, A), (layer.B, B)):
-            assert p.shape == q.shape
-            q.data.copy_(nn.init.normal_(p, std=0.2))
-            pairs.append((p, q))
-    head = reference.base_model.model.classifier
-    head.requires_grad_(True)
-    pairs += zip(model.classifier.parameters(), head.parameters(), strict=True)
-    optimizers = [torch.optim.AdamW(params, lr=1e-2) for params in zip(*pairs, strict=True)]
-    ids, mask = batch(model)
-    close(logits(model), logits(reference))
-    for step in range(5):
-        for net, optimizer in zip((model, reference), optimizers, strict=True):
-            torch.manual_seed(step)
-            optimizer.zero_grad()
-            net.train()(input_ids=ids, attention_mask=mask.long(),
-                        labels=CLASSES).loss.backward()
-        for p, q in pairs:
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
-        for optimizer in optimizers:
-            optimizer.step()
-    close(logits(model), logits(reference))
-    assert all(torch.allclose(p, q, atol=1e-5) for p, q in pairs)
-
-
-# ---- AdaLoRA ------------------------------------------------------------------------------------
-
-def test_adalora_equals_pefts_allocator():
-    """`adalora` and PEFT's RankAllocator, fed with the same random weights and gradients through a
-    whole run: the same scores in every step, the same budget and mask in every pruning.
-
-    Two things are PEFT's own. It prunes where step % deltaT == 0, so tinit is a multiple of deltaT
-    here. And it leaves the score of the last pruning's step out (update_ipt is not called in it),
-    which we do not: the test calls it.
-    """
-    T, T_I, T_F, interval, r_prime, r = 60, 10, 20, 5, 6, 2
-    config = DoRAConfig(**{**METHODS["adalora"], "targets": ("query", "output.dense"), "rank": r,
-                           "start_rank": r_prime, "initial_phase": T_I / T, "final_phase": T_F / T,
-                           "interval": interval, "dropout": 0.0})
-    model = new_roberta().double()
-    layers = inject(model, config)
-    pruner = Pruner(layers, config, T)
-    reference = get_peft_model(new_roberta().double(), AdaLoraConfig(
-        init_r=r_prime, target_r=r, tinit=T_I, tfinal=T_F, deltaT=interval, total_step=T,
-        target_modules=list(config.targets))).base_model
-    allocator = reference.rankallocator
-    twins = {name: reference.model.get_submodule(name) for name in layers}
-    g = torch.Generator().manual_seed(0)
-    prunings = 0
-    for step in range(1, T + 1):
-        for name, layer in layers.items():
-            for letter, p in (("E", layer.c), ("A", layer.A), ("B", layer.B)):
-                q = getattr(twins[name], f"lora_{letter}")["default"]
-                p.data.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64))
-                p.grad = torch.randn(p.shape, generator=g, dtype=torch.float64)
-                q.data.copy_(p.data.view(q.shape))
-                q.grad = p.grad.view(q.shape)
-        pruner.observe()
-        pruner.step()
-        if step == T - T_F:
-            allocator.update_ipt(reference.model)
-        reference.update_and_allocate(step)
-        if step < T - T_F:                          # at its last pruning PEFT forgets the averages
-            scores = []
-            for name in layers:
-                E, A, B = (allocator._element_score(f"{name}.lora_{x}.default") for x in "EAB")
-                scores.append(E[:, 0] + A.mean(1) + B.mean(0))
-            torch.testing.assert_close(pruner.scores(), torch.cat(scores), rtol=1e-9, atol=0)
-        ours = torch.cat([layer.c.ne(0) for layer in layers.values()])
-        peers = torch.cat([twin.lora_E["default"][:, 0].ne(0) for twin in twins.values()])
-        assert torch.equal(ours, peers), step
-        prunings += not ours.all()
-        assert ours.sum() == (allocator.budget_schedule(step)[0] if not ours.all() else len(ours))
-    assert prunings == 6 + T_F
-    pattern = reference.peft_config["default"].rank_pattern
-    assert {name.removesuffix(".lora_E.default"): sum(live) for name, live in pattern.items()} == {
-        name: layer.rank for name, layer in layers.items()}
-
+# ---- recordings ---------------------------------------------------------------------------------
 
 def test_peft_writes_what_we_expect(tiny, tmp_path):
     """The version of PEFT in requirements.txt is the one at work, and its config has the fields
