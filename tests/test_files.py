@@ -197,7 +197,8 @@ def refused(capsys, place, path, *words):
     capsys.readouterr()
     settings = run_settings(out, data_dir=data_dir, model_dir=model_dir)
     if words:  # an evaluation takes few of the settings of a run
-        settings = {name: settings[name] for name in ("task", "data_dir", "model_dir", "device")}
+        settings = {name: settings[name] for name in (
+            "task", "data_dir", "model_dir", "device", "max_len")}
     code = main([*flags(**settings), *words])
     error = capsys.readouterr().err.strip()
     assert code == 2 and "\n" not in error and len(error) < 1200
