@@ -533,8 +533,9 @@ def rank_map(ranks: dict[str, int]) -> str:
     for stack, cells in stacks.items():
         text = table("layer", cells)
         if text.index("\n") > 80:
-            text = table("matrix", {(column, row): cells[row, column] for row, column in cells})
-        tables.append(f"{stack}:\n{text}" if len(stacks) > 1 else text)
+            turned = {place[::-1]: rank for place, rank in cells.items()}
+            text = table("matrix", turned)
+        tables.append(f"{stack or 'others'}:\n{text}" if len(stacks) > 1 else text)
     return "\n\n".join(tables)
 
 

@@ -74,7 +74,7 @@ def test_functions_fit_a_screen():
 def test_two_halves():
     """Each file says once where one can stop reading, and both halves have the length of a file
     that a student finishes; RoBERTa stays under 170 lines."""
-    for name, whole, half in (("dora", 1250, 460), ("data", 1000, 500), ("train_glue", 1800, 450)):
+    for name, whole, half in (("dora", 1220, 485), ("data", 1020, 625), ("train_glue", 1700, 400)):
         found = [i for i, line in enumerate(LINES[name]) if line.startswith(LOUD)]
         assert len(found) == 1 and found[0] <= half and len(LINES[name]) <= whole, name
     sections = [i for i, line in enumerate(LINES["train_glue"]) if line.startswith("# ---- ")]
@@ -83,15 +83,14 @@ def test_two_halves():
 
 
 def test_density():
-    """No line is bought by packing: at most 11 tokens a line on average in each file, comments and
-    strings apart, and under 4.5 % of the lines with more than 25."""
-    silent = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT,
-              tokenize.ENDMARKER)
+    """No line is bought by packing: at most 11 tokens on average in the lines that have some, in
+    each file, and more than 25 in under 4.5 % of its lines."""
+    silent = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     for name, text in SOURCE.items():
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
         lines = Counter(token.start[0] for token in tokens if token.type not in silent)
         assert sum(lines.values()) / len(lines) <= 11, name
-        assert sum(n > 25 for n in lines.values()) / len(lines) < 0.045, name
+        assert sum(n > 25 for n in lines.values()) < 0.045 * len(LINES[name]), name
 
 
 def test_the_map_names_what_exists():
