@@ -206,3 +206,16 @@ def refused(names, call, *args, **options):
     with pytest.raises(DoRAError, match=names) as error:
         call(*args, **options)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def untouched(names, call, model, *args):
+    """The call on the model is refused, and the model is as it was: weights, modules, what requires
+    a gradient."""
+    def state():
+        return ([(name, id(module)) for name, module in model.named_modules()],
+                [(name, id(p), p.requires_grad) for name, p in model.named_parameters()])
+
+    before, weights = state(), {key: t.clone() for key, t in model.state_dict().items()}
+    refused(names, call, model, *args)
+    assert state() == before
+    assert all(torch.equal(t, weights[key]) for key, t in model.state_dict().items())

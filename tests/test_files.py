@@ -159,14 +159,6 @@ def test_broken_safetensors(tmp_path):
         assert "again" in text and "git lfs pull" in text
 
 
-def test_a_file_that_is_not_there(tmp_path):
-    """A missing file and a folder are an OSError that names it."""
-    for path in (tmp_path / "missing.safetensors", tmp_path):
-        with pytest.raises(OSError) as error:
-            read_safetensors(path)
-        assert str(error.value.filename) == str(path)
-
-
 # ---- broken files through the whole program -----------------------------------------------------
 
 TOUCHED = Path("dora-was-here")  # what hostile pickles would make, in the current folder

@@ -12,7 +12,8 @@ import pytest
 import torch
 from simulated import Device
 from small import (
-    FLAT, X, Y, cfg, chain, close, fit, loss_of, randomize, refused, reloads, train_step)
+    FLAT, X, Y, cfg, chain, close, fit, loss_of, randomize, refused, reloads, train_step,
+    untouched)
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
@@ -27,17 +28,6 @@ ROOT = Path(__file__).parents[1]
 
 def two_matrices():
     return chain(nn.Linear, nn.Tanh, nn.Linear)
-
-
-def untouched(names, model, config):
-    """inject() refuses, and the model is as it was: modules, weights, what requires gradients."""
-    def state():
-        return ([(name, type(m), id(m)) for name, m in model.named_modules()],
-                [(name, id(p), p.requires_grad) for name, p in model.named_parameters()])
-
-    before = state()
-    refused(names, inject, model, config)
-    assert state() == before
 
 
 # ---- what is shared ------------------------------------------------------------------------------
@@ -116,7 +106,7 @@ def test_a_matrix_that_is_used_twice():
             (chain(shared, nn.Tanh, shared), "0", "0 .*2 "),
             (nn.ModuleDict({"a": chain(shared), "b": chain(shared)}), "0", r"a\.0 .*b\.0 "),
             (nn.ModuleList([block, block]), "0.0", r"0\.0 .*1\.0 ")):
-        untouched(names, model, cfg(target))
+        untouched(names, inject, model, cfg(target))
 
 
 # ---- what trains beside the components -----------------------------------------------------------
@@ -215,7 +205,7 @@ def test_a_second_inject():
     """inject() on an adapted model is refused and leaves the first adapter trainable."""
     model = two_matrices()
     layers = inject(model, cfg("0"))
-    untouched("already", model, cfg("2"))
+    untouched("already", inject, model, cfg("2"))
     assert layers["0"].A.requires_grad
 
 
@@ -250,11 +240,11 @@ def test_modules_that_cannot_be_adapted():
     for make in REFUSED:
         model = two_matrices()
         model[0] = make()
-        untouched("'0'.* 0 ", model, cfg("0"))
+        untouched("'0'.* 0 ", inject, model, cfg("0"))
     shared = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
     nn.Module.__init__(shared)
     shared.module = two_matrices()
-    untouched("DistributedDataParallel", shared, cfg("0"))
+    untouched("DistributedDataParallel", inject, shared, cfg("0"))
 
 
 # ---- wrappers ------------------------------------------------------------------------------------

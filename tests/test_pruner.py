@@ -93,15 +93,6 @@ def test_a_method_without_pruning_runs_through_the_same_calls():
     assert sum(pruner.ranks().values()) == 12
 
 
-def test_no_layers():
-    """A Pruner of no matrices (full fine-tuning, BitFit) goes through the same calls."""
-    pruner = Pruner({}, net_config(**METHODS["lora"]), 10)
-    assert pruner.penalty().item() == 0
-    pruner.observe()
-    pruner.step()
-    assert pruner.ranks() == {}
-
-
 # ---- regrowth, and the end of it ----------------------------------------------------------------
 
 def test_a_pruned_component_comes_back_before_the_final_mask():
@@ -266,21 +257,6 @@ def through_a_file(state):
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def test_a_state_moves_to_the_layers_device():
-    """A state saved on the CPU goes on where the layers are, as an optimizer's does; the meta
-    device stands in for a GPU."""
-    layers, pruner = pruner_of(40)
-    feed(pruner, torch.ones(18))
-    model, layers = adapted(pruner.config)
-    model.to("meta")
-    resumed = Pruner(layers, pruner.config, 40)
-    resumed.load_state_dict(pruner.state_dict())
-    for layer in layers.values():
-        layer.c.grad = torch.ones_like(layer.c)
-    resumed.observe()
-    assert all(average.is_meta for average in resumed.state_dict()["I_bar"])
 
 
 @pytest.mark.parametrize("changes, steps, names", [

@@ -9,7 +9,6 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import tiny_model  # noqa: E402
 
-from dora import read_safetensors  # noqa: E402
 from train_glue import load_roberta, save_model  # noqa: E402
 
 transformers.utils.logging.set_verbosity_error()
@@ -76,23 +75,6 @@ def test_they_load_what_we_save(tmp_path, classes):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert theirs.config.num_labels == classes
     logits_close(model, theirs, 437)
-
-
-def test_a_masked_language_model(tmp_path):
-    """A checkpoint with lm_head, as roberta-base's own: its encoder's states."""
-    torch.manual_seed(1)
-    config = transformers.RobertaConfig(
-        vocab_size=437, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=64, type_vocab_size=1, pad_token_id=1,
-        bos_token_id=0, eos_token_id=2)
-    theirs = transformers.RobertaForMaskedLM(config).eval()
-    theirs.save_pretrained(tmp_path)
-    assert any(k.startswith("lm_head.") for k in read_safetensors(tmp_path / "model.safetensors"))
-    ids, mask = batch(437)
-    with torch.no_grad():
-        expected = theirs.roberta(input_ids=ids, attention_mask=mask.long()).last_hidden_state[mask]
-        found = load_roberta(tmp_path, 2).eval().roberta(ids, mask)[mask]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_gradients(tmp_path):
