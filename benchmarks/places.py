@@ -47,7 +47,6 @@ import base64
 import fcntl
 import functools
 import itertools
-import json
 import statistics
 import subprocess
 import sys
