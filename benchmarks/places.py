@@ -129,7 +129,7 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], steps: int, lr
 
 
 def make_all(log: Path, to_do: Callable[[], Iterable[dict[str, Any]]],
-             make: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+             make: Callable[[dict[str, Any]], dict[str, Any]], onednn: bool) -> None:
     """Make the runs that are missing in a log, in their order, and append a line for each.
 
     Several processes may do this at once: a lock, which ends with the process, marks a run.
@@ -138,7 +138,7 @@ def make_all(log: Path, to_do: Callable[[], Iterable[dict[str, Any]]],
     locks.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
                             capture_output=True, text=True).stdout.strip()
-    noted = dict(commit=commit, onednn=float32_by_onednn(), machine=report.machine(1))
+    noted = dict(commit=commit, onednn=onednn, machine=report.machine(1))
     busy: set[str] = set()
     while True:
         known = busy | {line["key"] for line in report.read_log(log)}
@@ -349,7 +349,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if not args.report:
-        make_all(LOG, to_do, make)
+        make_all(LOG, to_do, make, float32_by_onednn())
 
 
 if __name__ == "__main__":
