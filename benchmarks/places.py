@@ -42,37 +42,31 @@ What each outcome means:
 
 from __future__ import annotations
 
-import argparse
 import base64
-import fcntl
 import functools
 import itertools
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import report
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import data  # noqa: E402
-import report  # noqa: E402
-import train_glue  # noqa: E402
-from dora import METHODS, DoRAConfig, DoRALinear, Pruner, compact_, inject, keep_mask  # noqa: E402
+import data
+import train_glue
+from dora import METHODS, DoRAConfig, DoRALinear, Pruner, compact_, inject, keep_mask
 
-RESULTS = ROOT / "benchmarks" / "results"
-LOG = RESULTS / "places.jsonl"
-GLUE, MODEL = ROOT / "../shared/data/glue", ROOT / "../shared/models/minilm-l6-roberta"
+LOG = report.RESULTS / "places.jsonl"
 SCALE, DROPOUT, BATCH = 8.0, 0.1, 16
 STEPS, LONG, EVERY = 300, 1200, 300  # EVERY: steps between scores
 LENGTHS = {"stsb": (28, 40), "mrpc": (48, 64)}  # tokens, at most: of the train set, of dev
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+WIDE, PLACES = 0.03, "dora's places"
 KINDS = ("attention.self.query", "attention.self.key", "attention.self.value",
          "attention.output.dense", "intermediate.dense", "output.dense")
 
@@ -130,37 +124,17 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], steps: int, lr
 
 def make_all(log: Path, to_do: Callable[[], Iterable[dict[str, Any]]],
              make: Callable[[dict[str, Any]], dict[str, Any]], onednn: bool) -> None:
-    """Make the runs that are missing in a log, in their order, and append a line for each.
-
-    Several processes may do this at once: a lock, which ends with the process, marks a run.
-    """
-    locks = ROOT / "runs" / log.stem
-    locks.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+    """Make the runs that are missing in a log, and note with each what made it."""
+    commit = subprocess.run(["git", "-C", str(report.ROOT), "describe", "--always", "--dirty"],
                             capture_output=True, text=True).stdout.strip()
-    noted = dict(commit=commit, onednn=onednn, machine=report.machine(1))
-    busy: set[str] = set()
-    while True:
-        known = busy | {line["key"] for line in report.read_log(log)}
-        run = next((run for run in to_do() if report.key_of(run) not in known), None)
-        if run is None:
-            return
-        key = report.key_of(run)
-        with open(locks / key, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                busy.add(key)
-                continue
-            if key in {line["key"] for line in report.read_log(log)}:
-                continue
-            started = time.monotonic()
-            found = make(run)
-            line = dict(key=key, **run, **found, seconds=round(time.monotonic() - started, 1),
-                        **noted)
-            report.add_to_log(log, line)
-            busy.clear()
-        print({k: v for k, v in line.items() if k not in ("dev", "machine")}, flush=True)
+
+    def run(cell: dict[str, Any]) -> dict[str, Any]:
+        started = time.monotonic()
+        found = make(cell)
+        return dict(found, seconds=round(time.monotonic() - started, 1), commit=commit,
+                    onednn=onednn, machine=report.machine())
+
+    report.make_all(log, to_do, run)
 
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -169,8 +143,8 @@ def make_all(log: Path, to_do: Callable[[], Iterable[dict[str, Any]]],
 @functools.lru_cache(maxsize=4)
 def examples(task: str, split: str) -> list[data.Example]:
     """Return examples: "train", "held out" (a tenth of the train set), "the rest" of it, "dev"."""
-    bpe = data.BPE.from_folder(MODEL)
-    found = data.load_task(task, GLUE, "dev" if split == "dev" else "train", bpe, 64)
+    bpe = data.BPE.from_folder(report.MINILM)
+    found = data.load_task(task, report.GLUE, "dev" if split == "dev" else "train", bpe, 64)
     if split in ("held out", "the rest"):
         rows = np.random.default_rng(0).permutation(len(found))
         tenth = min(len(found) // 10, 1000)
@@ -198,8 +172,7 @@ def places(run: dict[str, Any], costs: dict[str, int]) -> dict[str, int]:
         return dict(zip(costs, mask.view(n, r_prime).sum(1).tolist()))
     if kind.endswith("'s"):  # the places that a method found
         source = report.key_of(dict(run, arm=kind.removesuffix("'s")))
-        ranks = next(line["ranks"] for line in report.read_log(LOG) if line["key"] == source)
-        return dict(zip(costs, ranks))
+        return dict(zip(costs, report.finished(LOG)[source]["ranks"]))
     if kind == "lora":
         chosen = [name for name in costs if name.endswith((".query", ".value"))]
         return dict.fromkeys(chosen, limit // sum(costs[name] for name in chosen))
@@ -224,7 +197,7 @@ def make(run: dict[str, Any]) -> dict[str, Any]:
     train = examples(run["task"], "train" if run["split"] == "dev" else "the rest")
 
     torch.manual_seed(seed)
-    model = train_glue.load_roberta(MODEL, task.num_labels)
+    model = train_glue.load_roberta(report.MINILM, task.num_labels)
     if run["dtype"] == "bf16":
         model.roberta.to(torch.bfloat16)
     costs, pruner = costs_of(model), None
@@ -302,7 +275,7 @@ def to_do() -> Iterator[dict[str, Any]]:
 def block(task: str, budgets: Iterable[int], seeds: Iterable[int], arms: Iterable[str],
           steps: int = STEPS, factor: float = 1.0, dtype: str = "bf16") -> Iterator[dict[str, Any]]:
     """Yield the runs of some arms, and before them those that choose the task's rate."""
-    known = {line["key"] for line in report.read_log(LOG)}
+    known = report.finished(LOG)
     lr, missing = rate_of(task)
     yield from missing
     if lr is None:
@@ -321,7 +294,7 @@ def rate_of(task: str) -> tuple[float | None, list[dict[str, Any]]]:
 
     Where the best rate is the lowest or highest one, the next one beyond is tried, too.
     """
-    done = {line["key"]: line["score"] for line in report.read_log(LOG)}
+    done = report.finished(LOG)
     rates = list(RATES)
     while True:
         runs = {lr: [dict(task=task, split="held out", steps=STEPS, budget=6, seed=seed,
@@ -331,7 +304,8 @@ def rate_of(task: str) -> tuple[float | None, list[dict[str, Any]]]:
         if missing:
             return None, missing
 
-        means = {lr: statistics.mean(done[report.key_of(run)] for run in runs[lr]) for lr in rates}
+        means = {lr: statistics.mean(done[report.key_of(run)]["score"] for run in runs[lr])
+                 for lr in rates}
         best = max(rates, key=means.__getitem__)
         if best == min(rates) and len(rates) < 8:
             rates.append(best / 2)
@@ -341,15 +315,217 @@ def rate_of(task: str) -> tuple[float | None, list[dict[str, Any]]]:
             return best, []
 
 
+# ---- report --------------------------------------------------------------------------------------
+
+Group = dict[int, dict[str, dict[str, Any]]]  # the runs of one setting, by seed and arm
+TITLES = {"stsb": "STS-B", "mrpc": "MRPC", "cola": "CoLA", "sst2": "SST-2", "rte": "RTE"}
+
+
+def groups() -> dict[tuple[Any, ...], Group]:
+    """Return the runs on dev by (task, steps, rate / the chosen one, dtype, budget)."""
+    found: dict[tuple[Any, ...], Group] = {}
+    for line in report.read_log(LOG):
+        if line["split"] == "dev":
+            share = line["lr"] / rate_of(line["task"])[0]
+            key = (line["task"], line["steps"], share, line["dtype"], line["budget"])
+            found.setdefault(key, {}).setdefault(line["seed"], {})[line["arm"]] = line
+    return dict(sorted(found.items(), key=lambda item: [*map(list(TITLES).index, item[0][:1]),
+                                                        *item[0][1:]]))
+
+
+def scores(group: Group, arm: str) -> dict[int, float]:
+    """Return the score of an arm by seed."""
+    return {seed: arms[arm]["score"] for seed, arms in group.items() if arm in arms}
+
+
+def randoms(group: Group, seed: int) -> list[float]:
+    """Return the scores of the random placements of a seed."""
+    return [line["score"] for arm, line in group[seed].items() if arm.startswith("random ")]
+
+
+def beaten(group: Group, arm: str) -> list[tuple[float, int]]:
+    """Return by seed how many random placements an arm beats, a tie counting half, and of how many.
+
+    Seeds with fewer than four are left out.
+    """
+    found = []
+    for seed, score in scores(group, arm).items():
+        others = randoms(group, seed)
+        if len(others) >= 4:
+            found.append((sum((x < score) + (x == score) / 2 for x in others), len(others)))
+    return found
+
+
+def percentile(counts: list[tuple[float, int]]) -> float:
+    """Return the mean over the seeds of the share of random placements that are beaten."""
+    return statistics.mean(count / of for count, of in counts)
+
+
+def chance(counts: list[tuple[float, int]]) -> float:
+    """Return the probability that random places beat at least as many: with k others each number
+    from 0 to k is equally likely."""
+    sums = np.ones(1)
+    for _, of in counts:
+        sums = np.convolve(sums, np.full(of + 1, 1 / (of + 1)))
+    return float(sums[int(sum(count for count, _ in counts)):].sum())
+
+
+def width(group: Group) -> float:
+    """Return the median over the seeds of best minus worst random placement."""
+    return statistics.median(np.ptp(randoms(group, seed)) for seed in group
+                             if len(randoms(group, seed)) >= 4)
+
+
+def setting(key: tuple[Any, ...]) -> str:
+    """Return a setting in words."""
+    task, steps, share, dtype, budget = key
+    rate = "" if share == 1 else f", {share:g} times the rate"
+    return (f"{TITLES[task]}, {budget} components, {steps:,} steps{rate}"
+            + ", float32" * (dtype == "float32"))
+
+
+def places_table() -> str:
+    """Return the primary quantity, a row per setting."""
+    body = []
+    for key, group in groups().items():
+        counts = beaten(group, "dora's places")
+        if not counts:
+            continue
+        own = beaten(group, "dora")
+        middle = statistics.median(x for seed in group for x in randoms(group, seed))
+        wide = width(group)
+        body.append([
+            setting(key), f"{len(counts)} x {'/'.join(sorted({str(of) for _, of in counts}))}",
+            f"{wide:.3f}{' (wide)' if wide >= WIDE else ''}", f"{middle:.3f}",
+            f"{statistics.median(scores(group, 'dora').values()):.3f}",
+            f"{statistics.median(scores(group, PLACES).values()):.3f}",
+            f"{100 * percentile(counts):.0f} %", f"{chance(counts):.3f}",
+            f"{100 * percentile(own):.0f} %"])
+    return report.table(
+        ["setting", "seeds x random placements", "best - worst of them", "their median", "dora",
+         "dora's places", "percentile of dora's places", "p", "of dora"], body)
+
+
+def arms_table(key: tuple[Any, ...]) -> str:
+    """Return all other arms of a setting: score, parameters, percentile."""
+    group, body = groups()[key], []
+    for arm in dict.fromkeys(arm for arms in group.values() for arm in arms):
+        if arm.startswith("random "):
+            continue
+        counts = beaten(group, arm)
+        sizes = [arms[arm]["parameters"] for arms in group.values() if arm in arms]
+        body.append([arm, report.spread(scores(group, arm).values(), 3), f"{max(sizes):,}",
+                     f"{100 * percentile(counts):.0f} %" if counts else ""])
+    every = [x for seed in group for x in randoms(group, seed)]
+    body.append(["random placements", report.spread(every, 3), "", "50 %"])
+    return report.table(["arm", "score", "parameters, at most", "percentile"], body)
+
+
+def write_report() -> None:
+    """Write places.md and places.svg from the log."""
+    lines = report.read_log(LOG)
+    rates = {task: rate_of(task)[0] for task in TITLES if rate_of(task)[0]}
+    hours = sum(line["seconds"] for line in lines) / 3600
+    text = f"""# Places on text
+
+Written by `python benchmarks/places.py`, which has the protocol, from {len(lines)} runs
+({hours:.1f} hours of one core, commits {", ".join(sorted({line["commit"] for line in lines}))}).
+Rates chosen for random placements on a held-out tenth: {
+    ", ".join(f"{TITLES[task]} {rate:g}" for task, rate in rates.items())}.
+Medians over the seeds; p is one-sided, under chance; wide means {WIDE} or more.
+
+{places_table()}
+"""
+    for key in groups():
+        if key[0] == "stsb" and key[2:4] == (1, "bf16") and key[1] == STEPS and key[4] in (6, 36):
+            text += f"\n## All arms: {setting(key)}\n\n{arms_table(key)}\n"
+    (report.RESULTS / "places.md").write_text(text, "utf-8")
+    plot()
+
+
+def plot() -> None:
+    """Draw the scores over the budget, a panel per task, and one over the steps."""
+    main = {key: group for key, group in groups().items()
+            if key[2:4] == (1, "bf16") and key[1] == STEPS and beaten(group, PLACES)}
+    tasks = list(dict.fromkeys(key[0] for key in main))
+    long = groups().get(("stsb", LONG, 1, "bf16", 6))
+    budgets = {task: [key[4] for key in main if key[0] == task] for task in tasks}
+    ratios = [1 + len(budgets[task]) for task in tasks] + [5] * bool(long)
+    figure = report.figure(8, 2.9)
+    axes = list(figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0])
+
+    for ax, task in zip(axes, tasks):
+        strips = {str(budget): main[task, STEPS, 1, "bf16", budget] for budget in budgets[task]}
+        draw(ax, [(name, {seed: (randoms(group, seed), scores(group, PLACES).get(seed))
+                          for seed in group}) for name, group in strips.items()])
+        ax.set_title(f"{TITLES[task]}, {STEPS} steps")
+        ax.set_xlabel("components in all")
+        ax.set_ylabel({"stsb": "Pearson", "cola": "Matthews"}.get(task, "accuracy") + " on dev")
+    if long:
+        steps = [step for step, _ in long[min(long)][PLACES]["curve"]]
+        draw(axes[-1], [(f"{step:,}", {seed: (
+            [dict(line["curve"])[step] for arm, line in arms.items() if arm.startswith("random ")],
+            dict(arms[PLACES]["curve"])[step]) for seed, arms in long.items() if PLACES in arms})
+            for step in steps])
+        axes[-1].set_title(f"STS-B, 6 components, {LONG:,} steps")
+        axes[-1].set_xlabel("steps done")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    report.save_figure(figure, report.RESULTS / "places.svg")
+
+
+def draw(ax: Any, strips: list[tuple[str, dict[int, tuple[list[float], float | None]]]]) -> None:
+    """Draw random placements and dora's places of each seed, and a line through the latter."""
+    means = []
+    for x, (_, seeds) in enumerate(strips):
+        for i, (others, own) in enumerate(seeds.values()):
+            place = x + 0.22 * (i - (len(seeds) - 1) / 2)
+            ax.plot([place] * len(others), others, "o", color="#999999", ms=3, alpha=0.7, mew=0,
+                    label="random places" if x == i == 0 else None)
+            if own is not None:
+                ax.plot(place, own, "D", color=report.COLORS["dora"], ms=4, mew=0,
+                        label="dora's places, one dot per seed" if x == i == 0 else None)
+        means.append(statistics.mean(own for _, own in seeds.values() if own is not None))
+    ax.plot(range(len(strips)), means, color=report.COLORS["dora"], lw=1.2, label="their mean")
+    ax.set_xticks(range(len(strips)), [name for name, _ in strips])
+    ax.set_xlim(-0.6, len(strips) - 0.4)
+
+
+def short() -> None:
+    """Check the random placements, the test, and a few steps of two arms."""
+    assert abs(chance([(8, 8)] * 3) * 9**3 - 1) < 1e-9 and abs(chance([(0, 8)]) - 1) < 1e-9
+    group = {1: {"dora": {"score": 0.5}, **{f"random {i}": {"score": s} for i, s in enumerate(
+        (0.4, 0.5, 0.6, 0.7))}}}
+    assert percentile(beaten(group, "dora")) == 1.5 / 4
+    if not report.GLUE.exists():
+        return print(f"places.py: no {report.GLUE.name} data beside the project, so nothing ran")
+    global STEPS, EVERY
+    STEPS = EVERY = 40
+    run = dict(task="stsb", split="dev", steps=STEPS, budget=6, seed=1, arm="random 3", lr=4e-3,
+               dtype="bf16")
+    model = train_glue.load_roberta(report.MINILM, 1)
+    costs = costs_of(model)
+    assert len(costs) == 36 and sum(costs.values()) == 41_472
+    for budget, seed in itertools.product((3, 6, 18, 36), (1, 2)):
+        chosen = places(dict(run, budget=budget, seed=seed), costs)
+        stored = sum(costs[name] * rank for name, rank in chosen.items())
+        assert 0 <= budget * 1152 - stored < 768, (budget, stored)  # nothing else would have fit
+    for arm in ("dora", "random 3"):
+        found = make(dict(run, arm=arm))
+        assert found["parameters"] <= 6 * 1152 and sum(found["ranks"]) > 0
+        assert len(base64.b64decode(found["dev"])) == 2 * len(examples("stsb", "dev"))
+        print(f"{arm}: {found['score']:.3f}, {found['parameters']:,} parameters")
+
+
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--report", action="store_true", help="only write table and figure")
-    parser.add_argument("--short", action="store_true", help="check the machinery only, for CI")
-    args = parser.parse_args()
+    args = report.parser(__doc__).parse_args()
     torch.set_num_threads(1)
+    if args.short:
+        return short()
     if not args.report:
         make_all(LOG, to_do, make, float32_by_onednn())
+    write_report()
 
 
 if __name__ == "__main__":

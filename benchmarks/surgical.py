@@ -39,25 +39,22 @@ mirrored, the method does not find a known place, and the README must not say th
 
 from __future__ import annotations
 
-import argparse
 import functools
-import sys
+import math
+import statistics
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import report
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import report  # noqa: E402
-from dora import METHODS, DoRAConfig, Pruner, inject  # noqa: E402
-from places import SCALE, fit, make_all, place  # noqa: E402
+from dora import METHODS, DoRAConfig, Pruner, inject
+from places import SCALE, fit, make_all, place
 
-LOG = ROOT / "benchmarks" / "results" / "surgical.jsonl"
+LOG = report.RESULTS / "surgical.jsonl"
 STEPS, BATCH, COMPONENTS, START = 600, 32, 6, 6
 SHIFTS = ("mirrored", "renamed", "placebo", "swapped")
 NAMES = tuple("1234567")  # of the matrices, and of the modules
@@ -69,6 +66,12 @@ FOUND = {
 }
 ARMS = (*FOUND, "its places", "shuffled", "one each", *SINGLE)
 RATES = (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)
+BEST = "best matrix"
+ROWS = (*FOUND, "its places", "shuffled", "one each", BEST)
+PAIRS = (("its places", "shuffled"), ("dora", "its places"), ("dora", "one each"),
+         ("dora", "adalora"), ("dora", "Eq. 7"), (BEST, "dora"))
+DOTS = {"dora": report.COLORS["dora"], "its places": "#E69F00",
+        "shuffled": report.COLORS["head"], "one each": report.COLORS["lora"]}
 CHOOSE, SEEDS = range(100, 104), range(1, 21)
 
 
@@ -135,7 +138,7 @@ def shifted(shift: str, seed: int) -> tuple[Tensor, Tensor]:
 # ---- one run -------------------------------------------------------------------------------------
 
 
-def make(run: dict[str, Any]) -> dict[str, Any]:
+def make(run: dict[str, Any], ranks: list[int] | None = None) -> dict[str, Any]:
     """Train one arm and return its loss, its error and the components of each matrix."""
     arm, seed = run["arm"], run["seed"]
     weights, rows = pretrained(seed)
@@ -152,7 +155,7 @@ def make(run: dict[str, Any]) -> dict[str, Any]:
             "budget_unit": "components"})
         pruner = Pruner(inject(net, config), config, STEPS)
     else:
-        ranks = ranks_of(run)
+        ranks = ranks or ranks_of(run)
         place(net, dict(zip(NAMES, ranks)), dropout=0.0)
     train(net, x[rows[:cut]], y[rows[:cut]], run["lr"], seed, pruner)
 
@@ -173,24 +176,25 @@ def ranks_of(run: dict[str, Any]) -> list[int]:
     if run["arm"] in SINGLE:
         return [COMPONENTS * (name == run["arm"][-1]) for name in NAMES]
     dora = dict(run, arm="dora", lr=rate_of(run["shift"], "dora")[0])
-    ranks = finished()[report.key_of(dora)]["ranks"]
+    ranks = report.finished(LOG)[report.key_of(dora)]["ranks"]
     if run["arm"] == "its places":
         return ranks
-    rng = torch.Generator().manual_seed(run["seed"])
-    while True:  # until at least half of the components are in another matrix
-        other = [ranks[i] for i in torch.randperm(len(ranks), generator=rng)]
-        if 2 * sum(map(min, ranks, other)) <= sum(ranks):
-            return other
+    return shuffled(ranks, run["seed"])
 
 
-def finished() -> dict[str, dict[str, Any]]:
-    """Return the lines of the log by key."""
-    return {line["key"]: line for line in report.read_log(LOG)}
+def shuffled(ranks: list[int], seed: int) -> list[int]:
+    """Shuffle numbers of components over the matrices so that at least half of the components move,
+    or as many as can where most matrices have the same number."""
+    rng = torch.Generator().manual_seed(seed)
+    others = [[ranks[i] for i in torch.randperm(len(ranks), generator=rng)] for _ in range(100)]
+    stay = [sum(map(min, ranks, other)) for other in others]
+    enough = (other for other, n in zip(others, stay) if 2 * n <= sum(ranks))
+    return next(enough, others[stay.index(min(stay))])
 
 
 def rate_of(shift: str, arm: str) -> tuple[float | None, list[dict[str, Any]]]:
     """Return the rate of an arm, None if it is not known yet, and the runs that choose it."""
-    done = finished()
+    done = report.finished(LOG)
     runs = {lr: [dict(shift=shift, arm=arm, seed=seed, lr=lr) for seed in CHOOSE] for lr in RATES}
     missing = [run for lr in RATES for run in runs[lr] if report.key_of(run) not in done]
     if missing:
@@ -213,15 +217,150 @@ def to_do() -> Iterator[dict[str, Any]]:
             yield dict(shift=shift, arm=arm, seed=seed, lr=rates[shift, arm])
 
 
+# ---- report --------------------------------------------------------------------------------------
+
+
+def lines_of(shift: str, arm: str) -> list[dict[str, Any]]:
+    """Return the reported runs of an arm, by rising seed. "best matrix" is the single matrix with
+    the lowest mean loss on the seeds that choose."""
+    found = [line for line in report.read_log(LOG) if line["shift"] == shift]
+    if arm == BEST:
+        chosen = {one: rate_of(shift, one)[0] for one in SINGLE}
+        arm = min(SINGLE, key=lambda one: statistics.fmean([
+            line["loss"] for line in found if line["seed"] in CHOOSE
+            and (line["arm"], line["lr"]) == (one, chosen[one])] or [math.inf]))
+    return sorted((line for line in found if line["arm"] == arm and line["seed"] in SEEDS),
+                  key=lambda line: line["seed"])
+
+
+def results_table() -> str:
+    """Return error and loss of every arm on every shift."""
+    body = []
+    for arm in (*ROWS, *SINGLE):
+        cells = []
+        for shift in SHIFTS:
+            lines = lines_of(shift, arm)
+            if not lines:
+                cells.append("not run")
+                continue
+            error, loss = (statistics.mean(line[name] for line in lines)
+                           for name in ("error", "loss"))
+            cells.append(f"{100 * error:.1f} / {loss:.3f}"
+                         + f" ({lines[0]['arm']})" * (arm == BEST))
+        body.append([arm, *cells])
+    return report.table(["error in % / loss, means", *SHIFTS], body)
+
+
+def differences_table() -> str:
+    """Return the primary quantity and other pairs of arms: with how many seeds the first has the
+    lower loss, the median difference, and p of a sign test."""
+    body = []
+    for first, second in PAIRS:
+        cells = []
+        for shift in SHIFTS:
+            found = report.by_seed(lines_of(shift, second), lines_of(shift, first), "loss")
+            cells.append(f"{report.ahead(found)}, {-statistics.median(found):+.3f}, "
+                         f"p {report.coin(found):.2g}" if found else "not run")
+        body.append([f"{first} minus {second}", *cells])
+    return report.table(["loss: lower in, median, sign test", *SHIFTS], body)
+
+
+def components_table() -> str:
+    """Return the mean number of components in each matrix."""
+    body = [[f"{shift}, {arm}", *(f"{mean:.1f}" for mean in means(shift, arm))]
+            for shift in SHIFTS for arm in FOUND if lines_of(shift, arm)]
+    return report.table(["components kept", *(f"matrix {name}" for name in NAMES)], body)
+
+
+def means(shift: str, arm: str) -> list[float]:
+    """Return the mean number of components of each matrix."""
+    return [statistics.mean(kept) for kept in zip(*(
+        line["ranks"] for line in lines_of(shift, arm)))]
+
+
+def write_report() -> None:
+    """Write surgical.md and surgical.svg from the log."""
+    lines = report.read_log(LOG)
+    seeds = sorted({line["seed"] for line in lines} - {*CHOOSE})
+    rates = [[arm, *(f"{rate_of(shift, arm)[0] or 0:g}" for shift in SHIFTS)] for arm in ARMS]
+    text = f"""# Digits whose right place is known
+
+Written by `python benchmarks/surgical.py`, which has the protocol: {len(lines)} runs
+({sum(line["seconds"] for line in lines) / 60:.0f} minutes of one core, commits {
+    ", ".join(sorted({line["commit"] for line in lines}))}), {len(seeds)} of {len(SEEDS)} seeds.
+
+{differences_table()}
+
+{results_table()}
+
+{components_table()}
+
+Rates:
+
+{report.table(["arm", *SHIFTS], rates)}
+"""
+    (report.RESULTS / "surgical.md").write_text(text, "utf-8")
+    if seeds:
+        plot()
+
+
+def plot() -> None:
+    """Draw where components end, as maps, and under each the errors by seed."""
+    shown = ("mirrored", "renamed", "placebo")
+    says = ("the first matrix must change", "the last matrix must change", "nothing has to change")
+    figure = report.figure(8, 4.2)
+    axes = figure.subplots(2, len(shown), height_ratios=[1, 1.7])
+    for (top, bottom), shift, text in zip(axes.T, shown, says):
+        grid = [means(shift, arm) for arm in FOUND]
+        top.imshow(grid, cmap="Oranges", vmin=0, vmax=COMPONENTS, aspect="auto")
+        for y, row in enumerate(grid):
+            for x, mean in enumerate(row):
+                top.text(x, y, f"{mean:.1f}", ha="center", va="center", fontsize=7,
+                         color="white" if mean > 4 else "black")
+        top.set_xticks(range(len(NAMES)), NAMES)
+        top.set_yticks(range(len(FOUND)), FOUND if shift == shown[0] else [""] * len(FOUND))
+        top.set_xlabel("matrix")
+        top.set_title(f"{shift}: {text}")
+
+        for x, (arm, color) in enumerate(DOTS.items()):
+            errors = [100 * line["error"] for line in lines_of(shift, arm)]
+            offsets = [x + 0.5 * ((7 * i % 20) / 19 - 0.5) for i in range(len(errors))]
+            bottom.plot(offsets, errors, "o", ms=3, mew=0, alpha=0.8, color=color)
+            bottom.hlines(statistics.mean(errors), x - 0.35, x + 0.35, color="black", lw=1.2)
+        bottom.set_xticks(range(len(DOTS)), [arm.replace(" ", "\n") for arm in DOTS])
+        bottom.set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("mean of 20 seeds")
+    axes[1, 0].set_ylabel("test error, %: seeds, mean")
+    report.save_figure(figure, report.RESULTS / "surgical.svg")
+
+
+def short() -> None:
+    """Check that the first matrix can repair a swap, that shuffled components move, and that dora
+    finds the first matrix after mirroring, and its places help, with two seeds."""
+    x, _ = digits()
+    assert torch.linalg.matrix_rank(shifted("swapped", 1)[0] - x) == 3
+    for seed in SEEDS:
+        other = shuffled([5, 1, 0, 0, 0, 0, 0], seed)
+        assert sum(other) == 6 and min(other[0], 5) + min(other[1], 1) <= 3
+    for seed in (1, 2):
+        kept = make(dict(shift="mirrored", arm="dora", seed=seed, lr=5e-3))["ranks"]
+        losses = {}
+        for arm, ranks in (("its places", kept), ("shuffled", shuffled(kept, seed))):
+            losses[arm] = make(dict(shift="mirrored", arm=arm, seed=seed, lr=5e-3), ranks)["loss"]
+        print(f"seed {seed}: kept {kept}, loss {losses}")
+        assert sum(kept) == COMPONENTS and kept[0] >= 3
+        assert losses["its places"] < losses["shuffled"]
+
+
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--report", action="store_true", help="only write tables and figure")
-    parser.add_argument("--short", action="store_true", help="check the machinery only, for CI")
-    args = parser.parse_args()
+    args = report.parser(__doc__).parse_args()
     torch.set_num_threads(1)
+    if args.short:
+        return short()
     if not args.report:
-        make_all(LOG, to_do, make, onednn=False)  # slower with matrices this small
+        make_all(LOG, to_do, make, onednn=False)  # which is slower with matrices this small
+    write_report()
 
 
 if __name__ == "__main__":
