@@ -50,11 +50,12 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import report
 import torch
+from report import Line
 from torch import nn
 
 import data
@@ -65,8 +66,9 @@ LOG = report.RESULTS / "places.jsonl"
 SCALE, DROPOUT, BATCH = 8.0, 0.1, 16
 STEPS, LONG, EVERY = 300, 1200, 300  # EVERY: steps between scores
 LENGTHS = {"stsb": (28, 40), "mrpc": (48, 64)}  # tokens, at most: of the train set, of dev
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-WIDE, PLACES = 0.03, "dora's places"
+RATES, TRIED = (1e-3, 2e-3, 4e-3, 8e-3), (101, 102, 103)
+WIDE, PLACES, QV = 0.03, "dora's places", "lora qv"
+TITLES = {"stsb": "STS-B", "mrpc": "MRPC", "cola": "CoLA", "sst2": "SST-2", "rte": "RTE"}
 KINDS = ("attention.self.query", "attention.self.key", "attention.self.value",
          "attention.output.dense", "intermediate.dense", "output.dense")
 
@@ -78,11 +80,11 @@ def float32_by_onednn() -> bool:
     """Let oneDNN make products of float32 matrices, which on AMD is faster than MKL, and return
     whether it does. The setting's name misleads: this checks that the results are float32."""
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    for m, k, n in ((448, 384, 384), (448, 384, 1536), (448, 1536, 384), (384, 448, 1536)):
-        a, b = torch.randn(m, k), torch.randn(n, k)
-        exact = a.double() @ b.double().T
-        error = ((a @ b.T).double() - exact).abs().max() / exact.abs().max()
-        if error > 1e-5:
+    for d_in, d_out in ((384, 384), (384, 1536), (1536, 384)):
+        x, W = torch.randn(448, d_in), torch.randn(d_in, d_out)
+        exact = x.double() @ W.double()
+        error = torch.dist(x @ W, exact) / exact.norm()
+        if error > 1e-6:  # bfloat16 has 2e-3
             torch.backends.mkldnn.matmul.fp32_precision = "none"
             return False
     return True
@@ -122,19 +124,29 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], steps: int, lr
         after(step + 1)
 
 
-def make_all(log: Path, to_do: Callable[[], Iterable[dict[str, Any]]],
-             make: Callable[[dict[str, Any]], dict[str, Any]], onednn: bool) -> None:
+def make_all(log: Path, to_do: Callable[[], Iterable[Line]], make: Callable[[Line], Line],
+             onednn: bool) -> None:
     """Make the runs that are missing in a log, and note with each what made it."""
-    commit = subprocess.run(["git", "-C", str(report.ROOT), "describe", "--always", "--dirty"],
-                            capture_output=True, text=True).stdout.strip()
+    git = ["git", "-C", str(report.ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    noted = dict(commit=commit, onednn=onednn, machine=report.machine())
 
-    def run(cell: dict[str, Any]) -> dict[str, Any]:
+    def run(cell: Line) -> Line:
         started = time.monotonic()
         found = make(cell)
-        return dict(found, seconds=round(time.monotonic() - started, 1), commit=commit,
-                    onednn=onednn, machine=report.machine())
+        return {**found, "seconds": round(time.monotonic() - started, 1), **noted}
 
     report.make_all(log, to_do, run)
+
+
+def choose(log: Path, trials: dict[float, list[Line]], figure: str) -> dict[float, float]:
+    """Return the mean of a figure by learning rate; {} until all runs of the trials are made."""
+    done = report.finished(log)
+    found = {lr: [done.get(report.key_of(run)) for run in runs] for lr, runs in trials.items()}
+    if not all(all(lines) for lines in found.values()):
+        return {}
+    return {lr: statistics.mean(line[figure] for line in lines if line)
+            for lr, lines in found.items()}
 
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -145,10 +157,12 @@ def examples(task: str, split: str) -> list[data.Example]:
     """Return examples: "train", "held out" (a tenth of the train set), "the rest" of it, "dev"."""
     bpe = data.BPE.from_folder(report.MINILM)
     found = data.load_task(task, report.GLUE, "dev" if split == "dev" else "train", bpe, 64)
-    if split in ("held out", "the rest"):
-        rows = np.random.default_rng(0).permutation(len(found))
-        tenth = min(len(found) // 10, 1000)
-        found = [found[i] for i in (rows[:tenth] if split == "held out" else rows[tenth:])]
+    rows = np.random.default_rng(0).permutation(len(found))
+    tenth = min(len(found) // 10, 1000)
+    if split == "held out":
+        found = [found[i] for i in rows[:tenth]]
+    elif split == "the rest":
+        found = [found[i] for i in rows[tenth:]]
     longest = LENGTHS.get(task, (64, 64))[split in ("held out", "dev")]
     return [example for example in found if len(example.ids) <= longest]
 
@@ -159,29 +173,29 @@ def costs_of(model: nn.Module) -> dict[str, int]:
             if isinstance(m, nn.Linear) and ".layer." in name}
 
 
-def places(run: dict[str, Any], costs: dict[str, int]) -> dict[str, int]:
+def places(run: Line, costs: dict[str, int]) -> dict[str, int]:
     """Return the number of components of each matrix, for an arm whose places are fixed."""
-    arm, seed, n = run["arm"], run["seed"], len(costs)
-    limit = run["budget"] * sum(costs.values()) // n
-    kind, _, rest = arm.partition(" ")
+    limit = run["budget"] * sum(costs.values()) // len(costs)
+    kind, _, rest = run["arm"].partition(" ")
     if kind == "random":
-        r_prime = method(dict(run, arm="dora")).r_prime
-        rng = torch.Generator().manual_seed(1000 * seed + int(rest))
+        r_prime = method({**run, "arm": "dora"}).r_prime
+        rng = torch.Generator().manual_seed(1000 * run["seed"] + int(rest))
         prices = torch.tensor([*costs.values()]).repeat_interleave(r_prime)
         mask = keep_mask(torch.rand(len(prices), generator=rng), prices, limit)
-        return dict(zip(costs, mask.view(n, r_prime).sum(1).tolist()))
+        ranks = mask.view(-1, r_prime).sum(1)  # (matrices,)
+        return dict(zip(costs, ranks.tolist()))
     if kind.endswith("'s"):  # the places that a method found
-        source = report.key_of(dict(run, arm=kind.removesuffix("'s")))
-        return dict(zip(costs, report.finished(LOG)[source]["ranks"]))
+        source = {**run, "arm": kind.removesuffix("'s")}
+        return dict(zip(costs, report.finished(LOG)[report.key_of(source)]["ranks"]))
     if kind == "lora":
         chosen = [name for name in costs if name.endswith((".query", ".value"))]
         return dict.fromkeys(chosen, limit // sum(costs[name] for name in chosen))
-    part = {"layer": f".layer.{rest}.", "kind": f"{rest}"}[kind]
-    return {name: 1 for name in costs
-            if part in name and (kind == "layer" or name.split(".", 4)[4] == rest)}
+    if kind == "layer":
+        return {name: 1 for name in costs if f".layer.{rest}." in name}
+    return {name: 1 for name in costs if name.split(".", 4)[4] == rest}  # roberta.encoder.layer.0.
 
 
-def method(run: dict[str, Any]) -> DoRAConfig:
+def method(run: Line) -> DoRAConfig:
     """Return the settings of an arm that finds its places."""
     settings = {**METHODS[run["arm"]], "budget_unit": "parameters", "dropout_on": "components",
                 "rank": run["budget"] / 36, "dropout": DROPOUT}
@@ -190,7 +204,7 @@ def method(run: dict[str, Any]) -> DoRAConfig:
     return DoRAConfig(**settings, alpha=SCALE * divisor)
 
 
-def make(run: dict[str, Any]) -> dict[str, Any]:
+def make(run: Line) -> Line:
     """Train one arm with one seed and return its score, its places and its predictions."""
     task, seed, steps = data.TASKS[run["task"]], run["seed"], run["steps"]
     dev = examples(run["task"], run["split"])
@@ -209,44 +223,48 @@ def make(run: dict[str, Any]) -> dict[str, Any]:
         place(model, ranks)
     model.classifier.requires_grad_(True)
 
-    curve, stream = [], data.endless_batches(train, BATCH, seed)
+    stream = data.endless_batches(train, BATCH, seed)
+    labels = [example.label for example in dev]
+    curve, predictions = [], np.zeros(0)
 
     def loss_of(step: int) -> torch.Tensor:
         batch = next(stream)
         return train_glue.task_loss(model(batch.ids, batch.mask), batch.labels)
 
     def after(step: int) -> None:
+        nonlocal predictions
         if step % EVERY == 0:
             predictions = train_glue.predict(model, dev)
-            labels = [example.label for example in dev]
             score = data.score(task, predictions, labels)[task.metrics[0]]
-            curve.append([step, round(score, 5), predictions])
+            curve.append((step, round(score, 5)))
 
     torch.manual_seed(seed)  # of dropout
     fit(model, loss_of, steps, run["lr"], pruner, after)
     if pruner:
         ranks = pruner.ranks()
     kept = [ranks.get(name, 0) for name in costs]
-    return dict(score=curve[-1][1], curve=[point[:2] for point in curve], ranks=kept,
-                parameters=sum(r * c for r, c in zip(kept, costs.values())),
-                dev=packed(curve[-1][2], task))
+    stored = sum(rank * price for rank, price in zip(kept, costs.values()))
+    return dict(score=curve[-1][1], curve=curve, ranks=kept, parameters=stored,
+                dev=packed(predictions, task))
 
 
 def packed(predictions: np.ndarray, task: data.Task) -> str:
     """Return predictions in base64: 16-bit thousandths of a regression, or a bit for each class."""
     if task.num_labels == 1:
-        return base64.b64encode((1000 * predictions).round().astype("<u2").tobytes()).decode()
-    return base64.b64encode(np.packbits(predictions.astype(np.uint8)).tobytes()).decode()
+        values = (1000 * predictions).round().astype("<u2")
+    else:
+        values = np.packbits(predictions.astype(bool))
+    return base64.b64encode(values.tobytes()).decode()
 
 
 # ---- the order of the runs -----------------------------------------------------------------------
 
 
-def to_do() -> Iterator[dict[str, Any]]:
+def to_do() -> Iterator[Line]:
     """Yield the runs in their order. Those that need the result of another one follow it."""
     first = [f"random {i}" for i in range(4)]
     more = [f"random {i}" for i in range(4, 8)]
-    main = ["dora", "dora's places", *first]
+    main = ["dora", PLACES, *first]
     found = ["adalora", "paper", "adalora's places", "paper's places"]
     single = [f"layer {i}" for i in range(6)] + [f"kind {kind}" for kind in KINDS]
 
@@ -258,9 +276,9 @@ def to_do() -> Iterator[dict[str, Any]]:
     yield from block("stsb", (6,), (1,), main, dtype="float32")
     yield from block("stsb", (6,), seeds, [*found, *single])
     yield from block("sst2", (6,), seeds, main)
-    yield from block("stsb", (36, 12), seeds, [*main, "lora qv"])
+    yield from block("stsb", (36, 12), seeds, [*main, QV])
     yield from block("stsb", (18, 3), seeds, more)
-    yield from block("stsb", (18,), seeds, ["lora qv"])
+    yield from block("stsb", (18,), seeds, [QV])
     yield from block("mrpc", (6,), seeds, more)
     for factor in (0.5, 2):
         yield from block("stsb", (6,), seeds, main, factor=factor)
@@ -272,93 +290,105 @@ def to_do() -> Iterator[dict[str, Any]]:
     yield from block("stsb", (6, 18, 3, 36, 12), (4, 5), [*main, *more])
 
 
-def block(task: str, budgets: Iterable[int], seeds: Iterable[int], arms: Iterable[str],
-          steps: int = STEPS, factor: float = 1.0, dtype: str = "bf16") -> Iterator[dict[str, Any]]:
+def block(task: str, budgets: tuple[int, ...], seeds: tuple[int, ...], arms: list[str],
+          steps: int = STEPS, factor: float = 1.0, dtype: str = "bf16") -> Iterator[Line]:
     """Yield the runs of some arms, and before them those that choose the task's rate."""
-    known = report.finished(LOG)
-    lr, missing = rate_of(task)
-    yield from missing
-    if lr is None:
+    if rate_of(task) is None:
+        yield from itertools.chain(*trials(task).values())
         return
+
+    known, lr = report.finished(LOG), factor * rate_of(task)
     for budget, seed, arm in itertools.product(budgets, seeds, arms):
-        run = dict(task=task, split="dev", steps=steps, budget=budget, seed=seed, arm=arm,
-                   lr=lr * factor, dtype=dtype)
-        source = dict(run, arm=arm.removesuffix("'s places"))
-        fits = arm != "lora qv" or budget >= 12
-        if fits and (source == run or report.key_of(source) in known):
+        run = dict(task=task, split="dev", steps=steps, budget=budget, seed=seed, arm=arm, lr=lr,
+                   dtype=dtype)
+        source = {**run, "arm": arm.removesuffix("'s places")}
+        if source == run or report.key_of(source) in known:
             yield run
 
 
-def rate_of(task: str) -> tuple[float | None, list[dict[str, Any]]]:
-    """Return the task's rate, None if it is not known yet, and the runs that choose it.
-
-    Where the best rate is the lowest or highest one, the next one beyond is tried, too.
-    """
-    done = report.finished(LOG)
+def trials(task: str) -> dict[float, list[Line]]:
+    """Return by rate the runs that choose a task's rate. Where the best rate is the lowest or the
+    highest, the next one is tried, too."""
+    cell = dict(task=task, split="held out", steps=STEPS, budget=6, arm="random 0", dtype="bf16")
     rates = list(RATES)
     while True:
-        runs = {lr: [dict(task=task, split="held out", steps=STEPS, budget=6, seed=seed,
-                          arm="random 0", lr=lr, dtype="bf16") for seed in (101, 102, 103)]
-                for lr in rates}
-        missing = [run for lr in rates for run in runs[lr] if report.key_of(run) not in done]
-        if missing:
-            return None, missing
+        runs = {lr: [{**cell, "seed": seed, "lr": lr} for seed in TRIED] for lr in rates}
+        means = choose(LOG, runs, "score")
+        best = max(means, key=means.__getitem__, default=0)
+        if best == 0 or min(rates) < best < max(rates) or len(rates) == 8:
+            return runs
+        rates.append(best / 2 if best == min(rates) else best * 2)
 
-        means = {lr: statistics.mean(done[report.key_of(run)]["score"] for run in runs[lr])
-                 for lr in rates}
-        best = max(rates, key=means.__getitem__)
-        if best == min(rates) and len(rates) < 8:
-            rates.append(best / 2)
-        elif best == max(rates) and len(rates) < 8:
-            rates.append(best * 2)
-        else:
-            return best, []
+
+def rate_of(task: str) -> float | None:
+    """Return the rate that was chosen for a task, None until it is known."""
+    means = choose(LOG, trials(task), "score")
+    return max(means, key=means.__getitem__, default=None)
 
 
 # ---- report --------------------------------------------------------------------------------------
 
-Group = dict[int, dict[str, dict[str, Any]]]  # the runs of one setting, by seed and arm
-TITLES = {"stsb": "STS-B", "mrpc": "MRPC", "cola": "CoLA", "sst2": "SST-2", "rte": "RTE"}
+Seeds = dict[int, dict[str, Any]]  # by seed and arm: the line of the log
 
 
-def groups() -> dict[tuple[Any, ...], Group]:
-    """Return the runs on dev by (task, steps, rate / the chosen one, dtype, budget)."""
-    found: dict[tuple[Any, ...], Group] = {}
+class Setting(NamedTuple):
+    """What the arms that are compared with each other have in common."""
+
+    task: str
+    steps: int
+    rate: float
+    dtype: str
+    budget: int
+
+    def words(self) -> str:
+        """Return the setting in words."""
+        text = f"{TITLES[self.task]}, {self.budget} components, {self.steps:,} steps"
+        if self.rate != rate_of(self.task):
+            text += f", rate {self.rate:g}"
+        return text + ", float32" * (self.dtype == "float32")
+
+
+def settings() -> dict[Setting, Seeds]:
+    """Return the runs on dev, sorted."""
+    found: dict[Setting, Seeds] = {}
     for line in report.read_log(LOG):
         if line["split"] == "dev":
-            share = line["lr"] / rate_of(line["task"])[0]
-            key = (line["task"], line["steps"], share, line["dtype"], line["budget"])
-            found.setdefault(key, {}).setdefault(line["seed"], {})[line["arm"]] = line
-    return dict(sorted(found.items(), key=lambda item: [*map(list(TITLES).index, item[0][:1]),
-                                                        *item[0][1:]]))
+            names = ("task", "steps", "lr", "dtype", "budget")
+            seeds = found.setdefault(Setting(*(line[name] for name in names)), {})
+            seeds.setdefault(line["seed"], {})[line["arm"]] = line
+    tasks = [*TITLES]
+    order = sorted(found, key=lambda setting: (tasks.index(setting.task), setting))
+    return {setting: found[setting] for setting in order}
 
 
-def scores(group: Group, arm: str) -> dict[int, float]:
-    """Return the score of an arm by seed."""
-    return {seed: arms[arm]["score"] for seed, arms in group.items() if arm in arms}
+def scores(seeds: Seeds, arm: str) -> list[float]:
+    """Return the scores of an arm."""
+    return [arms[arm]["score"] for arms in seeds.values() if arm in arms]
 
 
-def randoms(group: Group, seed: int) -> list[float]:
+def randoms(arms: dict[str, Any]) -> list[float]:
     """Return the scores of the random placements of a seed."""
-    return [line["score"] for arm, line in group[seed].items() if arm.startswith("random ")]
+    return [line["score"] for arm, line in arms.items() if arm.startswith("random ")]
 
 
-def beaten(group: Group, arm: str) -> list[tuple[float, int]]:
-    """Return by seed how many random placements an arm beats, a tie counting half, and of how many.
-
-    Seeds with fewer than four are left out.
-    """
+def beaten(seeds: Seeds, arm: str) -> list[tuple[float, int]]:
+    """Return by seed how many random placements an arm beats, where a tie counts half, and how many
+    there are. Seeds with fewer than four are left out."""
     found = []
-    for seed, score in scores(group, arm).items():
-        others = randoms(group, seed)
-        if len(others) >= 4:
-            found.append((sum((x < score) + (x == score) / 2 for x in others), len(others)))
+    for arms in seeds.values():
+        others = randoms(arms)
+        if arm in arms and len(others) >= 4:
+            below = sum(score < arms[arm]["score"] for score in others)
+            ties = sum(score == arms[arm]["score"] for score in others)
+            found.append((below + ties / 2, len(others)))
     return found
 
 
-def percentile(counts: list[tuple[float, int]]) -> float:
+def percentile(counts: list[tuple[float, int]]) -> str:
     """Return the mean over the seeds of the share of random placements that are beaten."""
-    return statistics.mean(count / of for count, of in counts)
+    if not counts:
+        return ""
+    return f"{100 * statistics.mean(count / of for count, of in counts):.0f} %"
 
 
 def chance(counts: list[tuple[float, int]]) -> float:
@@ -370,151 +400,145 @@ def chance(counts: list[tuple[float, int]]) -> float:
     return float(sums[int(sum(count for count, _ in counts)):].sum())
 
 
-def width(group: Group) -> float:
-    """Return the median over the seeds of best minus worst random placement."""
-    return statistics.median(np.ptp(randoms(group, seed)) for seed in group
-                             if len(randoms(group, seed)) >= 4)
-
-
-def setting(key: tuple[Any, ...]) -> str:
-    """Return a setting in words."""
-    task, steps, share, dtype, budget = key
-    rate = "" if share == 1 else f", {share:g} times the rate"
-    return (f"{TITLES[task]}, {budget} components, {steps:,} steps{rate}"
-            + ", float32" * (dtype == "float32"))
-
-
 def places_table() -> str:
     """Return the primary quantity, a row per setting."""
     body = []
-    for key, group in groups().items():
-        counts = beaten(group, "dora's places")
+    for setting, seeds in settings().items():
+        counts = beaten(seeds, PLACES)
         if not counts:
             continue
-        own = beaten(group, "dora")
-        middle = statistics.median(x for seed in group for x in randoms(group, seed))
-        wide = width(group)
+        strips = [randoms(arms) for arms in seeds.values() if len(randoms(arms)) >= 4]
+        wide = statistics.median(max(strip) - min(strip) for strip in strips)
+        each = sorted({len(strip) for strip in strips})
         body.append([
-            setting(key), f"{len(counts)} x {'/'.join(sorted({str(of) for _, of in counts}))}",
-            f"{wide:.3f}{' (wide)' if wide >= WIDE else ''}", f"{middle:.3f}",
-            f"{statistics.median(scores(group, 'dora').values()):.3f}",
-            f"{statistics.median(scores(group, PLACES).values()):.3f}",
-            f"{100 * percentile(counts):.0f} %", f"{chance(counts):.3f}",
-            f"{100 * percentile(own):.0f} %"])
+            setting.words(),
+            f"{len(counts)} x {' or '.join(map(str, each))}",
+            f"{wide:.3f}" + (", wide" if wide >= WIDE else ""),
+            f"{statistics.median(itertools.chain(*strips)):.3f}",
+            f"{statistics.median(scores(seeds, 'dora')):.3f}",
+            f"{statistics.median(scores(seeds, PLACES)):.3f}",
+            percentile(counts),
+            f"{chance(counts):.3f}",
+            percentile(beaten(seeds, "dora"))])
     return report.table(
-        ["setting", "seeds x random placements", "best - worst of them", "their median", "dora",
-         "dora's places", "percentile of dora's places", "p", "of dora"], body)
+        ["setting", "seeds x random places", "best - worst", "their median", "dora", PLACES,
+         f"percentile of {PLACES}", "p", "of dora"], body)
 
 
-def arms_table(key: tuple[Any, ...]) -> str:
-    """Return all other arms of a setting: score, parameters, percentile."""
-    group, body = groups()[key], []
-    for arm in dict.fromkeys(arm for arms in group.values() for arm in arms):
-        if arm.startswith("random "):
-            continue
-        counts = beaten(group, arm)
-        sizes = [arms[arm]["parameters"] for arms in group.values() if arm in arms]
-        body.append([arm, report.spread(scores(group, arm).values(), 3), f"{max(sizes):,}",
-                     f"{100 * percentile(counts):.0f} %" if counts else ""])
-    every = [x for seed in group for x in randoms(group, seed)]
-    body.append(["random placements", report.spread(every, 3), "", "50 %"])
+def arms_table(seeds: Seeds) -> str:
+    """Return score, parameters and percentile of all arms of a setting."""
+    body = []
+    for arm in dict.fromkeys(arm for arms in seeds.values() for arm in arms):
+        if not arm.startswith("random "):
+            sizes = [arms[arm]["parameters"] for arms in seeds.values() if arm in arms]
+            body.append([arm, report.spread(scores(seeds, arm), 3), f"{max(sizes):,}",
+                         percentile(beaten(seeds, arm))])
+    every = [score for arms in seeds.values() for score in randoms(arms)]
+    body.append(["random places", report.spread(every, 3), "", "50 %"])
     return report.table(["arm", "score", "parameters, at most", "percentile"], body)
 
 
 def write_report() -> None:
     """Write places.md and places.svg from the log."""
     lines = report.read_log(LOG)
-    rates = {task: rate_of(task)[0] for task in TITLES if rate_of(task)[0]}
     hours = sum(line["seconds"] for line in lines) / 3600
-    text = f"""# Places on text
-
-Written by `python benchmarks/places.py`, which has the protocol, from {len(lines)} runs
-({hours:.1f} hours of one core, commits {", ".join(sorted({line["commit"] for line in lines}))}).
-Rates chosen for random placements on a held-out tenth: {
-    ", ".join(f"{TITLES[task]} {rate:g}" for task, rate in rates.items())}.
-Medians over the seeds; p is one-sided, under chance; wide means {WIDE} or more.
-
-{places_table()}
-"""
-    for key in groups():
-        if key[0] == "stsb" and key[2:4] == (1, "bf16") and key[1] == STEPS and key[4] in (6, 36):
-            text += f"\n## All arms: {setting(key)}\n\n{arms_table(key)}\n"
-    (report.RESULTS / "places.md").write_text(text, "utf-8")
+    commits = ", ".join(sorted({line["commit"] for line in lines}))
+    rates = [f"{title} {rate_of(task):g}" for task, title in TITLES.items() if rate_of(task)]
+    parts = [
+        "# Places on text",
+        f"Written by `python benchmarks/places.py`, which has the protocol, from {len(lines)} "
+        f"runs: {hours:.1f} hours of one core, commits {commits}, with dora.py as at af50a13. "
+        f"Rates, chosen for random places on a held-out tenth: {', '.join(rates)}. Scores are "
+        f"medians over the seeds, p is one-sided, wide is {WIDE} or more.",
+        places_table()]
+    for setting, seeds in settings().items():
+        if len(dict.fromkeys(itertools.chain(*seeds.values()))) > 10:  # more than the main arms
+            parts += [f"## All arms: {setting.words()}", arms_table(seeds)]
+    (report.RESULTS / "places.md").write_text("\n\n".join(parts) + "\n", "utf-8")
     plot()
 
 
-def plot() -> None:
-    """Draw the scores over the budget, a panel per task, and one over the steps."""
-    main = {key: group for key, group in groups().items()
-            if key[2:4] == (1, "bf16") and key[1] == STEPS and beaten(group, PLACES)}
-    tasks = list(dict.fromkeys(key[0] for key in main))
-    long = groups().get(("stsb", LONG, 1, "bf16", 6))
-    budgets = {task: [key[4] for key in main if key[0] == task] for task in tasks}
-    ratios = [1 + len(budgets[task]) for task in tasks] + [5] * bool(long)
-    figure = report.figure(8, 2.9)
-    axes = list(figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0])
+Strips = dict[str, list[tuple[list[float], float]]]  # by label and seed: random places, dora's
 
-    for ax, task in zip(axes, tasks):
-        strips = {str(budget): main[task, STEPS, 1, "bf16", budget] for budget in budgets[task]}
-        draw(ax, [(name, {seed: (randoms(group, seed), scores(group, PLACES).get(seed))
-                          for seed in group}) for name, group in strips.items()])
-        ax.set_title(f"{TITLES[task]}, {STEPS} steps")
-        ax.set_xlabel("components in all")
-        ax.set_ylabel({"stsb": "Pearson", "cola": "Matthews"}.get(task, "accuracy") + " on dev")
-    if long:
-        steps = [step for step, _ in long[min(long)][PLACES]["curve"]]
-        draw(axes[-1], [(f"{step:,}", {seed: (
-            [dict(line["curve"])[step] for arm, line in arms.items() if arm.startswith("random ")],
-            dict(arms[PLACES]["curve"])[step]) for seed, arms in long.items() if PLACES in arms})
-            for step in steps])
-        axes[-1].set_title(f"STS-B, 6 components, {LONG:,} steps")
-        axes[-1].set_xlabel("steps done")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+
+def plot() -> None:
+    """Draw the scores over the budget, a panel per task, and in the last panel over the steps."""
+    panels: dict[str, Strips] = {}
+    for setting, seeds in settings().items():
+        whole = [arms for arms in seeds.values() if PLACES in arms and len(randoms(arms)) >= 4]
+        if not whole or setting.dtype != "bf16" or setting.rate != rate_of(setting.task):
+            continue
+        if setting.steps == STEPS:
+            title = f"{TITLES[setting.task]}, {STEPS} steps"
+            panels.setdefault(title, {})[str(setting.budget)] = [
+                (randoms(arms), arms[PLACES]["score"]) for arms in whole]
+        elif setting.budget == 6:
+            panels[f"{TITLES[setting.task]}, 6 components"] = over_steps(whole)
+
+    figure = report.figure(8, 3)
+    ratios = [1 + len(strips) for strips in panels.values()]
+    axes = figure.subplots(1, len(panels), width_ratios=ratios, squeeze=False)[0]
+    for ax, (title, strips) in zip(axes, panels.items()):
+        draw(ax, strips)
+        ax.set_title(title)
+        ax.set_xlabel("components in all" if title.endswith("steps") else f"steps of {LONG:,}")
+    axes[0].set_ylabel("score on dev")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  frameon=False)
     report.save_figure(figure, report.RESULTS / "places.svg")
 
 
-def draw(ax: Any, strips: list[tuple[str, dict[int, tuple[list[float], float | None]]]]) -> None:
-    """Draw random placements and dora's places of each seed, and a line through the latter."""
-    means = []
-    for x, (_, seeds) in enumerate(strips):
-        for i, (others, own) in enumerate(seeds.values()):
-            place = x + 0.22 * (i - (len(seeds) - 1) / 2)
-            ax.plot([place] * len(others), others, "o", color="#999999", ms=3, alpha=0.7, mew=0,
-                    label="random places" if x == i == 0 else None)
-            if own is not None:
-                ax.plot(place, own, "D", color=report.COLORS["dora"], ms=4, mew=0,
-                        label="dora's places, one dot per seed" if x == i == 0 else None)
-        means.append(statistics.mean(own for _, own in seeds.values() if own is not None))
-    ax.plot(range(len(strips)), means, color=report.COLORS["dora"], lw=1.2, label="their mean")
-    ax.set_xticks(range(len(strips)), [name for name, _ in strips])
+def over_steps(seeds: list[dict[str, Any]]) -> Strips:
+    """Return the scores in the course of training."""
+    strips: Strips = {}
+    for arms in seeds:
+        curves = {arm: dict(line["curve"]) for arm, line in arms.items()}
+        for step, own in curves[PLACES].items():
+            others = [curve[step] for arm, curve in curves.items() if arm.startswith("random ")]
+            strips.setdefault(f"{step:,}", []).append((others, own))
+    return strips
+
+
+def draw(ax: Any, strips: Strips) -> None:
+    """Draw random places and dora's, seed beside seed, and a line through the means of dora's."""
+    orange = report.COLORS["dora"]
+    for x, seeds in enumerate(strips.values()):
+        for i, (others, own) in enumerate(seeds):
+            first = x == i == 0  # which names the dots in the legend
+            at = x + 0.22 * (i - (len(seeds) - 1) / 2)
+            grey, = ax.plot([at] * len(others), others, "o", color="#999999", ms=3, mew=0)
+            dot, = ax.plot(at, own, "D", color=orange, ms=4, mew=0)
+            if first:
+                grey.set_label("random places")
+                dot.set_label("dora's places, a dot per seed")
+    means = [statistics.mean(own for _, own in seeds) for seeds in strips.values()]
+    ax.plot(range(len(strips)), means, color=orange, lw=1.2, label="their mean")
+    ax.set_xticks(range(len(strips)), list(strips))
     ax.set_xlim(-0.6, len(strips) - 0.4)
 
 
 def short() -> None:
-    """Check the random placements, the test, and a few steps of two arms."""
-    assert abs(chance([(8, 8)] * 3) * 9**3 - 1) < 1e-9 and abs(chance([(0, 8)]) - 1) < 1e-9
-    group = {1: {"dora": {"score": 0.5}, **{f"random {i}": {"score": s} for i, s in enumerate(
-        (0.4, 0.5, 0.6, 0.7))}}}
-    assert percentile(beaten(group, "dora")) == 1.5 / 4
+    """Check the test, the random placements, and a few steps of two arms."""
+    assert round(1 / chance([(8, 8)] * 3)) == 9**3
+    assert round(chance([(0, 8)]), 9) == 1
+    others = {f"random {i}": {"score": score} for i, score in enumerate((0.4, 0.5, 0.6, 0.7))}
+    assert beaten({1: {"dora": {"score": 0.5}, **others}}, "dora") == [(1.5, 4)]
     if not report.GLUE.exists():
-        return print(f"places.py: no {report.GLUE.name} data beside the project, so nothing ran")
-    global STEPS, EVERY
-    STEPS = EVERY = 40
-    run = dict(task="stsb", split="dev", steps=STEPS, budget=6, seed=1, arm="random 3", lr=4e-3,
-               dtype="bf16")
-    model = train_glue.load_roberta(report.MINILM, 1)
-    costs = costs_of(model)
+        return print(f"places.py: {report.GLUE} does not exist, so no arm was trained")
+
+    costs = costs_of(train_glue.load_roberta(report.MINILM, 1))
     assert len(costs) == 36 and sum(costs.values()) == 41_472
-    for budget, seed in itertools.product((3, 6, 18, 36), (1, 2)):
-        chosen = places(dict(run, budget=budget, seed=seed), costs)
-        stored = sum(costs[name] * rank for name, rank in chosen.items())
-        assert 0 <= budget * 1152 - stored < 768, (budget, stored)  # nothing else would have fit
+    run = dict(task="stsb", split="dev", steps=40, seed=1, arm="random 3", lr=4e-3, dtype="bf16")
+    for budget in (3, 6, 18, 36):
+        ranks = places({**run, "budget": budget}, costs)
+        left = budget * 1152 - sum(costs[name] * rank for name, rank in ranks.items())
+        assert 0 <= left < 768, (budget, left)  # nothing else would have fit
+    global EVERY
+    EVERY = 40
     for arm in ("dora", "random 3"):
-        found = make(dict(run, arm=arm))
-        assert found["parameters"] <= 6 * 1152 and sum(found["ranks"]) > 0
-        assert len(base64.b64decode(found["dev"])) == 2 * len(examples("stsb", "dev"))
+        found = make({**run, "budget": 6, "arm": arm})
         print(f"{arm}: {found['score']:.3f}, {found['parameters']:,} parameters")
+        assert 0 < found["parameters"] <= 6 * 1152
 
 
 def main() -> None:

@@ -40,10 +40,10 @@ mirrored, the method does not find a known place, and the README must not say th
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Iterator
-from typing import Any
 
 import report
 import torch
@@ -52,7 +52,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from dora import METHODS, DoRAConfig, Pruner, inject
-from places import SCALE, fit, make_all, place
+from places import SCALE, choose, fit, make_all, place
+from report import Line
 
 LOG = report.RESULTS / "surgical.jsonl"
 STEPS, BATCH, COMPONENTS, START = 600, 32, 6, 6
@@ -70,6 +71,8 @@ BEST = "best matrix"
 ROWS = (*FOUND, "its places", "shuffled", "one each", BEST)
 PAIRS = (("its places", "shuffled"), ("dora", "its places"), ("dora", "one each"),
          ("dora", "adalora"), ("dora", "Eq. 7"), (BEST, "dora"))
+SHOWN = {"mirrored": "the first must change", "renamed": "the last must change",
+         "placebo": "nothing must change"}
 DOTS = {"dora": report.COLORS["dora"], "its places": "#E69F00",
         "shuffled": report.COLORS["head"], "one each": report.COLORS["lora"]}
 CHOOSE, SEEDS = range(100, 104), range(1, 21)
@@ -118,8 +121,9 @@ def pretrained(seed: int) -> tuple[dict[str, Tensor], Tensor]:
     x, y = digits()
     torch.manual_seed(seed)
     net = Network()
-    train(net, x[rows[:800]], y[rows[:800]], 2e-3, seed)
-    return net.state_dict(), rows[800:]
+    first, others = rows.split([800, 997])
+    train(net, x[first], y[first], 2e-3, seed)
+    return net.state_dict(), others
 
 
 def shifted(shift: str, seed: int) -> tuple[Tensor, Tensor]:
@@ -129,7 +133,8 @@ def shifted(shift: str, seed: int) -> tuple[Tensor, Tensor]:
         return x.view(-1, 8, 8).flip(2).flatten(1), y
     if shift == "swapped":  # six of the pixels that vary most, so that each swap matters
         rng = torch.Generator().manual_seed(seed)
-        six = x.var(0).topk(24).indices[torch.randperm(24, generator=rng)[:6]]
+        lively = x.var(0).topk(24).indices
+        six = lively[torch.randperm(24, generator=rng)[:6]]
         x = x.clone()
         x[:, six] = x[:, six.roll(3)]
     return x, (y + 1) % 10 if shift == "renamed" else y
@@ -138,12 +143,14 @@ def shifted(shift: str, seed: int) -> tuple[Tensor, Tensor]:
 # ---- one run -------------------------------------------------------------------------------------
 
 
-def make(run: dict[str, Any], ranks: list[int] | None = None) -> dict[str, Any]:
+def make(run: Line, ranks: list[int] | None = None) -> Line:
     """Train one arm and return its loss, its error and the components of each matrix."""
     arm, seed = run["arm"], run["seed"]
-    weights, rows = pretrained(seed)
+    weights, others = pretrained(seed)
+    trained, scored = others.split([500, 497])
+    if seed in CHOOSE:
+        trained, scored = trained.split([350, 150])
     x, y = shifted(run["shift"], seed)
-    cut, end = (350, 500) if seed in CHOOSE else (500, len(rows))
     torch.manual_seed(seed)
     net, pruner = Network(), None
     net.load_state_dict(weights)
@@ -157,25 +164,26 @@ def make(run: dict[str, Any], ranks: list[int] | None = None) -> dict[str, Any]:
     else:
         ranks = ranks or ranks_of(run)
         place(net, dict(zip(NAMES, ranks)), dropout=0.0)
-    train(net, x[rows[:cut]], y[rows[:cut]], run["lr"], seed, pruner)
+    train(net, x[trained], y[trained], run["lr"], seed, pruner)
 
     net.eval()
     with torch.no_grad():
-        logits = net(x[rows[cut:end]])
-    truth = y[rows[cut:end]]
-    wrong = (logits.argmax(1) != truth).nonzero()[:, 0].tolist()  # the predictions that differ
-    return dict(loss=round(F.cross_entropy(logits, truth).item(), 5), wrong=wrong,
-                error=round(len(wrong) / len(truth), 5),
-                ranks=[*pruner.ranks().values()] if pruner else ranks)
+        logits = net(x[scored])
+    loss = F.cross_entropy(logits, y[scored]).item()
+    wrong = (logits.argmax(1) != y[scored]).nonzero()[:, 0].tolist()
+    if pruner:
+        ranks = [*pruner.ranks().values()]
+    return dict(loss=round(loss, 5), wrong=wrong, error=round(len(wrong) / len(scored), 5),
+                ranks=ranks)
 
 
-def ranks_of(run: dict[str, Any]) -> list[int]:
+def ranks_of(run: Line) -> list[int]:
     """Return the components of each matrix of an arm whose places are fixed."""
     if run["arm"] == "one each":
         return [1] * len(NAMES)
     if run["arm"] in SINGLE:
         return [COMPONENTS * (name == run["arm"][-1]) for name in NAMES]
-    dora = dict(run, arm="dora", lr=rate_of(run["shift"], "dora")[0])
+    dora = {**run, "arm": "dora", "lr": rate_of(run["shift"], "dora")}
     ranks = report.finished(LOG)[report.key_of(dora)]["ranks"]
     if run["arm"] == "its places":
         return ranks
@@ -186,51 +194,52 @@ def shuffled(ranks: list[int], seed: int) -> list[int]:
     """Shuffle numbers of components over the matrices so that at least half of the components move,
     or as many as can where most matrices have the same number."""
     rng = torch.Generator().manual_seed(seed)
-    others = [[ranks[i] for i in torch.randperm(len(ranks), generator=rng)] for _ in range(100)]
+    orders = [torch.randperm(len(ranks), generator=rng) for _ in range(100)]
+    others = [[ranks[i] for i in order] for order in orders]
     stay = [sum(map(min, ranks, other)) for other in others]
     enough = (other for other, n in zip(others, stay) if 2 * n <= sum(ranks))
     return next(enough, others[stay.index(min(stay))])
 
 
-def rate_of(shift: str, arm: str) -> tuple[float | None, list[dict[str, Any]]]:
-    """Return the rate of an arm, None if it is not known yet, and the runs that choose it."""
-    done = report.finished(LOG)
-    runs = {lr: [dict(shift=shift, arm=arm, seed=seed, lr=lr) for seed in CHOOSE] for lr in RATES}
-    missing = [run for lr in RATES for run in runs[lr] if report.key_of(run) not in done]
-    if missing:
-        return None, missing
-    losses = {lr: sum(done[report.key_of(run)]["loss"] for run in runs[lr]) for lr in RATES}
-    return min(RATES, key=losses.__getitem__), []
+def trials(shift: str, arm: str) -> dict[float, list[Line]]:
+    """Return by rate the runs that choose an arm's rate."""
+    cell = dict(shift=shift, arm=arm)
+    return {lr: [{**cell, "seed": seed, "lr": lr} for seed in CHOOSE] for lr in RATES}
 
 
-def to_do() -> Iterator[dict[str, Any]]:
+def rate_of(shift: str, arm: str) -> float | None:
+    """Return the rate that was chosen for an arm, None until it is known."""
+    means = choose(LOG, trials(shift, arm), "loss")
+    return min(means, key=means.__getitem__, default=None)
+
+
+def to_do() -> Iterator[Line]:
     """Yield the runs in their order: the rates, dora's first, then the reported seeds."""
     rates = {}
-    for shift in SHIFTS:
-        for arm in ARMS:
-            rates[shift, arm], missing = rate_of(shift, arm)
-            yield from missing
-            if missing:
-                return
+    for shift, arm in itertools.product(SHIFTS, ARMS):
+        rates[shift, arm] = rate_of(shift, arm)
+        if rates[shift, arm] is None:
+            yield from itertools.chain(*trials(shift, arm).values())
+            return
     for seed in SEEDS:
-        for shift, arm in rates:
-            yield dict(shift=shift, arm=arm, seed=seed, lr=rates[shift, arm])
+        for (shift, arm), lr in rates.items():
+            yield dict(shift=shift, arm=arm, seed=seed, lr=lr)
 
 
 # ---- report --------------------------------------------------------------------------------------
 
 
-def lines_of(shift: str, arm: str) -> list[dict[str, Any]]:
-    """Return the reported runs of an arm, by rising seed. "best matrix" is the single matrix with
-    the lowest mean loss on the seeds that choose."""
-    found = [line for line in report.read_log(LOG) if line["shift"] == shift]
-    if arm == BEST:
-        chosen = {one: rate_of(shift, one)[0] for one in SINGLE}
-        arm = min(SINGLE, key=lambda one: statistics.fmean([
-            line["loss"] for line in found if line["seed"] in CHOOSE
-            and (line["arm"], line["lr"]) == (one, chosen[one])] or [math.inf]))
-    return sorted((line for line in found if line["arm"] == arm and line["seed"] in SEEDS),
-                  key=lambda line: line["seed"])
+def lines_of(shift: str, arm: str) -> list[Line]:
+    """Return the reported runs of an arm, by rising seed."""
+    arm = best_matrix(shift) if arm == BEST else arm
+    found = [line for line in report.read_log(LOG) if (line["shift"], line["arm"]) == (shift, arm)]
+    return sorted((line for line in found if line["seed"] in SEEDS), key=lambda line: line["seed"])
+
+
+def best_matrix(shift: str) -> str:
+    """Return the single matrix with the lowest mean loss on the seeds that choose the rates."""
+    losses = {arm: choose(LOG, trials(shift, arm), "loss") for arm in SINGLE}
+    return min(SINGLE, key=lambda arm: min(losses[arm].values(), default=math.inf))
 
 
 def results_table() -> str:
@@ -282,7 +291,7 @@ def write_report() -> None:
     """Write surgical.md and surgical.svg from the log."""
     lines = report.read_log(LOG)
     seeds = sorted({line["seed"] for line in lines} - {*CHOOSE})
-    rates = [[arm, *(f"{rate_of(shift, arm)[0] or 0:g}" for shift in SHIFTS)] for arm in ARMS]
+    rates = [[arm, *(str(rate_of(shift, arm)) for shift in SHIFTS)] for arm in ARMS]
     text = f"""# Digits whose right place is known
 
 Written by `python benchmarks/surgical.py`, which has the protocol: {len(lines)} runs
@@ -306,31 +315,30 @@ Rates:
 
 def plot() -> None:
     """Draw where components end, as maps, and under each the errors by seed."""
-    shown = ("mirrored", "renamed", "placebo")
-    says = ("the first matrix must change", "the last matrix must change", "nothing has to change")
     figure = report.figure(8, 4.2)
-    axes = figure.subplots(2, len(shown), height_ratios=[1, 1.7])
-    for (top, bottom), shift, text in zip(axes.T, shown, says):
+    axes = figure.subplots(2, len(SHOWN), height_ratios=[1, 1.7], sharey="row")
+    for (top, bottom), (shift, text) in zip(axes.T, SHOWN.items()):
         grid = [means(shift, arm) for arm in FOUND]
         top.imshow(grid, cmap="Oranges", vmin=0, vmax=COMPONENTS, aspect="auto")
-        for y, row in enumerate(grid):
-            for x, mean in enumerate(row):
-                top.text(x, y, f"{mean:.1f}", ha="center", va="center", fontsize=7,
-                         color="white" if mean > 4 else "black")
+        for (y, row), x in itertools.product(enumerate(grid), range(len(NAMES))):
+            color = "white" if row[x] > 4 else "black"
+            top.text(x, y, f"{row[x]:.1f}", ha="center", va="center", color=color, fontsize=7)
         top.set_xticks(range(len(NAMES)), NAMES)
-        top.set_yticks(range(len(FOUND)), FOUND if shift == shown[0] else [""] * len(FOUND))
+        top.set_yticks(range(len(FOUND)), FOUND)
         top.set_xlabel("matrix")
         top.set_title(f"{shift}: {text}")
 
         for x, (arm, color) in enumerate(DOTS.items()):
             errors = [100 * line["error"] for line in lines_of(shift, arm)]
-            offsets = [x + 0.5 * ((7 * i % 20) / 19 - 0.5) for i in range(len(errors))]
-            bottom.plot(offsets, errors, "o", ms=3, mew=0, alpha=0.8, color=color)
-            bottom.hlines(statistics.mean(errors), x - 0.35, x + 0.35, color="black", lw=1.2)
+            places = [x - 0.25 + 0.5 * (7 * i % 20) / 19 for i in range(len(errors))]
+            bottom.plot(places, errors, "o", ms=3, mew=0, alpha=0.8, color=color)
+            mean = statistics.mean(errors)
+            bottom.hlines(mean, x - 0.35, x + 0.35, color="black", lw=1.2)
         bottom.set_xticks(range(len(DOTS)), [arm.replace(" ", "\n") for arm in DOTS])
-        bottom.set_ylim(bottom=0)
-    axes[0, 0].set_ylabel("mean of 20 seeds")
-    axes[1, 0].set_ylabel("test error, %: seeds, mean")
+    seeds = len(lines_of("mirrored", "dora"))
+    axes[0, 0].set_ylabel("components kept\n"f"(mean of {seeds} seeds)")
+    axes[1, 0].set_ylabel("test error in %, by seed")
+    axes[1, 0].set_ylim(bottom=0)
     report.save_figure(figure, report.RESULTS / "surgical.svg")
 
 
@@ -340,16 +348,16 @@ def short() -> None:
     x, _ = digits()
     assert torch.linalg.matrix_rank(shifted("swapped", 1)[0] - x) == 3
     for seed in SEEDS:
-        other = shuffled([5, 1, 0, 0, 0, 0, 0], seed)
-        assert sum(other) == 6 and min(other[0], 5) + min(other[1], 1) <= 3
+        first, second, *rest = shuffled([5, 1, 0, 0, 0, 0, 0], seed)
+        assert first + second + sum(rest) == 6 and min(first, 5) + min(second, 1) <= 3
     for seed in (1, 2):
-        kept = make(dict(shift="mirrored", arm="dora", seed=seed, lr=5e-3))["ranks"]
-        losses = {}
-        for arm, ranks in (("its places", kept), ("shuffled", shuffled(kept, seed))):
-            losses[arm] = make(dict(shift="mirrored", arm=arm, seed=seed, lr=5e-3), ranks)["loss"]
-        print(f"seed {seed}: kept {kept}, loss {losses}")
+        run = dict(shift="mirrored", seed=seed, lr=5e-3)
+        kept = make({**run, "arm": "dora"})["ranks"]
+        own = make({**run, "arm": "its places"}, kept)["loss"]
+        other = make({**run, "arm": "shuffled"}, shuffled(kept, seed))["loss"]
+        print(f"seed {seed}: kept {kept}, loss in its places {own:.3f}, shuffled {other:.3f}")
         assert sum(kept) == COMPONENTS and kept[0] >= 3
-        assert losses["its places"] < losses["shuffled"]
+        assert own < other
 
 
 def main() -> None:
