@@ -23,16 +23,17 @@ import shlex
 import signal
 import statistics
 import sys
+import textwrap
 import threading
 import time
 import traceback
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -42,9 +43,9 @@ from tqdm import tqdm
 
 import data
 from data import TASKS, DataError, Example, Task
-from dora import (METHODS, DoRAConfig, DoRAError, DoRALinear, NotFiniteError, Pruner,
-                  adapter_metadata, atomic_file, budget, choices, compact_, inject, load_adapter,
-                  mark, rank_map, ranges, read_safetensors, require, save_adapter,
+from dora import (METHODS, PEFT_NAMES, DoRAConfig, DoRAError, DoRALinear, NotFiniteError, Pruner,
+                  adapter_metadata, atomic_file, budget, choices, compact_, did_you_mean, inject,
+                  load_adapter, mark, rank_map, ranges, read_safetensors, require, save_adapter,
                   write_safetensors)
 
 
@@ -206,7 +207,7 @@ class RobertaForSequenceClassification(nn.Module):
         self.config = config
         self.roberta = RobertaModel(config)
         self.classifier = Classifier(config, num_labels)
-        self.trained_head, self.origin = False, ""  # set by load_roberta and by prepare
+        self.head, self.origin = "a new head", ""  # set by load_roberta and by prepare
         self.reset(self)
 
     def reset(self, part: nn.Module) -> None:
@@ -270,20 +271,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises DoRAError or DataError for bad input, NotFiniteError if the training diverges, and
     Interrupted after Ctrl-C, SIGTERM or SIGHUP, once the state is saved.
     """
-    seed_torch(config)
-    task, model, model_dir, load = prepare(config)
-    train_set, dev_sets = load("train"), load_dev(task, load)
-    layers = adapt(model, config)
+    with Run(config) as run:
+        task, model, model_dir, load = prepare(config)
+        train_set, dev_sets = load("train"), load_dev(task, load)
+        layers = adapt(model, config)
 
-    batch_size = config.batch_size * config.accumulate  # examples per optimizer step
-    per_epoch = math.ceil(len(train_set) / batch_size)
-    total = config.max_steps or config.epochs * per_epoch
-    pruner = Pruner(layers, config, total)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay,
-                                  fused=True)
+        batch_size = config.batch_size * config.accumulate  # examples per optimizer step
+        per_epoch = math.ceil(len(train_set) / batch_size)
+        total = config.max_steps or config.epochs * per_epoch
+        pruner = Pruner(layers, config, total)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay,
+                                      fused=True)
 
-    with Run(config, model, model_dir, optimizer, pruner, train_set, dev_sets) as run:
+        run.start(model, model_dir, optimizer, pruner, train_set, dev_sets)
         net = wrap(model, config)
         stream = data.endless_batches(train_set, batch_size, config.seed, run.step)
         while run.step < total or run.owes_scores():
@@ -396,6 +397,11 @@ def evaluate_dev(model: nn.Module, sets: dict[str, list[Example]], task: Task) -
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")  # the first that exists is read
 BARE = ("embeddings.", "encoder.", "pooler.")  # names in a saved encoder, without "roberta."
+ITS_HEAD = "its own head"
+HUB_LABELS = {  # the words of the Hub's data sets, which checkpoints from there have for 0 and 1
+    "cola": ("unacceptable", "acceptable"), "sst2": ("negative", "positive"),
+    "mrpc": ("not_equivalent", "equivalent"), "qqp": ("not_duplicate", "duplicate"),
+    "wnli": ("not_entailment", "entailment")}
 
 
 def load_roberta(folder: str | Path, num_labels: int,
@@ -414,7 +420,8 @@ def load_roberta(folder: str | Path, num_labels: int,
     with torch.device("meta"):  # shapes only: no memory, no random numbers
         model = RobertaForSequenceClassification(config, num_labels)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    state = match_weights(read_weights(files[0]), shapes, files[0])
+    weights = read_weights(files[0])
+    state = match_weights(weights, shapes, files[0])
 
     order: list[int] | None = None  # rows of the file's head; None = it has none for this task
     if state.keys() == shapes.keys():
@@ -427,7 +434,10 @@ def load_roberta(folder: str | Path, num_labels: int,
         for key in ("classifier.out_proj.weight", "classifier.out_proj.bias"):
             state[key] = state[key][order]
 
-    model.trained_head = order is not None
+    if order is not None:
+        model.head = ITS_HEAD
+    elif any(key.startswith("classifier.") for key in weights):
+        model.head += " (the file's is for other labels)"
     model.load_state_dict(state, strict=False, assign=True)  # the mapped file is the weights
     return model
 
@@ -522,13 +532,14 @@ def head_order(path: Path, task: Task) -> list[int] | None:
     if not task.labels:  # only save_model says in which unit a regression's output is
         return [0] if values.get("label_top") == task.top else None
 
-    n = len(task.labels)
-    names = values.get("id2label") or {str(i): f"LABEL_{i}" for i in range(n)}
+    unnamed = [f"LABEL_{i}" for i in range(len(task.labels))]
+    names = values.get("id2label") or {str(i): name for i, name in enumerate(unnamed)}
     words = [plain(str(names.get(str(i)))) for i in range(len(names))]
-    if words == [f"label{i}" for i in range(n)]:
-        return [*range(n)]
-    labels = [plain(label) for label in task.labels]
-    return [words.index(label) for label in labels] if sorted(words) == sorted(labels) else None
+    for labels in (task.labels, HUB_LABELS.get(task.name, ()), unnamed):
+        known = [plain(label) for label in labels]
+        if sorted(words) == sorted(known) and (labels is not unnamed or words == known):
+            return [words.index(label) for label in known]
+    return None
 
 
 def plain(name: str) -> str:
@@ -583,8 +594,8 @@ class TrainConfig(DoRAConfig):
     save_every: int = 500  # optimizer steps between checkpoints
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto = cuda or mps if there is one
     dtype: Literal["float32", "bf16", "float64"] = "float32"  # of the encoder; adapters: >= float32
-    compile: bool = False  # torch.compile the model
-    deterministic: bool = False  # only deterministic kernels, and no TF32; slower on a GPU
+    compile: bool = False  # torch.compile, for GPUs: on a CPU 1.19 of the floor's time for 1.12
+    deterministic: bool = False  # only deterministic kernels, no TF32, no oneDNN; slower
     resume: bool = False  # continue from the run folder's newest checkpoint
     overwrite: bool = False  # delete the files of the run in the folder, and start again
 
@@ -599,8 +610,9 @@ class TrainConfig(DoRAConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, table in (("task", trainable_tasks()), ("method", METHOD_ROWS)):
-            require(getattr(self, name) in table,
-                    f"{name} = {getattr(self, name)}: choose one of {', '.join(table)}")
+            value = getattr(self, name)
+            require(value in table, f"{name} = {value}: choose one of {', '.join(table)}"
+                    f"{did_you_mean(value, table)}")
         for name in ("data_dir", "model_dir", "out"):
             object.__setattr__(self, name, expanded(getattr(self, name)))
         require(not (self.resume and self.overwrite),
@@ -642,6 +654,7 @@ def make_config(task: str = "toy", method: str = "dora", **flags: Any) -> TrainC
 
     Raises DoRAError for a flag that would have no effect.
     """
+    task, method = known_name(task, TASKS), known_name(method, METHOD_ROWS)
     row = dict(zip(COLUMNS_8, TABLE_8.get(task, ())))
     if task != "toy":  # whose rate was tried
         row["lr"] = row.get("lr", TrainConfig.lr) * LR_FACTOR.get(method, 1.0)
@@ -654,21 +667,28 @@ def make_config(task: str = "toy", method: str = "dora", **flags: Any) -> TrainC
     return config
 
 
+def known_name(word: str, names: Iterable[str]) -> str:
+    """Return the name that a word spells in another way: MRPC, sst-2, Lora; or the word itself."""
+    return next((name for name in names if plain(name) == plain(word)), word)
+
+
 def expanded(folder: str | None) -> str | None:
     """Return a folder's name with the home folder in place of ~."""
     return folder and os.path.expanduser(folder)
 
 
 def with_tuples(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings from JSON or a command line with tuples in place of lists."""
-    return {name: tuple(value) if isinstance(value, list) else value
+    """Return settings from JSON or a command line with tuples in place of lists: ["query,value"]
+    and ["query", "value"] are the same targets."""
+    return {name: tuple(",".join(value).split(",")) if isinstance(value, list) else value
             for name, value in settings.items()}
 
 
 def unused_settings(config: TrainConfig) -> dict[str, str]:
     """Return the settings that have no effect in a run, and the setting that is the reason."""
+    method = f"method = {config.method}"
     if config.method not in METHODS:
-        return dict.fromkeys(help_of(DoRAConfig), f"method = {config.method}")
+        return dict.fromkeys(help_of(DoRAConfig), method)
 
     unused = {}
     if config.importance != "norm":
@@ -678,7 +698,8 @@ def unused_settings(config: TrainConfig) -> dict[str, str]:
     if config.schedule is None:
         names = ("initial_phase", "final_phase", "interval", "beta1", "beta2", "budget_unit",
                  "penalty", "eta")
-        unused.update(dict.fromkeys(names, "schedule = none"))
+        reason = method if "schedule" in METHODS[config.method] else "schedule = none"
+        unused.update(dict.fromkeys(names, reason))
     return unused
 
 
@@ -692,18 +713,55 @@ def help_of(config: type) -> dict[str, str]:
 # ---- what a run starts from ----------------------------------------------------------------------
 
 Loader = Callable[..., list[Example]]
+ONEDNN: Any = torch.backends.mkldnn  # its name in torch
 
 
-def seed_torch(config: TrainConfig) -> None:
-    """Set torch's global state for a run: the seed, the kind of kernels, an empty compiler."""
+@contextmanager
+def torch_set_up(config: TrainConfig) -> Iterator[None]:
+    """Set torch's global state for a run: kernels, an empty compiler, the seed. Afterwards, restore
+    the caller's threads and kernels."""
+    cuda, cpu = torch.backends.cuda.matmul, ONEDNN.matmul
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    tf32, precision = cuda.allow_tf32, cpu.fp32_precision
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
     torch.use_deterministic_algorithms(config.deterministic)
     # float32 products on CUDA in TF32, which has 10 bits of mantissa and is several times faster
-    torch.backends.cuda.matmul.allow_tf32 = not config.deterministic
+    cuda.allow_tf32 = not config.deterministic
+    if not config.deterministic and onednn_is_faster(threads):
+        cpu.fp32_precision = "bf16"
     if config.compile:
         torch.compiler.reset()  # torch gives up after 8 versions of a model: forget earlier runs
     torch.manual_seed(config.seed)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        cuda.allow_tf32, cpu.fp32_precision = tf32, precision
+
+
+@functools.cache  # measured once, so that all runs of a process compute alike
+def onednn_is_faster(threads: int) -> bool:
+    """Return whether oneDNN takes under 3/4 of MKL's time for a float32 product, and is as exact.
+
+    It does on AMD CPUs with full AVX-512, where MKL uses AVX2. torch's name for the switch, "bf16",
+    misleads: there oneDNN computes in float32. With AMX it would round, which the error shows.
+    """
+    draws = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(rows, 384, generator=draws, device="cpu") for rows in (256, 1536))
+    switch, exact, times = ONEDNN.matmul, x.double() @ w.double().T, []
+    before = switch.fp32_precision
+    for precision in (before, "bf16"):
+        switch.fp32_precision = precision
+        clock = [time.perf_counter()]
+        for _ in range(10):
+            product = x @ w.T  # (256, 1536)
+            clock.append(time.perf_counter())
+        times.append(min(b - a for a, b in zip(clock, clock[1:])))
+    switch.fp32_precision = before
+    error = (product - exact).norm() / exact.norm()
+    return bool(error < 1e-5) and times[1] < 0.75 * times[0]
 
 
 def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification, Path, Loader]:
@@ -713,6 +771,8 @@ def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification
     """
     task, device = data.find_task(config.task), find_device(config.device)
     model_dir = Path(config.model_dir) if config.model_dir else data.download_model()
+    require(model_dir.is_dir(), f"model_dir = {model_dir}: no such folder; name one with tokenizer "
+            f"and weights, or leave --model-dir out to download roberta-base")
     sizes = read_config(model_dir / "config.json")  # first: a BERT folder is refused as BERT
     bpe = data.BPE.from_folder(model_dir)
     positions = sizes.max_position_embeddings - sizes.pad_token_id - 1
@@ -765,7 +825,8 @@ def find_device(name: str) -> torch.device:
             torch.cuda.set_device(device)  # or other libraries would put their share on cuda:0
         return device
     except (RuntimeError, AssertionError):
-        raise DoRAError(f"device = {name} is not available here; use --device cpu") from None
+        hint = did_you_mean(name, ("cpu", "cuda", "mps"))
+        raise DoRAError(f"device = {name} is not available here; use --device cpu{hint}") from None
 
 
 def adapt(model: RobertaForSequenceClassification, config: TrainConfig) -> dict[str, DoRALinear]:
@@ -806,35 +867,45 @@ def live_parameters(pruner: Pruner) -> int:
                for layer, part in zip(pruner.layers.values(), parts))
 
 
+def identify(config: TrainConfig, model: RobertaForSequenceClassification,
+             examples: int) -> dict[str, Any]:
+    """Return what a resumed run must have in common with the one that it continues."""
+    task = TASKS[config.task]
+    folder = find_data(config, task.name) / task.folder
+    files = [file for split, file in task.files.items() if split.startswith(("train", "dev"))]
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in Run.FREE}
+    return json.loads(json.dumps({
+        **settings, "model weights, config.json and tokenizer": model.origin,
+        "train examples": examples, **{file: data.checksum(folder / file) for file in files}}))
+
+
 # ---- what a run says about itself ----------------------------------------------------------------
 
 
 def introduction(run: Run) -> str:
     """Return the lines that a run prints before it starts."""
     config, pruner = run.config, run.pruner
-    rank, left = "", ""
-    if pruner.layers:
-        rank = f", rank {config.rank:g}"
+    lines = [f"{config.task}, {config.method}, seed {config.seed}: {run.examples['train']:,} train "
+             f"and {run.examples['dev']:,} dev examples, {run.total:,} steps, {run.per_epoch:,} "
+             f"per epoch",
+             f"model {run.base} with {run.model.head}, {config.dtype} on {device_name(run.device)}"
+             + f", {process()[1]} processes" * (process()[1] > 1),
+             f"learning rate {config.lr:g}, {config.batch_size * config.accumulate} examples per "
+             f"step", f"trained parameters: {sum_in_words(run.counts)}"]
     if config.schedule:
-        rank += f" on average, from {config.r_prime}"
+        first = min(pruner.first + config.interval, pruner.last)
         rest = budget(run.total, run.total, config, pruner.per_rank)
-        left = f"; pruning leaves the adapter at most {rest:,} {config.budget_unit}"
-    return (f"{config.task}, {config.method}, seed {config.seed}: {run.examples['train']:,} train "
-            f"and {run.examples['dev']:,} dev examples, {run.total:,} steps, {run.per_epoch:,} per "
-            f"epoch\n"
-            f"model {run.base}, {config.dtype} on {device_name(run.device)}\n"
-            f"learning rate {config.lr:g}, {config.batch_size * config.accumulate} examples per "
-            f"step{rank}\n"
-            f"trained parameters: {sum_in_words(run.counts)}{left}\n"
-            f"files in {run.folder}")
+        lines += [f"from step {first:,} to {pruner.last:,}, pruning reduces the adapter to at most "
+                  f"{rest:,} {config.budget_unit}; a component is live if the last pruning kept it"]
+    return "\n".join([*lines, f"files in {run.folder}"])
 
 
 def summary(result: dict[str, Any]) -> str:
     """Return a run's score, its parameters, and the map of ranks as text."""
     best, metric = result["best"], TASKS[result["task"]].metrics[0]
     lines = [f"{result['task']}, {result['method']}, seed {result['seed']}: {metric} "
-             f"{best[metric]:.4f} after step {best['step']:,} (epoch {best['epoch']:.3g}), "
-             f"{result['last'][metric]:.4f} after the last, {result['seconds']:.0f} s",
+             f"{best[metric]:.4f} after step {best['step']:,}, {result['last'][metric]:.4f} "
+             f"after the last, {result['seconds']:.0f} s",
              f"trained parameters: {sum_in_words(result)}"]
     if result["ranks"]:
         size = result["adapter_parameters_after_pruning"]
@@ -859,11 +930,17 @@ def device_name(device: torch.device) -> str:
     """Return a device and what it is, such as cpu (2 threads) or cuda:0 (NVIDIA H100)."""
     more = ""
     if device.type == "cpu":
-        more = f" ({torch.get_num_threads()} threads)".replace("(1 threads", "(1 thread")
+        onednn = ", oneDNN" * (ONEDNN.matmul.fp32_precision == "bf16")
+        more = f" ({counted(torch.get_num_threads(), 'thread')}{onednn})"
     elif device.type == "cuda":
         tf32 = ", products in TF32" * torch.backends.cuda.matmul.allow_tf32
         more = f" ({torch.cuda.get_device_name(device)}{tf32})"
     return f"{device}{more}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things in words: 1 thread, 2 threads."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def in_words(scores: dict[str, float]) -> str:
@@ -962,58 +1039,57 @@ class Run:
              "model/config.json", "model/model.safetensors", "model/vocab.json",
              "model/merges.txt", "model/tokenizer.json", "submission/*.tsv")
 
-    def __init__(self, config: TrainConfig, model: RobertaForSequenceClassification,
-                 model_dir: Path, optimizer: torch.optim.Optimizer, pruner: Pruner,
-                 train_set: list[Example], dev_sets: dict[str, list[Example]]):
-        self.config, self.folder, self.model_dir = config, run_folder(config), model_dir
-        self.model, self.optimizer, self.pruner = model, optimizer, pruner
-        self.device = next(model.parameters()).device
-        self.base = str(model_dir.resolve()) if config.model_dir else "FacebookAI/roberta-base"
-        self.examples = {"train": len(train_set), "dev": sum(map(len, dev_sets.values()))}
-        self.counts = parameter_counts(model, pruner.layers)
-        self.per_epoch, self.total = run_length(config, len(train_set))
-        self.writes, self.started = process()[0] == 0, time.monotonic()
-
+    def __init__(self, config: TrainConfig):
+        self.config, self.folder, self.started = config, run_folder(config), time.monotonic()
+        self.writes = process()[0] == 0
+        self.bar: Any = None  # of the steps; shown by start()
         self.step = 0  # optimizer steps done
         self.records: list[dict[str, Any]] = []  # the metrics after each epoch
         self.best: dict[str, Any] | None = None  # the best of them since the last pruning
         self.earlier = 0.0  # seconds of the calls that this one continues
 
-        # what a resumed run must have in common with the one that it continues
-        task = TASKS[config.task]
-        files = [file for split, file in task.files.items() if split.startswith(("train", "dev"))]
-        settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in self.FREE}
-        self.identity = json.loads(json.dumps({
-            **settings, "model weights, config.json and tokenizer": model.origin,
-            "train examples": len(train_set),
-            **{f: data.checksum(find_data(config, task.name) / task.folder / f) for f in files}}))
-
     # ---- it begins and ends
 
     def __enter__(self) -> Run:
         with ExitStack() as stack:
-            if self.writes:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(self.folder))
-            checkpoints = self.claim_folder()
-            if checkpoints:
-                self.restore(checkpoints[-1])
-            if process()[0]:
-                torch.manual_seed(self.config.seed + process()[0] + self.step)  # its own dropout
-            self.begin_logs()
-            self.say(introduction(self))
-            if checkpoints or self.config.resume:
-                self.say(f"continuing after step {self.step:,}" if checkpoints else
-                         f"{self.folder}: no checkpoint yet, starting from the beginning")
-            self.bar = stack.enter_context(progress_bar(
-                self.total, "step", initial=self.step, leave=True))
-            stack.enter_context(signals_wait())
+            stack.enter_context(torch_set_up(self.config))
             self.open = stack.pop_all()  # closed by __exit__
         return self
 
+    def start(self, model: RobertaForSequenceClassification, model_dir: Path,
+              optimizer: torch.optim.Optimizer, pruner: Pruner, train_set: list[Example],
+              dev_sets: dict[str, list[Example]]) -> None:
+        """Take the folder, restore the newest checkpoint if there is one, and say what will happen.
+        From here on, signals wait until the state can be saved."""
+        self.model, self.model_dir = model, model_dir
+        self.optimizer, self.pruner = optimizer, pruner
+        self.device = next(model.parameters()).device
+        self.base = str(model_dir.resolve()) if self.config.model_dir else "FacebookAI/roberta-base"
+        self.examples = {"train": len(train_set), "dev": sum(map(len, dev_sets.values()))}
+        self.counts = parameter_counts(model, pruner.layers)
+        self.per_epoch, self.total = run_length(self.config, len(train_set))
+        self.identity = identify(self.config, model, len(train_set))
+
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.open.enter_context(locked(self.folder))
+        checkpoints = self.claim_folder()
+        if checkpoints:
+            self.restore(checkpoints[-1])
+        if process()[0]:
+            torch.manual_seed(self.config.seed + process()[0] + self.step)  # its own dropout
+        self.begin_logs()
+        self.say(introduction(self))
+        if checkpoints or self.config.resume:
+            self.say(f"continuing after step {self.step:,}" if checkpoints else
+                     f"{self.folder}: no checkpoint yet, starting from the beginning")
+        self.bar = self.open.enter_context(progress_bar(
+            self.total, "step", initial=self.step, leave=True))
+        self.open.enter_context(signals_wait())
+
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         with self.open:
-            if isinstance(error, OSError):  # such as a full disk
+            if self.bar is None or isinstance(error, OSError):  # such as a full disk
                 return
             if isinstance(error, Interrupted):
                 self.save()
@@ -1069,7 +1145,8 @@ class Run:
             write_json(self.folder / "ranks.json", ranks)
             write_json(self.folder / "result.json", result)
         result = {**result, "ranks": ranks, "folder": str(self.folder)}
-        self.note(summary(result))
+        self.bar.close()
+        self.say("\n" + summary(result))
         return result
 
     # ---- its logs
@@ -1151,7 +1228,8 @@ class Run:
                     "budget": budget(step, self.total, self.config, self.pruner.per_rank)}
             self.check(line["loss"], line["grad_norm"])
         if logging:
-            self.bar.set_postfix({key: line[key] for key in ("loss", "live", "parameters")})
+            live = f", live {self.pruner.live:,}" * bool(self.pruner.layers)
+            self.bar.set_postfix_str(f"loss {line['loss']:.3g}{live}")
             self.append("metrics.jsonl", json.dumps(line))
         if saving:
             self.save()
@@ -1303,6 +1381,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 # ---- signals, several processes ------------------------------------------------------------------
 
+
 ARRIVED: list[int] = []  # the signals that wait
 
 
@@ -1347,6 +1426,9 @@ def say(text: str) -> None:
     if process()[0]:
         return
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = "\n".join(textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False,
+                                   break_on_hyphens=False, replace_whitespace=False)
+                     if len(line) > 80 else line for line in text.split("\n"))
     try:
         tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding))
     except OSError:  # what is buffered, and what follows, goes nowhere
@@ -1392,7 +1474,7 @@ def wrap(model: nn.Module, config: TrainConfig) -> nn.Module:
         net = torch.compile(model, dynamic=True)  # batches differ in width: one graph for all
     if process()[1] > 1:
         # all processes prune alike, so the masks need not be sent before each step
-        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+        net = nn.parallel.DistributedDataParallel(net, forward_sync_buffers=False)
     return net
 
 
@@ -1461,7 +1543,7 @@ def toy_config(config: TrainConfig, name: str, pretrained: bool = True) -> Train
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line. Return the exit code: 2 for bad input, 128 + signal if interrupted."""
-    flags = vars(make_parser().parse_args(argv))
+    flags = vars(make_parser(argv).parse_args(argv))
     try:
         connect()
         run_command(flags)
@@ -1503,7 +1585,7 @@ def run_command(flags: dict[str, Any]) -> None:
         settings.pop(name) for name in ("seeds", "eval_only", "adapter", "predict"))
     if eval_only:
         require(seeds == [1], "--seeds has no effect with --eval-only; leave it out")
-        evaluate_only(*saved_run(adapter, settings), split)
+        evaluate_saved(adapter, settings, split)
         return
 
     require(not adapter, f"--adapter {adapter} is only for --eval-only; training starts from a new "
@@ -1519,15 +1601,22 @@ def run_command(flags: dict[str, Any]) -> None:
     results = []
     for config in configs:
         is_toy = config.task == "toy" and not config.data_dir
-        results.append(toy(config) if is_toy else train(config))
-        say("\n" + summary(results[-1]))
+        with torch_set_up(config):
+            results.append(toy(config) if is_toy else train(config))
     for result in results if split else []:
-        evaluate_only(*saved_run(result["folder"], {}), split)
+        evaluate_saved(result["folder"], {}, split)
     if len(results) > 1:
         metric = TASKS[configs[0].task].metrics[0]
         scores = [result["best"][metric] for result in results]
         say(f"\n{metric} over {len(scores)} seeds: median {statistics.median(scores):.4f}, mean "
             f"{statistics.mean(scores):.4f}, standard deviation {statistics.stdev(scores):.4f}")
+
+
+def evaluate_saved(place: str | None, flags: dict[str, Any], split: str | None) -> None:
+    """Do what --eval-only --adapter PLACE asks for."""
+    config, adapter = saved_run(place, flags)
+    with torch_set_up(config):
+        evaluate_only(config, adapter, split)
 
 
 def saved_run(place: str | None, flags: dict[str, Any]) -> tuple[TrainConfig, Path | None]:
@@ -1597,8 +1686,8 @@ def evaluate_only(config: TrainConfig, adapter: Path | None, split: str | None) 
                     f"{saved.get(key)}, not {value}; use the same {key}")
         load_adapter(model, adapter)
     else:
-        require(model.trained_head, f"{model_dir}: its weights and config.json have no head for "
-                f"{task.name} ({label_text(task)}); name a trained adapter with --adapter RUN")
+        require(model.head == ITS_HEAD, f"{model_dir}: its weights and config.json have no head "
+                f"for {task.name} ({label_text(task)}); name a trained adapter with --adapter RUN")
 
     sets = load_dev(task, load)
     scores = evaluate_dev(model, sets, task)
@@ -1620,18 +1709,50 @@ def submission_files(task: Task, split: str | None) -> list[tuple[str, str]]:
     return files + ([("ax", "test")] if task.name == "mnli" else [])
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser, whose flags are the fields of TrainConfig and DoRAConfig."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     usage="%(prog)s [--task TASK] [--SETTING VALUE ...]",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+PEFT_NAMES.update({  # also transformers' names and others, for did_you_mean
+    "learning_rate": "lr", "num_train_epochs": "epochs", "output_dir": "out", "seed": "seeds",
+    "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "accumulate",
+    "max_seq_length": "max_len", "model_name_or_path": "model_dir", "task_name": "task",
+    "gpu": "cuda"})
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors suggest the flag that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print an error and exit with code 2."""
+        flag = re.search(r"unrecognized arguments: --([\w-]+)", message)
+        if flag:
+            known = [name.lstrip("-").replace("-", "_") for name in self._option_string_actions]
+            hint = did_you_mean(flag[1].replace("-", "_"), known)
+            message += re.sub(r"mean (\w+)", lambda m: f"mean --{m[1].replace('_', '-')}", hint)
+        super().error(message)
+
+
+def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
+    """Return the parser, whose flags are the fields of TrainConfig and DoRAConfig. Its help shows
+    the defaults of the task and the method that argv names."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task", default="toy")
+    first.add_argument("--method", default="dora")
+    try:
+        chosen = make_config(**vars(first.parse_known_args(argv)[0]))
+    except DoRAError:  # which the command itself will raise
+        chosen = make_config()
+
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    usage="%(prog)s [--task TASK] [--SETTING VALUE ...]",
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-3, too, is a value and no flag
     hints = get_type_hints(TrainConfig)
     for config, title in ((TrainConfig, "the run"), (DoRAConfig, "the method")):
-        group = parser.add_argument_group(title)
+        group = parser.add_argument_group(
+            f"{title}, with the defaults of --task {chosen.task} --method {chosen.method}")
         for name, text in help_of(config).items():
             if name != "seed":
                 group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
-                                   help=help_text(name, text), **flag_options(name, hints[name]))
+                                   help=help_text(name, text, getattr(chosen, name)),
+                                   **flag_options(name, hints[name]))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1],
                         help="one run per seed (default: 1)")
     parser.add_argument("--eval-only", action="store_true",
@@ -1655,19 +1776,11 @@ def flag_options(name: str, hint: Any) -> dict[str, Any]:
             "nargs": "+" if get_origin(hint) is tuple else None}
 
 
-def help_text(name: str, text: str) -> str:
-    """Return a flag's help: the setting's comment, its range, its default, and the methods that
-    have another default."""
-    bounds, default = ranges(TrainConfig), getattr(TrainConfig, name)
-    rows = METHODS if name in help_of(DoRAConfig) else METHOD_ROWS
-    others = "".join(f"; {method}: {shown(row[name])}" for method, row in rows.items()
-                     if row.get(name, default) != default)
-    default = "the task's, Table 8 of the paper" if name in COLUMNS_8 else shown(default)
-    if name == "lr":
-        others += "".join(f"; {method}: {x:g} of it, but for the toy" for method, x in
-                          LR_FACTOR.items())
-    bound = f"{bounds[name]}; " if name in bounds else ""
-    return f"{text} ({bound}default: {default}{others})".replace("%", "%%")
+def help_text(name: str, text: str, default: Any) -> str:
+    """Return a flag's help: the setting's comment, its range, its default."""
+    rule = ranges(TrainConfig).get(name)
+    bound = f"{rule}; " if rule else ""
+    return f"{text} ({bound}default: {shown(default)})".replace("%", "%%")
 
 
 def shown(value: Any) -> str:
