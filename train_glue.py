@@ -614,7 +614,8 @@ class TrainConfig(DoRAConfig):
             require(value in table, f"{name} = {value}: choose one of {', '.join(table)}"
                     f"{did_you_mean(value, table)}")
         for name in ("data_dir", "model_dir", "out"):
-            object.__setattr__(self, name, expanded(getattr(self, name)))
+            folder = getattr(self, name)
+            object.__setattr__(self, name, folder and os.path.expanduser(folder))
         require(not (self.resume and self.overwrite),
                 "resume continues a run, overwrite deletes it; choose one")
 
@@ -670,11 +671,6 @@ def make_config(task: str = "toy", method: str = "dora", **flags: Any) -> TrainC
 def known_name(word: str, names: Iterable[str]) -> str:
     """Return the name that a word spells in another way: MRPC, sst-2, Lora; or the word itself."""
     return next((name for name in names if plain(name) == plain(word)), word)
-
-
-def expanded(folder: str | None) -> str | None:
-    """Return a folder's name with the home folder in place of ~."""
-    return folder and os.path.expanduser(folder)
 
 
 def with_tuples(settings: dict[str, Any]) -> dict[str, Any]:
@@ -931,16 +927,12 @@ def device_name(device: torch.device) -> str:
     more = ""
     if device.type == "cpu":
         onednn = ", oneDNN" * (ONEDNN.matmul.fp32_precision == "bf16")
-        more = f" ({counted(torch.get_num_threads(), 'thread')}{onednn})"
+        threads = torch.get_num_threads()
+        more = f" ({threads} thread{'s' * (threads > 1)}{onednn})"
     elif device.type == "cuda":
         tf32 = ", products in TF32" * torch.backends.cuda.matmul.allow_tf32
         more = f" ({torch.cuda.get_device_name(device)}{tf32})"
     return f"{device}{more}"
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number of things in words: 1 thread, 2 threads."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def in_words(scores: dict[str, float]) -> str:
@@ -964,16 +956,22 @@ tags: [lora, dora]
 The adapter and its classification head, trained by train_glue.py --method {method} and saved in
 PEFT's LoRA format. Labels: {labels}. On dev: {scores}. Components: {live}. Seed {seed}.
 
-Load it with PEFT and transformers (a base with another head is accepted):
+Score a text with PEFT and transformers, in this folder:
 
 ```python
+import torch
 from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
 
 model = AutoPeftModelForSequenceClassification.from_pretrained(
-    {folder}, num_labels={num_labels}, ignore_mismatched_sizes=True).eval()
+    ".", num_labels={num_labels}, ignore_mismatched_sizes=True, dtype=torch.float32).eval()
+inputs = AutoTokenizer.from_pretrained({base})(
+    {texts}, truncation=True, max_length={max_len}, return_tensors="pt")
+logits = model(**inputs).logits
+print({answer})
 ```
 
-Load it here, and give it a new text:
+Or with the files of this project, which have to be on Python's path:
 
 ```python
 import torch
@@ -983,30 +981,30 @@ from train_glue import load_roberta
 
 base = {base_here}
 model = load_roberta(base, num_labels={num_labels}).eval()
-load_adapter(model, {folder})
-ids = torch.tensor([data.encode_row(data.BPE(base), {texts}, {max_len})])
-print(model(ids, torch.ones_like(ids, dtype=torch.bool)))  # mask: False where ids are padding
+load_adapter(model, ".")
+ids = torch.tensor([data.encode_row(data.BPE(base), [{texts}], {max_len})])
+logits = model(ids, torch.ones_like(ids, dtype=torch.bool))  # mask: False where ids are padding
+print({answer})
 ```
 
-Score it again: `python train_glue.py --eval-only --adapter {again}`
+Its score on dev again: `python train_glue.py --eval-only --adapter RUN`
 """
 
 
-def model_card(run: Run, folder: Path) -> str:
+def model_card(run: Run) -> str:
     """Return the README.md of an adapter's folder: what it is, and how to load it."""
     config, task, scores = run.config, TASKS[run.config.task], run.records[-1]
-    labels = ", ".join(f"{i} = {label}" for i, label in enumerate(task.labels))
+    labels, ranks = [*task.labels], run.pruner.ranks().values()
     metrics = ", ".join(f"{name} {scores[name]:.4f}" for name in task.metrics)
-    ranks = run.pruner.ranks().values()
     return CARD.format(
         base=json.dumps(run.base), task=task.name, method=config.method,
-        folder=json.dumps(str(folder)), again=shlex.quote(str(folder)),
-        labels=labels or f"a number; the output times {task.top:g} is the score",
+        labels=", ".join(labels) or f"a number from 0 to {task.top:g}",
         scores=f"{metrics} after step {scores['step']}",
         live=f"{sum(ranks)} in {len(ranks)} matrices, {min(ranks)} to {max(ranks)} each",
         seed=config.seed, max_len=config.max_len, num_labels=task.num_labels,
         base_here=json.dumps(run.base) if config.model_dir else "data.download_model()",
-        texts=json.dumps([f"a {name}" for name in task.texts]))
+        texts=", ".join(json.dumps(f"a {name}") for name in task.texts),
+        answer=f"{labels}[logits.argmax()]" if labels else f"{task.top:g} * logits.item()")
 
 
 # ---- the run's folder ----------------------------------------------------------------------------
@@ -1164,16 +1162,17 @@ class Run:
             for part in self.folder.glob("checkpoints/.*.part"):  # left by a killed process
                 part.unlink()
             for path in (self.folder / "metrics.jsonl", self.folder / "ranks.jsonl"):
-                if not path.exists():
-                    continue
-                lines = [line for line in read_lines(path) if self.step and not self.repeats(line)]
-                path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+                lines = path.read_text().splitlines() if path.exists() and self.step else []
+                kept = [f"{line}\n" for line in lines if not self.repeats(line)]
+                path.write_text("".join(kept))
         if not self.step and self.pruner.layers:
             self.append("ranks.jsonl", json.dumps({"matrices": [*self.pruner.layers]}))
             self.append("ranks.jsonl", json.dumps({"step": 0, "live": self.live}))
 
-    def repeats(self, line: dict[str, Any]) -> bool:
-        """Return True for a log's line about a step or an evaluation that is still to come."""
+    def repeats(self, text: str) -> bool:
+        """Return True for a log's line about a step or an evaluation that is still to come, and for
+        one that was cut short."""
+        line = json.loads(text) if text.endswith("}") else {"step": math.inf}
         return line.get("step", 0) > self.step or "epoch" in line and line not in self.records
 
     def append(self, name: str, line: str) -> None:
@@ -1269,7 +1268,7 @@ class Run:
             save_adapter(self.model, folder, metadata=about(self.config, self.model), peft={
                 "task_type": "SEQ_CLS", "base_model_name_or_path": self.base})
             with atomic_file(folder / "README.md") as file:
-                file.write(model_card(self, folder).encode(errors="backslashreplace"))
+                file.write(model_card(self).encode(errors="backslashreplace"))
         elif self.writes:
             save_model(self.model, self.folder / "model", TASKS[self.config.task])
             for name in ("vocab.json", "merges.txt", "tokenizer.json"):
@@ -1348,11 +1347,6 @@ def settings_of_run(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     values = data.read_json(path) if path.exists() else {}
     return values if is_run(values) else {}
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Return the objects in a file of JSON lines, without a last line that was cut short."""
-    return (json.loads(line) for line in path.read_text().splitlines() if line.endswith("}"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -1585,7 +1579,7 @@ def run_command(flags: dict[str, Any]) -> None:
         settings.pop(name) for name in ("seeds", "eval_only", "adapter", "predict"))
     if eval_only:
         require(seeds == [1], "--seeds has no effect with --eval-only; leave it out")
-        evaluate_saved(adapter, settings, split)
+        evaluate_only(adapter, settings, split)
         return
 
     require(not adapter, f"--adapter {adapter} is only for --eval-only; training starts from a new "
@@ -1604,19 +1598,12 @@ def run_command(flags: dict[str, Any]) -> None:
         with torch_set_up(config):
             results.append(toy(config) if is_toy else train(config))
     for result in results if split else []:
-        evaluate_saved(result["folder"], {}, split)
+        evaluate_only(result["folder"], {}, split)
     if len(results) > 1:
         metric = TASKS[configs[0].task].metrics[0]
         scores = [result["best"][metric] for result in results]
         say(f"\n{metric} over {len(scores)} seeds: median {statistics.median(scores):.4f}, mean "
             f"{statistics.mean(scores):.4f}, standard deviation {statistics.stdev(scores):.4f}")
-
-
-def evaluate_saved(place: str | None, flags: dict[str, Any], split: str | None) -> None:
-    """Do what --eval-only --adapter PLACE asks for."""
-    config, adapter = saved_run(place, flags)
-    with torch_set_up(config):
-        evaluate_only(config, adapter, split)
 
 
 def saved_run(place: str | None, flags: dict[str, Any]) -> tuple[TrainConfig, Path | None]:
@@ -1627,20 +1614,17 @@ def saved_run(place: str | None, flags: dict[str, Any]) -> tuple[TrainConfig, Pa
     for name in flags:
         require(name in EVALUATED, f"--{name.replace('_', '-')} has no effect with --eval-only; "
                 f"leave it out")
-    folder = find_saved(Path(place or flags["model_dir"]))
-    is_adapter = (folder / "adapter_config.json").exists()
+    folder = find_saved(Path(place or flags["model_dir"])).absolute()
+    run, is_adapter = settings_of_run(folder.parent), (folder / "adapter_config.json").exists()
+    flags = {"out": str(folder.parent if run else folder), **flags}
     if not is_adapter:
         require(not (place and "model_dir" in flags), f"--model-dir {flags.get('model_dir')}: "
                 f"{folder} holds a whole model; leave --model-dir out")
         require(not settings_of_run(folder), f"{folder} has no adapter yet, since a run saves it "
                 f"after its last pruning; continue the run with --resume")
-        flags = {**flags, "model_dir": str(folder)}
-
-    settings = settings_of_run(home_of(folder))
-    if settings:
-        config = dataclasses.replace(TrainConfig(**with_tuples(settings)), **{"out": None, **flags})
-    else:
-        config = make_config(**flags)
+        flags["model_dir"] = str(folder)
+    config = dataclasses.replace(TrainConfig(**with_tuples(run)), **flags) if run else (
+        make_config(**flags))
     return config, folder if is_adapter else None
 
 
@@ -1656,49 +1640,40 @@ def find_saved(folder: Path) -> Path:
     return next((path for path in itself + inside if path.is_dir()), folder)
 
 
-def home_of(folder: Path) -> Path:
-    """Return the run's folder around an adapter or model; without a run, the folder itself."""
-    home = folder.absolute().parent
-    return home if settings_of_run(home) else folder
-
-
 def about(config: TrainConfig, model: RobertaForSequenceClassification) -> dict[str, str]:
     """Return what an adapter's file says about how it was trained."""
     task = TASKS[config.task]
-    return {"task": task.name, "labels": label_text(task), "max_len": str(config.max_len),
+    labels = ", ".join(task.labels) or f"a number from 0 to {task.top:g}"
+    return {"task": task.name, "labels": labels, "max_len": str(config.max_len),
             "model": model.origin}
 
 
-def label_text(task: Task) -> str:
-    """Return a task's labels in words."""
-    return ", ".join(task.labels) or f"a number from 0 to {task.top:g}"
-
-
-def evaluate_only(config: TrainConfig, adapter: Path | None, split: str | None) -> None:
-    """Score a trained adapter, or the whole model in model_dir, on dev; write the submission files
-    of a split. Raises DoRAError if neither was trained for the task."""
+def evaluate_only(place: str | None, flags: dict[str, Any], split: str | None) -> None:
+    """Score an adapter, or a whole model, on dev; write the submission files of a split. Raises
+    DoRAError if neither was trained for the task."""
+    config, adapter = saved_run(place, flags)
     data.find_task(config.task, split or "dev")
-    task, model, model_dir, load = prepare(config)
-    if adapter:
-        saved = adapter_metadata(adapter)
-        for key, value in about(config, model).items():
-            require(saved.get(key, value) == value, f"{adapter} was trained with {key} = "
-                    f"{saved.get(key)}, not {value}; use the same {key}")
-        load_adapter(model, adapter)
-    else:
-        require(model.head == ITS_HEAD, f"{model_dir}: its weights and config.json have no head "
-                f"for {task.name} ({label_text(task)}); name a trained adapter with --adapter RUN")
+    with torch_set_up(config):
+        task, model, model_dir, load = prepare(config)
+        if adapter:
+            saved = adapter_metadata(adapter)
+            for key, value in about(config, model).items():
+                require(saved.get(key, value) == value, f"{adapter} was trained with {key} = "
+                        f"{saved.get(key)}, not {value}; use the same {key}")
+            load_adapter(model, adapter)
+        else:
+            require(model.head == ITS_HEAD, f"{model_dir}: its weights and config.json have no "
+                    f"head for {task.name}; name a trained adapter with --adapter RUN")
 
-    sets = load_dev(task, load)
-    scores = evaluate_dev(model, sets, task)
-    say(f"{task.name}, {sum(map(len, sets.values())):,} dev examples: {in_words(scores)}")
-
-    folder = Path(config.out or home_of(adapter or model_dir)) / "submission"
-    for name, part in submission_files(task, split):
-        predictions = predict(model, load(part, name))
-        if process()[0] == 0:
-            path = data.write_submission(TASKS[name], part, predictions, folder)
-            say(f"wrote {path}")
+        sets = load_dev(task, load)
+        scores = evaluate_dev(model, sets, task)
+        say(f"{task.name}, {sum(map(len, sets.values())):,} dev examples: {in_words(scores)}")
+        for name, part in submission_files(task, split):
+            predictions = predict(model, load(part, name))
+            if process()[0] == 0:
+                path = data.write_submission(TASKS[name], part, predictions,
+                                             run_folder(config) / "submission")
+                say(f"wrote {path}")
 
 
 def submission_files(task: Task, split: str | None) -> list[tuple[str, str]]:
@@ -1757,7 +1732,7 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
                         help="one run per seed (default: 1)")
     parser.add_argument("--eval-only", action="store_true",
                         help="score --adapter, with the settings of its run; do not train")
-    parser.add_argument("--adapter", metavar="RUN", type=expanded,
+    parser.add_argument("--adapter", metavar="RUN", type=os.path.expanduser,
                         help="for --eval-only: RUN or RUN/adapter")
     parser.add_argument("--predict", choices=("test",), help="write the test set's submission file")
     return parser

@@ -12,7 +12,8 @@ from tiny import MINILM, tiny_config, tiny_model
 import data
 from dora import DoRAError, read_safetensors, write_safetensors
 from train_glue import (
-    RobertaConfig, RobertaForSequenceClassification, load_roberta, read_config, save_model)
+    ITS_HEAD, RobertaConfig, RobertaForSequenceClassification, load_roberta, read_config,
+    save_model)
 
 HERE = Path(__file__).parent
 
@@ -301,7 +302,7 @@ def test_heads_of_other_kinds(folder, head, prefix):
         **{k if prefix else k.removeprefix("roberta."): t for k, t in w.items()
            if k.startswith("roberta.")}, **{k: torch.ones(shape) for k, shape in head.items()}})
     model = load_roberta(folder, 2)
-    assert not model.trained_head and not model.classifier.out_proj.bias.any()
+    assert model.head != ITS_HEAD and not model.classifier.out_proj.bias.any()
     for a, b in zip(model.roberta.parameters(), tiny_model().roberta.parameters()):
         assert torch.equal(a, b)
 
@@ -323,14 +324,20 @@ NLI3 = {"0": "CONTRADICTION", "1": "NEUTRAL", "2": "ENTAILMENT"}     # roberta-l
     ("rte", {"0": "not_entailment", "1": "entailment"}, [1, 0]),
     ("rte", {"0": "Not Entailment", "1": "Entailment"}, [1, 0]),
     ("rte", {"0": "LABEL_0", "1": "LABEL_1"}, [0, 1]), ("rte", None, [0, 1]),
-    ("cola", {"0": "1", "1": "0"}, [1, 0]), ("mnli", NLI3, [2, 1, 0])])
+    ("cola", {"0": "1", "1": "0"}, [1, 0]), ("mnli", NLI3, [2, 1, 0]),
+    # N6: the words of the Hub's data sets, as run_glue.py saves them
+    ("mrpc", {"0": "not_equivalent", "1": "equivalent"}, [0, 1]),
+    ("cola", {"0": "acceptable", "1": "unacceptable"}, [1, 0]),
+    ("qqp", {"0": "not_duplicate", "1": "duplicate"}, [0, 1]),
+    ("sst2", {"0": "NEGATIVE", "1": "POSITIVE"}, [0, 1]),
+    ("wnli", {"0": "not_entailment", "1": "entailment"}, [0, 1])])
 def test_the_order_of_labels(tmp_path, task, names, order):
     """T1: logits of a checkpoint are in the order of the task's labels, whatever its id2label's."""
     model = tiny_model(len(order))
     save_model(model, tmp_path)
     with_config(tmp_path, id2label=names)
     loaded = load_roberta(tmp_path, len(order), data.TASKS[task])
-    assert torch.equal(logits(loaded), logits(model)[:, order]) and loaded.trained_head
+    assert torch.equal(logits(loaded), logits(model)[:, order]) and loaded.head == ITS_HEAD
     assert torch.equal(logits(load_roberta(tmp_path, len(order))), logits(model))
 
 
@@ -341,10 +348,12 @@ def test_the_order_of_labels(tmp_path, task, names, order):
     ("rte", 2, {"id2label": {"0": "LABEL_1", "1": "LABEL_0"}}),
     ("rte", 2, {"finetuning_task": "qnli"}), ("stsb", 1, {}), ("stsb", 1, {"label_top": 4.0})])
 def test_a_head_for_other_labels(tmp_path, task, classes, fields):
-    """T1: a head of the right size for other labels, another task or another unit is not used."""
+    """T1: a head of the right size for other labels, another task or another unit is not used, and
+    the model says so (N6)."""
     save_model(tiny_model(classes), tmp_path)
     model = load_roberta(with_config(tmp_path, **fields), classes, data.TASKS[task])
-    assert not model.trained_head and not model.classifier.out_proj.bias.any()
+    assert "the file's is for other labels" in model.head
+    assert not model.classifier.out_proj.bias.any()
 
 
 @pytest.mark.parametrize("task", ["cola", "rte", "mnli", "stsb"])
@@ -354,10 +363,10 @@ def test_a_saved_model_knows_its_task(tmp_path, task):
     model = tiny_model(task.num_labels)
     save_model(model, tmp_path, task)
     loaded = load_roberta(tmp_path, task.num_labels, task)
-    assert loaded.trained_head
+    assert loaded.head == ITS_HEAD
     assert torch.equal(loaded.classifier.out_proj.weight, model.classifier.out_proj.weight)
     other = dataclasses.replace(task, name="mine")
-    assert not load_roberta(tmp_path, task.num_labels, other).trained_head
+    assert load_roberta(tmp_path, task.num_labels, other).head != ITS_HEAD
 
 
 def test_the_dropout_of_the_head(folder):

@@ -144,10 +144,12 @@ def test_pefts_auto_class_loads_a_run(tmp_path):
     load_adapter(model, folder)
     loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     close(logits(loaded), logits(model))
-    names = {}
-    code = (folder / "README.md").read_text().split("Load it with PEFT")[1].split("```python\n")[1]
-    exec(code.split("```")[0], names)
-    close(logits(names["model"]), logits(model))
+    names, codes = {}, (folder / "README.md").read_text().split("```python\n")[1:]
+    monkeypatch.chdir(folder)
+    for code in codes:  # with PEFT, and here: the same logits of a text, to the end
+        exec(code.split("```")[0], names)
+        close(names["logits"], names.setdefault("first", names["logits"]))
+        assert names["logits"].dtype == torch.float32
 
 
 def test_our_merged_model_loads_in_transformers(tiny, tmp_path):
