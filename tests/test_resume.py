@@ -41,6 +41,11 @@ def each_loss(monkeypatch, change):
     monkeypatch.setattr(train_glue, "task_loss", loss)
 
 
+def printed(capsys):
+    """What was printed, without the breaks of lines at 80 columns."""
+    return " ".join(capsys.readouterr().out.split())
+
+
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
     """Send this process a signal while the given step is under way."""
     def change(n, loss):
@@ -70,7 +75,7 @@ def test_interrupted_and_resumed(tmp_path, capsys, monkeypatch, whole, step):
     with monkeypatch.context() as patch:
         stop_at(patch, step)
         assert main(words) == 143
-    text = capsys.readouterr().out
+    text = printed(capsys)
     assert f"stopped at step {step} of 24, saved in {tmp_path / 'out'}; continue with" in text
     assert "--resume" in text
     assert newest(tmp_path / "out")["step"] == step
@@ -145,7 +150,7 @@ def test_interrupted_while_it_evaluates(tmp_path, capsys, monkeypatch, epoch, nu
     assert len(calls) == 10 * (epoch - 1) + 2
     step = 8 * epoch
     said = f"stopped at step {step} of 24, saved in {tmp_path / 'out'}"
-    assert said in capsys.readouterr().out and said in (tmp_path / "out" / "log.txt").read_text()
+    assert said in printed(capsys) and said in (tmp_path / "out" / "log.txt").read_text()
     assert newest(tmp_path / "out")["step"] == step
     assert len(evaluations(tmp_path / "out")) == epoch - 1 and len(lines(tmp_path / "out")) == step
     noted = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -424,7 +429,7 @@ def test_a_run_that_died_before_its_first_checkpoint(tmp_path, capsys, whole, ag
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "l')
     (tmp_path / "config.json").write_bytes((whole / "config.json").read_bytes())
     run(tmp_path, resume=again)
-    assert ("no checkpoint yet, starting from the beginning" in capsys.readouterr().out) == again
+    assert ("no checkpoint yet, starting from the beginning" in printed(capsys)) == again
     same_runs(tmp_path, whole)
     assert len([*(tmp_path / "checkpoints").iterdir()]) == 2
 
@@ -575,7 +580,7 @@ def test_the_toy_goes_on(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, 400)                     # the pretraining has 375 steps
         assert main([]) == 143
-    text = capsys.readouterr().out
+    text = printed(capsys)
     assert "saved in runs/toy-dora-1/adapted; continue with the same command and --resume" in text
     assert main(["--resume"]) == 0
     found = capsys.readouterr().out.split("Matthews correlation on the adaptation task")[1]
