@@ -394,8 +394,7 @@ def evaluate_dev(model: nn.Module, sets: dict[str, list[Example]], task: Task) -
 # ---- RoBERTa's weights ---------------------------------------------------------------------------
 
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
-           "pytorch_model.bin", "pytorch_model.bin.index.json")  # the first that exists is read
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
 BARE = ("embeddings.", "encoder.", "pooler.")  # names in a saved encoder, without "roberta."
 ITS_HEAD = "its own head"
 HUB_LABELS = {  # the words of the Hub's data sets, which checkpoints from there have for 0 and 1
@@ -475,11 +474,7 @@ def model_name(key: str) -> str:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of any shape in a file, or in all files that an index names."""
-    if path.name.endswith(".index.json"):
-        files = {*data.read_json(path)["weight_map"].values()}
-        return {key: tensor for file in sorted(files)
-                for key, tensor in read_weights(path.parent / file).items()}
+    """Return the tensors of any shape in a file."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
 
@@ -686,16 +681,13 @@ def unused_settings(config: TrainConfig) -> dict[str, str]:
     if config.method not in METHODS:
         return dict.fromkeys(help_of(DoRAConfig), method)
 
-    unused = {}
-    if config.importance != "norm":
-        unused["eps"] = f"importance = {config.importance or 'none'}"
-    if config.penalty is None:
-        unused["eta"] = "penalty = none"
-    if config.schedule is None:
-        names = ("initial_phase", "final_phase", "interval", "beta1", "beta2", "budget_unit",
-                 "penalty", "eta")
-        reason = method if "schedule" in METHODS[config.method] else "schedule = none"
-        unused.update(dict.fromkeys(names, reason))
+    unused = {"eps": f"importance = {config.importance}"} if config.importance != "norm" else {}
+    for name, needs_it in (
+            ("penalty", "eta"), ("schedule", "initial_phase final_phase interval beta1 beta2 "
+                                             "budget_unit penalty eta")):
+        if getattr(config, name) is None:
+            reason = method if METHODS[config.method].get(name, 0) is None else f"{name} = none"
+            unused.update(dict.fromkeys(needs_it.split(), reason))
     return unused
 
 
@@ -856,11 +848,15 @@ def parameter_counts(model: RobertaForSequenceClassification,
     return {f"{name}_parameters": count for name, count in counts.items()}
 
 
+def live_components(pruner: Pruner) -> list[int]:
+    """Return how many components of each matrix the last pruning kept."""
+    return [int(part.sum()) for part in pruner.mask.split(pruner.config.r_prime)]
+
+
 def live_parameters(pruner: Pruner) -> int:
     """Return the parameters of the components that the last pruning kept: d_in + d_out of each."""
-    parts = pruner.mask.split(pruner.config.r_prime)
-    return sum(int(part.sum()) * (layer.in_features + layer.out_features)
-               for layer, part in zip(pruner.layers.values(), parts))
+    return sum(n * (layer.in_features + layer.out_features)
+               for n, layer in zip(live_components(pruner), pruner.layers.values()))
 
 
 def identify(config: TrainConfig, model: RobertaForSequenceClassification,
@@ -904,15 +900,9 @@ def summary(result: dict[str, Any]) -> str:
              f"after the last, {result['seconds']:.0f} s",
              f"trained parameters: {sum_in_words(result)}"]
     if result["ranks"]:
-        size = result["adapter_parameters_after_pruning"]
-        lines += [f"saved adapter: {size:,} parameters" + (
-            ", into which the gates are multiplied" if result["gate_parameters"] else "")]
-    lines += [f"files in {result['folder']}"]
-    if result["collapsed"]:
-        lines += ["the model has collapsed, so neither the score nor the ranks mean anything"]
-    if result["ranks"]:
-        lines += [f"live components, layer by matrix:\n{rank_map(result['ranks'])}"]
-    return "\n".join(lines)
+        lines += [f"saved adapter: {result['adapter_parameters_after_pruning']:,} parameters",
+                  f"live components, layer by matrix:\n{rank_map(result['ranks'])}"]
+    return "\n".join([*lines, f"files in {result['folder']}"])
 
 
 def sum_in_words(counts: dict[str, int]) -> str:
@@ -1040,6 +1030,7 @@ class Run:
     def __init__(self, config: TrainConfig):
         self.config, self.folder, self.started = config, run_folder(config), time.monotonic()
         self.writes = process()[0] == 0
+        self.open = ExitStack()  # what __exit__ closes
         self.bar: Any = None  # of the steps; shown by start()
         self.step = 0  # optimizer steps done
         self.records: list[dict[str, Any]] = []  # the metrics after each epoch
@@ -1049,9 +1040,7 @@ class Run:
     # ---- it begins and ends
 
     def __enter__(self) -> Run:
-        with ExitStack() as stack:
-            stack.enter_context(torch_set_up(self.config))
-            self.open = stack.pop_all()  # closed by __exit__
+        self.open.enter_context(torch_set_up(self.config))
         return self
 
     def start(self, model: RobertaForSequenceClassification, model_dir: Path,
@@ -1112,10 +1101,10 @@ class Run:
         """
         config, folder, saved = self.config, self.folder, checkpoints_in(self.folder)
         if self.writes:
-            others = [path for path in folder.iterdir() if path.name != ".lock"]
+            others = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
             require(not others or settings_of_run(folder), f"{folder} is neither empty nor a run's "
-                    f"folder, since it has {[path.name for path in others[:1]]} and no config.json "
-                    f"of a run; use another --out")
+                    f"(it has {', '.join(others):.60}, but no config.json of a run); use another "
+                    f"--out")
         if config.overwrite:
             require(Path(config.model_dir or "/").resolve() != (folder / "model").resolve(),
                     f"--overwrite would delete {config.model_dir}, from which this run starts; use "
@@ -1155,7 +1144,7 @@ class Run:
         if self.step:
             self.earlier = data.read_json(self.folder / "run.json")["seconds"]
         self.note_seconds()
-        self.mask, self.live = self.pruner.mask, self.live_components()  # as last logged
+        self.mask, self.live = self.pruner.mask, live_components(self.pruner)  # as last logged
         if self.writes:
             settings = {**dataclasses.asdict(self.config), "resume": False, "overwrite": False}
             write_json(self.folder / "config.json", settings)
@@ -1203,10 +1192,6 @@ class Run:
                 "torch": torch.__version__, "numpy": np.__version__, "seconds": seconds})
         return seconds
 
-    def live_components(self) -> list[int]:
-        """Return the live components of each matrix, after the last pruning."""
-        return [int(part.sum()) for part in self.pruner.mask.split(self.config.r_prime)]
-
     # ---- after a step, and after an epoch
 
     def after_step(self, lr: float, loss: Tensor, penalty: Tensor, norm: Tensor) -> None:
@@ -1214,7 +1199,7 @@ class Run:
         step = self.step
         self.bar.update()
         if self.pruner.mask is not self.mask:  # each pruning makes a new one
-            before, self.mask, self.live = self.live, self.pruner.mask, self.live_components()
+            before, self.mask, self.live = self.live, self.pruner.mask, live_components(self.pruner)
             if self.live != before:
                 self.append("ranks.jsonl", json.dumps({"step": step, "live": self.live}))
 
@@ -1382,8 +1367,7 @@ ARRIVED: list[int] = []  # the signals that wait
 @contextmanager
 def signals_wait() -> Iterator[None]:
     """Let Ctrl-C, SIGTERM and SIGHUP wait for stop_if_signalled, when the state can be saved."""
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-               if hasattr(signal, name)]  # Windows has no SIGHUP
+    numbers = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]  # Windows
     if threading.current_thread() is not threading.main_thread():
         numbers = []  # Python allows no handlers there: a signal is the main thread's affair
     handlers = {number: signal.signal(number, lambda number, frame: ARRIVED.append(number))

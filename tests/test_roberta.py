@@ -265,29 +265,7 @@ def test_files_that_are_not_there(folder):
             save_model(tiny_model(), folder)
 
 
-# ---- other architectures, shards ----------------------------------------------------------------
-
-def shard(folder, suffix="safetensors", edit=dict):
-    """Cut the folder's weights into two files and an index, as transformers saves large models."""
-    weights = {k: t.clone() for k, t in read_safetensors(folder / "model.safetensors").items()}
-    stem = "model" if suffix == "safetensors" else "pytorch_model"
-    names, places = sorted(weights), {}
-    for i, part in enumerate((names[:20], names[20:]), 1):
-        file = f"{stem}-{i:05d}-of-00002.{suffix}"
-        places.update(dict.fromkeys(part, file))
-        save = write_safetensors if suffix == "safetensors" else lambda path, w: torch.save(w, path)
-        save(folder / file, {name: weights[name] for name in part})
-    (folder / "model.safetensors").unlink()
-    index = folder / f"{stem}.{suffix}.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": edit(places)}))
-    return index
-
-
-@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_shards(folder, suffix):
-    """T8: weights in two files with an index give the logits of the model in one file."""
-    shard(folder, suffix)
-    assert torch.equal(logits(load_roberta(folder, 2)), logits(tiny_model()))
+# ---- other architectures ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("head", [

@@ -126,7 +126,7 @@ def test_peft_loads_our_adapter(tiny, tmp_path, compact):
     assert ranks[name.format("")] != ranks[name.format("attention.")]
 
 
-def test_pefts_auto_class_loads_a_run(tmp_path):
+def test_pefts_auto_class_loads_a_run(tmp_path, monkeypatch):
     """AutoPeftModelForSequenceClassification.from_pretrained(RUN/adapter) finds the base model by
     itself and gives the logits of the run's model; so does the Python that the card prints."""
     base = tmp_path / "base"  # an encoder without a head, as those that are published
