@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import base64
 import functools
+import json
 import math
 import re
 import statistics
@@ -178,7 +179,8 @@ def run(c: Line, args: argparse.Namespace) -> Line:
         "collapsed": result.get("collapsed"), "head": result["head_parameters"],
         "adapter": result["adapter_parameters_after_pruning"],
         "trainable": result["trainable_parameters"], "seconds": result["seconds"],
-        "ranks": list(result["ranks"].values()), "torch": torch.__version__, "device": args.device,
+        "ranks": list(result["ranks"].values()), "torch": torch.__version__,
+        "device": json.loads((out / "run.json").read_text("utf-8"))["device"],
         "machine": report.machine(args.threads, args.device), "predictions": predictions[-1]}
 
 
