@@ -45,6 +45,7 @@ from report import Line
 LOG = report.RESULTS / "budget_curve.jsonl"
 CODE = 1  # raise it when a change of the program changes what these runs compute
 EPOCHS = {"stsb": 4, "mrpc": 6, "cola": 5}
+DEV = {"stsb": 1500, "mrpc": 408, "cola": 1043}  # examples
 TENTH = {"stsb": 574, "mrpc": 366, "cola": 855}  # examples that held_out() holds out
 SEEDS, TEN, STAGES = (1, 2, 3), tuple(range(1, 11)), range(1, 7)
 BOTH = ("stsb", "mrpc")  # the tasks of stages 1, 2, 4 and 5
@@ -356,27 +357,14 @@ def differences(pairs: Pairs, tasks: Iterable[str]) -> list[float]:
             for difference in report.by_seed(on(a, task), on(b, task), "best")]
 
 
-def standard_error(task: str, labels: np.ndarray) -> float | None:
-    """Return how uncertain one score is, since the dev set has so few examples: the median over the
-    runs with stored predictions, of 200 dev sets drawn again. None without such a run."""
-    rng, errors = np.random.default_rng(0), []
-    lines = [line for row in ALL for line in on(row, task) if line.get("predictions")]
-    for line in lines[:20]:
-        found, scores = unpacked(line["predictions"]), []
-        for _ in range(200):
-            rows = rng.integers(len(labels), size=len(labels))
-            scores.append(data.METRICS[line["metric"]](found[rows], labels[rows]))
-        errors.append(statistics.stdev(scores))
-    return statistics.median(errors) if errors else None
-
-
-def labels_of(task: str, data_dir: Path) -> np.ndarray:
-    """Return the labels of a dev set: classes, or scores in 0..1."""
-    column, header, unit = {
-        "mrpc": (0, 1, 1), "cola": (1, 0, 1), "stsb": (9, 1, 5)}[task]
-    path = data_dir / data.TASKS[task].folder / "dev.tsv"
-    lines = path.read_text("utf-8").rstrip("\n").split("\n")[header:]
-    return np.array([float(line.split("\t")[column]) for line in lines]) / unit
+def standard_error(task: str) -> float:
+    """Return how uncertain one score is, since the dev set has so few examples: at the median of
+    dora at rank 2, by the formula for a share or for a correlation (Matthews' is one of classes).
+    """
+    score = statistics.median(line["best"] for line in on("dora 2", task))
+    if data.TASKS[task].metrics[0] == "accuracy":
+        return math.sqrt(score * (1 - score) / DEV[task])
+    return (1 - score**2) / math.sqrt(DEV[task])
 
 
 def fact(kind: str, rows: str, tasks: str) -> str:
@@ -401,27 +389,25 @@ def write_report(data_dir: Path) -> None:
     """Write RESULTS.md, its figure and the README's table from the log: only what was run."""
     lines = report.read_log(LOG)
     hours = sum(line["seconds"] for line in lines) / 3600
-    errors = {task: standard_error(task, labels_of(task, data_dir)) for task in EPOCHS}
     words = (report.RESULTS / "findings.md").read_text("utf-8").strip()
     asked = re.compile(r"\{(\w+): ([^}]*) on ([^}]*)\}")
     words = asked.sub(lambda found: fact(*found.groups()), words).format(
         runs=f"{len(lines)} runs, {hours:.1f} hours of one core: {report.machines(lines)}",
-        errors=", ".join(f"{task} {error:.3f}" for task, error in errors.items() if error)
-        or "not known yet")
+        errors=", ".join(f"{standard_error(task):.3f} on {task}" for task in EPOCHS))
     tables = {
         "SCORES": scores_table(ROWS, EPOCHS), "PAIRS": differences_table(PAIRS, EPOCHS),
         "CONTROLS": scores_table((*CONTROLS, *RECORDED), BOTH),
         "CONTROL_PAIRS": differences_table(CONTROL_PAIRS, BOTH),
         "STEPS": scores_table(("lora 2", *STEPS, "dora 2"), BOTH),
         "STEP_PAIRS": differences_table(STEP_PAIRS, BOTH),
-        "BY_EXAMPLE": by_example(labels_of("mrpc", data_dir)),
+        "BY_EXAMPLE": by_example(data_dir),
         "RATES": "\n\n".join(map(rates_table, EPOCHS))}
     parts = [tables.get(part) or textwrap.fill(part, 120, break_on_hyphens=False,
                                                break_long_words=False)
              for part in words.split("\n\n")]
     (report.HERE / "RESULTS.md").write_text("\n\n".join(parts) + "\n", "utf-8")
     (report.RESULTS / "readme_table.md").write_text(readme_table(), "utf-8")
-    plot(errors)
+    plot()
 
 
 def scores_table(rows: Iterable[str], tasks: Iterable[str]) -> str:
@@ -455,9 +441,10 @@ def differences_table(pairs: Pairs, tasks: Iterable[str]) -> str:
     return report.table(["by rising seed", *tasks], body)
 
 
-def by_example(labels: np.ndarray) -> str:
+def by_example(data_dir: Path) -> str:
     """Return the comparisons on MRPC by example, of the runs whose predictions are stored."""
-    body = []
+    _, *rows = (data_dir / "MRPC/dev.tsv").read_text("utf-8").rstrip("\n").split("\n")
+    labels, body = np.array([int(row.split("\t")[0]) for row in rows]), []
     for pair in STEP_PAIRS:
         first, second = ({line["seed"]: unpacked(line["predictions"]) == labels
                           for line in on(row, "mrpc") if line.get("predictions")} for row in pair)
@@ -510,12 +497,12 @@ def readme_table() -> str:
     return report.table(["", "parameters, at most", "STS-B", "MRPC", "CoLA"], body) + "\n"
 
 
-def plot(errors: dict[str, float | None]) -> None:
+def plot() -> None:
     """Write results/glue.svg: the README's rows, a dot for each seed and a bar for the median, a
     panel per task. Each axis is as wide as twelve standard errors of a score."""
     figure = report.figure(8, 2.9)
     axes = figure.subplots(1, len(EPOCHS), sharey=True)
-    for ax, (task, error) in zip(axes, errors.items()):
+    for ax, task in zip(axes, EPOCHS):
         scores = [[line["best"] for line in on(row, task)] for _, row, _ in SHOWN]
         every = [score for found in scores for score in found]
         middle = (min(every) + max(every)) / 2
@@ -526,11 +513,11 @@ def plot(errors: dict[str, float | None]) -> None:
                 continue
             ax.plot(found, [y] * len(found), "o", ms=4, alpha=0.6, color=color)
             ax.vlines(statistics.median(found), y - 0.35, y + 0.35, lw=2, color=color)
-        if error:
-            ax.set_xlim(middle - 6 * error, middle + 6 * error)
-            ax.errorbar(middle - 4 * error, len(SHOWN), xerr=error, capsize=3, color="#777777")
-            ax.text(middle - 2.7 * error, len(SHOWN), "± standard error",
-                    fontsize=7, color="#555555", va="center")
+        error = standard_error(task)
+        ax.set_xlim(middle - 6 * error, middle + 6 * error)
+        ax.errorbar(middle - 4 * error, len(SHOWN), xerr=error, capsize=3, color="#777777")
+        ax.text(middle - 2.7 * error, len(SHOWN), "± standard error",
+                fontsize=7, color="#555555", va="center")
         ax.set_title(f"{data.TASKS[task].folder}: {data.TASKS[task].metrics[0].title()}")
         ax.grid(axis="x", alpha=0.3)
     names = [words.replace("`", "") for words, _, _ in SHOWN]
