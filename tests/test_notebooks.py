@@ -147,3 +147,62 @@ def test_runs(name):
         figures = [sum("image/png" in output.get("data", {}) for output in cell.outputs)
                    for cell in (old, new)]
         assert figures[0] == figures[1]
+
+
+# ---- your turn: the exercise of notebook 04 ------------------------------------------------------
+
+YOURS = read("04_budget_and_pruning.ipynb").cells
+SOLUTION = next(re.search(r"```python\n(.*?)```", cell.source, re.DOTALL)[1] for cell in YOURS
+                if "class MyPruner" in cell.source and cell.cell_type == "markdown")
+
+
+def first_differences(solution, monkeypatch):
+    """What the exercise's check finds for a solution: a step for each case, None if equal."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(FOLDER)
+    from toy import race
+
+    layer, cases = (next(cell.source for cell in YOURS if cell.source.startswith(start))
+                    for start in ("class Components", "cases ="))
+    names = {"torch": torch, "nn": torch.nn, "race": race}
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        exec(layer, names)
+        exec(solution, names)
+        exec(cases.split("for case")[0], names)
+        return [race(names["Components"], names["MyPruner"], **case) for case in names["cases"]]
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@pytest.mark.slow
+def test_your_turn(monkeypatch):
+    """The folded solution equals dora.py's Pruner bit for bit in every step of every case."""
+    assert first_differences(SOLUTION, monkeypatch) == [None] * 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("right, wrong", [
+    ("self.I_bar * self.U_bar", "self.I_bar"),  # no uncertainty
+    (".abs() for layer", " for layer"),  # the sign is kept
+    ("(I - self.I_bar)", "(I - self.U_bar)"),
+    ("round(0.15 * steps)", "round(0.15 * steps) + 1"),  # a step late
+    (" or after == window)", ")"),  # the last pruning depends on the interval
+    ("sum(layer.base.weight.shape) for", "1 for"),  # components in place of parameters
+    ("self.mask = torch.zeros_like(self.mask)",  # what is closed hardly comes back
+     "self.I_bar[~self.mask] = 0; self.mask = torch.zeros_like(self.mask)"),
+    ("left -= self.costs[i] * int(self.mask[i])", "left -= self.costs[i]"),  # pays for the pruned
+    ("elif after <= window:", "else:"),  # the mask is not held after the last pruning
+    ("layer.c.mul_(part)", "layer.c.mul_(part) if after != window else None"),
+    ("(1 - after / window) ** 3", "(1 - (after / window) ** 3)"),  # slow first
+    ("int((self.b_0", "round((self.b_0"),
+    ("descending=True, stable=True", "descending=False, stable=True"),
+    ("for i in (self.I_bar * self.U_bar).argsort(descending=True, stable=True).tolist():",
+     "for i in (self.I_bar * self.U_bar).flip(0).argsort(descending=True, stable=True)"
+     ".mul(-1).add(len(self.mask) - 1).tolist():"),  # ties go to the later position
+])
+def test_wrong_turns(right, wrong, monkeypatch):
+    """A pruner that is wrong in one place differs from dora.py's in at least one case."""
+    assert right in SOLUTION
+    assert any(first_differences(SOLUTION.replace(right, wrong), monkeypatch))
