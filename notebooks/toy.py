@@ -2,7 +2,6 @@
 import copy
 import functools
 import sys
-from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
