@@ -127,7 +127,7 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], steps: int, lr
 def make_all(log: Path, to_do: Callable[[], Iterable[Line]], make: Callable[[Line], Line],
              onednn: bool) -> None:
     """Make the runs that are missing in a log, and note with each what made it."""
-    git = ["git", "-C", str(report.ROOT), "describe", "--always", "--dirty"]
+    git = ["git", "-C", str(report.ROOT), "log", "-1", "--format=%h"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     noted = dict(commit=commit, onednn=onednn, machine=report.machine())
 
