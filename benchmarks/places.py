@@ -467,14 +467,14 @@ def plot() -> None:
     panels: dict[str, Strips] = {}
     for setting, seeds in settings().items():
         whole = [arms for arms in seeds.values() if PLACES in arms and len(randoms(arms)) >= 4]
-        if not whole or setting.dtype != "bf16" or setting.rate != rate_of(setting.task):
+        if len(whole) < 3 or setting.dtype != "bf16":
             continue
+        title = f"{TITLES[setting.task]}, rate {setting.rate:g}"
         if setting.steps == STEPS:
-            title = f"{TITLES[setting.task]}, {STEPS} steps"
             panels.setdefault(title, {})[str(setting.budget)] = [
                 (randoms(arms), arms[PLACES]["score"]) for arms in whole]
-        elif setting.budget == 6:
-            panels[f"{TITLES[setting.task]}, 6 components"] = over_steps(whole)
+        else:
+            panels[f"{title}, {setting.budget} components"] = over_steps(whole)
 
     figure = report.figure(8, 3)
     ratios = [1 + len(strips) for strips in panels.values()]
@@ -482,7 +482,7 @@ def plot() -> None:
     for ax, (title, strips) in zip(axes, panels.items()):
         draw(ax, strips)
         ax.set_title(title)
-        ax.set_xlabel("components in all" if title.endswith("steps") else f"steps of {LONG}")
+        ax.set_xlabel(f"steps of {LONG}" if title.endswith("s") else "components in all")
     axes[0].set_ylabel("score on dev")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
                   frameon=False)
@@ -501,19 +501,26 @@ def over_steps(seeds: list[dict[str, Any]]) -> Strips:
 
 
 def draw(ax: Any, strips: Strips) -> None:
-    """Draw random places and dora's, seed beside seed, and a line through the means of dora's."""
+    """Draw random places and dora's, seed beside seed, and a line through the medians of dora's.
+    Runs that collapse are triangles at the lower edge."""
     orange = report.COLORS["dora"]
+    top = max(max(others) for seeds in strips.values() for others, _ in seeds)
+    floor = top - 0.25
     for x, seeds in enumerate(strips.values()):
         for i, (others, own) in enumerate(seeds):
             first = x == i == 0  # which names the dots in the legend
             at = x + 0.22 * (i - (len(seeds) - 1) / 2)
             grey, = ax.plot([at] * len(others), others, "o", color="#999999", ms=3, mew=0)
             dot, = ax.plot(at, own, "D", color=orange, ms=4, mew=0)
+            lost = sum(score < floor for score in others)
+            ax.plot([at] * lost, [floor] * lost, "v", color="#999999", ms=4, mew=0)
+            ax.plot([at] * (own < floor), [floor] * (own < floor), "v", color=orange, ms=4, mew=0)
             if first:
                 grey.set_label("random places")
                 dot.set_label("dora's places, a dot per seed")
-    means = [statistics.mean(own for _, own in seeds) for seeds in strips.values()]
-    ax.plot(range(len(strips)), means, color=orange, lw=1.2, label="their mean")
+    middles = [statistics.median(own for _, own in seeds) for seeds in strips.values()]
+    ax.plot(range(len(strips)), middles, color=orange, lw=1.2, label="their median")
+    ax.set_ylim(floor - 0.01, top + 0.01)
     ax.set_xticks(range(len(strips)), list(strips))
     ax.set_xlim(-0.6, len(strips) - 0.4)
 

@@ -252,12 +252,12 @@ def results_table() -> str:
             if not lines:
                 cells.append("not run")
                 continue
-            error, loss = (statistics.mean(line[name] for line in lines)
+            error, loss = (statistics.median(line[name] for line in lines)
                            for name in ("error", "loss"))
             cells.append(f"{100 * error:.1f} / {loss:.3f}"
                          + f" ({lines[0]['arm']})" * (arm == BEST))
         body.append([arm, *cells])
-    return report.table(["error in % / loss, means", *SHIFTS], body)
+    return report.table(["error in % / loss, medians", *SHIFTS], body)
 
 
 def differences_table() -> str:
@@ -332,13 +332,15 @@ def plot() -> None:
             errors = [100 * line["error"] for line in lines_of(shift, arm)]
             places = [x - 0.25 + 0.5 * (7 * i % 20) / 19 for i in range(len(errors))]
             bottom.plot(places, errors, "o", ms=3, mew=0, alpha=0.8, color=color)
-            mean = statistics.mean(errors)
-            bottom.hlines(mean, x - 0.35, x + 0.35, color="black", lw=1.2)
+            middle = statistics.median(errors)
+            bottom.hlines(middle, x - 0.35, x + 0.35, color="black", lw=1.2)
         bottom.set_xticks(range(len(DOTS)), [arm.replace(" ", "\n") for arm in DOTS])
     seeds = len(lines_of("mirrored", "dora"))
     axes[0, 0].set_ylabel("components kept\n"f"(mean of {seeds} seeds)")
-    axes[1, 0].set_ylabel("test error in %, by seed")
-    axes[1, 0].set_ylim(bottom=0)
+    axes[1, 0].set_ylabel("test error in %: seeds, median")
+    axes[1, 0].set_yscale("log")
+    axes[1, 0].set_yticks((2, 5, 10, 20, 50), ("2", "5", "10", "20", "50"))
+    axes[1, 0].minorticks_off()
     report.save_figure(figure, report.RESULTS / "surgical.svg")
 
 
