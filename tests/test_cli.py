@@ -18,7 +18,7 @@ import data
 import train_glue
 from dora import METHODS, DoRAConfig, read_safetensors, write_safetensors
 from train_glue import (
-    TABLE_8, TrainConfig, help_of, main, make_config, make_parser)
+    TrainConfig, help_of, main, make_config, make_parser)
 
 
 def parsed(*words):
@@ -85,12 +85,6 @@ def test_flags(words, value):
     name = words.split()[0].removeprefix("--no-").lstrip("-").replace("-", "_")
     found = getattr(parsed(*words.split()), name)
     assert found == value and type(found) is type(value)
-
-
-def test_two_flags_without_pruning():
-    """--importance none --schedule none is plain training of all components."""
-    config = parsed(*"--importance none --schedule none".split())
-    assert config.importance is None and config.schedule is None and config.r_prime == 2
 
 
 @pytest.mark.parametrize("words, says", [
@@ -166,12 +160,6 @@ def test_table_8(task, lr, batch, epochs, eta, interval):
     assert (config.weight_decay, config.clip, config.warmup) == (0.01, 1.0, 0.06)
     assert parsed("--task", task, "--lr", "0.125").lr == 0.125
     assert parsed("--task", task, "--eta", "0.125").eta == 0.125
-
-
-def test_every_task_has_defaults():
-    """Every GLUE task has a row of defaults. (A task of one's own has TrainConfig's.)"""
-    glue = {"cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"}
-    assert {*TABLE_8} == glue | {"toy"} and {*TABLE_8} <= {*data.TASKS}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -252,23 +240,6 @@ def test_overwrite_keeps_what_the_run_starts_from(tmp_path, capsys):
     given = run_settings(tmp_path / "out", model_dir=tmp_path / "out" / "model")
     assert "would delete" in failed(capsys, *flags(**given), "--overwrite")
     assert (tmp_path / "out" / "model" / "model.safetensors").exists()
-
-
-def test_three_dev_files(tmp_path, monkeypatch):
-    """T3: a row of one's own with three dev files and two metrics: each metric is averaged over
-    the files on its own, and each file keeps its name."""
-    files = {"train": "train.tsv", "dev": "a.tsv", "dev_b": "b.tsv", "dev_c": "c.tsv"}
-    monkeypatch.setitem(data.TASKS, "mine", data.Task(
-        "mine", "mine", ("review",), "stars", ("f1", "accuracy"), ("bad", "good"), files=files))
-    (tmp_path / "mine").mkdir()
-    for n, name in enumerate(files.values()):
-        rows = [f"{'bad' if i % (n + 2) else 'good'}\tthe dog number {i}" for i in range(12)]
-        (tmp_path / "mine" / name).write_text("\n".join(["stars\treview", *rows]) + "\n")
-    best = run(tmp_path / "out", task="mine", data_dir=str(tmp_path), max_steps=8)["best"]
-    for metric in ("f1", "accuracy"):
-        each = [best[f"{metric}_{split}"] for split in ("dev", "dev_b", "dev_c")]
-        assert best[metric] == statistics.mean(each)
-    assert list(best)[2:5] == ["f1", "accuracy", "spread"] and len(best) == 2 + 3 * 4
 
 
 # ---- folders ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from simulated import Device, Simulated
-from tiny import files, lines, result, run, tiny_model
+from tiny import files, lines, result, run
 
 import train_glue
 from dora import DoRAError, load_adapter, merge_
@@ -177,16 +177,6 @@ def test_auto():
                 find_device(other)
 
 
-@pytest.mark.parametrize("kind, deterministic", [
-    ("cuda", False), ("cuda", True), ("mps", False), ("cpu", False)])
-def test_tf32(tmp_path, capsys, kind, deterministic):
-    """The first lines say that products are in TF32, on CUDA, unless the run is deterministic.
-    (test_train.py has the switch itself.)"""
-    start(kind, tmp_path, **settings("head", deterministic=deterministic, max_steps=2))
-    says = "products in TF32" in " ".join(capsys.readouterr().out.split())
-    assert says == (kind == "cuda" and not deterministic)
-
-
 @pytest.mark.slow
 def test_graphs(tmp_path, monkeypatch, capsys):
     """--compile: batches of all widths share one graph for training and one for evaluation, before
@@ -207,52 +197,3 @@ def test_graphs(tmp_path, monkeypatch, capsys):
     run(tmp_path / "plain", **given)
     same_files(tmp_path / "compiled", tmp_path / "plain")
 
-
-@pytest.mark.slow
-def test_compile_to_the_last_bit(tmp_path):
-    """--compile with torch's own compiler: in float64 without dropout (a compiled model draws other
-    random numbers), the losses equal the uncompiled run's bit for bit."""
-    given = settings("dora", dtype="float64", dropout=False)
-    run(tmp_path / "compiled", compile=True, **given)
-    run(tmp_path / "plain", **given)
-    assert [line["loss"] for line in lines(tmp_path / "compiled")] == [
-        line["loss"] for line in lines(tmp_path / "plain")]
-
-
-def test_two_processes_send_only_gradients(monkeypatch):
-    """In two processes the masks are not broadcast, and of three accumulated parts only the last
-    averages the gradients. The gradients of one process's part are the plain model's."""
-    options, synchronized = [], []
-
-    class Parallel(torch.nn.Module):
-        def __init__(self, module, **given):
-            super().__init__()
-            self.module, self.on = module, True
-            options.append(given)
-
-        def no_sync(self):
-            parallel = self
-
-            class Context:
-                def __enter__(self):
-                    parallel.on = False
-
-                def __exit__(self, *_):
-                    parallel.on = True
-            return Context()
-
-        def forward(self, *args):
-            synchronized.append(self.on)
-            return self.module(*args)
-
-    monkeypatch.setattr(train_glue, "process", lambda: (0, 2))
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Parallel)
-    model = tiny_model()
-    net = train_glue.wrap(model, make_config())
-    assert net.module is model and options == [dict(forward_sync_buffers=False)]
-    batch = train_glue.data.Batch(torch.randint(4, 99, (6, 8)), torch.ones(6, 8, dtype=torch.bool),
-                                  torch.tensor([0, 1] * 3), torch.arange(6))
-    train_glue.backward(net, batch, torch.zeros(()), 3, torch.device("cpu"))
-    assert synchronized == [False, False, True]
-    train_glue.backward(net, batch, torch.zeros(()), 1, torch.device("cpu"))
-    assert synchronized[3:] == [True]

@@ -161,22 +161,6 @@ def test_interrupted_while_it_evaluates(tmp_path, capsys, monkeypatch, epoch, nu
     assert 1000 < json.loads((tmp_path / "out" / "result.json").read_text())["seconds"] < 2000
 
 
-def test_interrupted_many_times(tmp_path, monkeypatch, whole):
-    """Stopped after every second step and resumed, eleven times."""
-    stops = 0
-    while True:
-        with monkeypatch.context() as patch:
-            stop_at(patch, 2)
-            try:
-                run(tmp_path, resume=stops > 0)
-            except Interrupted:
-                stops += 1
-                continue
-            break
-    assert stops >= 11
-    same_runs(tmp_path, whole)
-
-
 @pytest.mark.parametrize("method", ["paper", "full", *map(slow, (
     "adalora", "lora", "bitfit", "head"))])
 def test_every_method_resumes(tmp_path, monkeypatch, method):
@@ -190,15 +174,6 @@ def test_every_method_resumes(tmp_path, monkeypatch, method):
     resume(tmp_path / "cut", **changes)
     same(newest(tmp_path / "cut"), newest(tmp_path / "whole"))
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
-
-
-def test_more_checkpoints_change_nothing(tmp_path, whole):
-    """A run that saves at every step ends as one that saves at the ends of epochs; only the newest
-    two files are kept."""
-    run(tmp_path, save_every=1)
-    same_runs(tmp_path, whole)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
-        "step-00000023.pt", "step-00000024.pt"]
 
 
 def test_a_killed_run_goes_back_to_its_checkpoint(tmp_path, monkeypatch, whole):
@@ -320,24 +295,6 @@ def test_a_damaged_checkpoint(tmp_path, monkeypatch, whole, damage):
     same_runs(tmp_path, whole)
 
 
-
-def test_a_run_that_moved(tmp_path, monkeypatch):
-    """T24: data and model elsewhere when the run goes on: config.json names the new places, so that
-    the run can be scored without a flag."""
-    given = run_settings(tmp_path / "out")
-    for name in ("data_dir", "model_dir"):
-        shutil.copytree(given[name], tmp_path / f"{name}-1")
-        given[name] = str(tmp_path / f"{name}-1")
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        stop_at(patch, 9)
-        train(make_config(**given))
-    for name in ("data_dir", "model_dir"):
-        os.rename(given[name], tmp_path / f"{name}-2")
-        given[name] = str(tmp_path / f"{name}-2")
-    train(make_config(**given, resume=True))
-    assert main(["--eval-only", "--adapter", str(tmp_path / "out")]) == 0
-
-
 # ---- refusals -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, word", [
@@ -368,38 +325,6 @@ def test_another_run_is_not_resumed(tmp_path, whole, changes, word):
     with pytest.raises(DoRAError, match=word):
         train(make_config(**{**given, **(changes if isinstance(changes, dict) else {})}))
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
-
-
-
-def test_random_states_of_other_devices(tmp_path, monkeypatch, whole):
-    """D3: a checkpoint holds the CPU's random state and its own device's, and resuming restores
-    only what this run uses: one that was saved on a GPU is continued on the CPU."""
-    assert list(newest(whole)["rng"]) == ["cpu"]
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        stop_at(patch, 9)
-        run(tmp_path)
-    path = max((tmp_path / "checkpoints").iterdir())
-    state = torch.load(path, weights_only=True)
-    state["rng"] = {**state["rng"], "cuda": torch.zeros(16, dtype=torch.uint8)}
-    torch.save(state, path)
-    resume(tmp_path)
-    same_runs(tmp_path, whole)
-
-
-def test_a_run_is_not_overwritten(tmp_path, whole, capsys):
-    """Without --resume a folder with a run is refused, also where its checkpoints were thrown away,
-    and nothing in it changes."""
-    shutil.copytree(whole, tmp_path / "out")
-    says = "replace it with --overwrite, or use another --out"
-    assert main(flags(**run_settings(tmp_path / "out"))) == 2
-    assert f"contains a run; continue it with --resume, {says}\n" in capsys.readouterr().err
-    same_runs(tmp_path / "out", whole)
-    shutil.rmtree(tmp_path / "out" / "checkpoints")
-    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    for words in ([], ["--resume"]):
-        assert main([*flags(**run_settings(tmp_path / "out")), *words]) == 2
-        assert f"contains a run; {says}\n" in capsys.readouterr().err  # nothing to continue from
-    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
 
 
 def test_two_runs_in_one_folder(tmp_path, monkeypatch):
@@ -508,22 +433,6 @@ def test_a_file_size_limit(tmp_path, whole):
     error = process.communicate(timeout=120)[1].strip()
     assert process.returncode == 2 and "File too large" in error and "\n" not in error
     assert not [*(tmp_path / "out" / "checkpoints").iterdir()]
-
-
-def test_a_read_only_folder(tmp_path, capsys, monkeypatch):
-    """No folder can be made (simulated: root may write anywhere): exit code 2, one line that
-    names it."""
-    real = train_glue.Path.mkdir
-
-    def mkdir(self, *args, **kwargs):
-        if self.name == "out":
-            raise PermissionError(errno.EROFS, "Read-only file system", str(self))
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(train_glue.Path, "mkdir", mkdir)
-    assert main(flags(**run_settings(tmp_path / "out"))) == 2
-    error = capsys.readouterr().err.strip()
-    assert f"{tmp_path / 'out'}: Read-only file system" in error and "\n" not in error
 
 
 # ---- kill -9 ------------------------------------------------------------------------------------

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import MINILM, tiny_config, tiny_model
+from tiny import MINILM, tiny_model
 
 import data
 from dora import DoRAError, read_safetensors, write_safetensors
 from train_glue import (
-    ITS_HEAD, RobertaConfig, RobertaForSequenceClassification, load_roberta, read_config,
-    save_model)
+    ITS_HEAD, RobertaConfig, RobertaForSequenceClassification, load_roberta, save_model)
 
 HERE = Path(__file__).parent
 
@@ -178,16 +177,6 @@ def test_a_round_trip(folder, tmp_path):
     save_model(load_roberta(folder, 2), tmp_path / "again")
     for name in ("model.safetensors", "config.json"):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-
-
-def test_training_leaves_the_file_alone(folder):
-    """The weights are the mapped file, but a step of an optimizer changes only memory."""
-    before = (folder / "model.safetensors").read_bytes()
-    model = load_roberta(folder, 2)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(1.0)
-    assert (folder / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("edit", [
@@ -356,13 +345,6 @@ def test_the_dropout_of_the_head(folder):
 
 
 # ---- config.json --------------------------------------------------------------------------------
-
-def test_config_is_read_as_written(folder):
-    """Every field of RobertaConfig round-trips, and other fields of the file do no harm."""
-    assert read_config(folder / "config.json") == tiny_config()
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**values, "torch_dtype": "float16", "x": []}))
-    assert read_config(folder / "config.json") == tiny_config()
 
 
 @pytest.mark.parametrize("field, value", [
