@@ -411,7 +411,7 @@ def load_roberta(folder: str | Path, num_labels: int,
     this size, or one for another task, the head is new and random. Raises DoRAError for a weight
     that is missing, unknown or of another shape.
     """
-    folder = Path(folder)
+    folder = data.expanded(folder)
     config = read_config(folder / "config.json")
     files = [folder / name for name in WEIGHTS if (folder / name).exists()]
     require(files, f"{folder}: no model.safetensors or pytorch_model.bin; point --model-dir at a "
@@ -558,8 +558,9 @@ def save_model(model: RobertaForSequenceClassification, folder: str | Path,
               "bos_token_id": data.BOS, "eos_token_id": data.EOS, **about,
               "id2label": dict(enumerate(labels)),
               "label2id": {label: i for i, label in enumerate(labels)}}
-    write_safetensors(Path(folder) / "model.safetensors", model.state_dict())
-    write_json(Path(folder) / "config.json", config)
+    folder = data.expanded(folder)
+    write_safetensors(folder / "model.safetensors", model.state_dict())
+    write_json(folder / "config.json", config)
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -610,7 +611,7 @@ class TrainConfig(DoRAConfig):
                     f"{did_you_mean(value, table)}")
         for name in ("data_dir", "model_dir", "out"):
             folder = getattr(self, name)
-            object.__setattr__(self, name, folder and os.path.expanduser(folder))
+            object.__setattr__(self, name, folder and str(data.expanded(folder)))
         require(not (self.resume and self.overwrite),
                 "resume continues a run, overwrite deletes it; choose one")
 
@@ -1101,10 +1102,7 @@ class Run:
         """
         config, folder, saved = self.config, self.folder, checkpoints_in(self.folder)
         if self.writes:
-            others = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
-            require(not others or settings_of_run(folder), f"{folder} is neither empty nor a run's "
-                    f"(it has {', '.join(others):.60}, but no config.json of a run); use another "
-                    f"--out")
+            refuse_foreign(folder, settings_of_run(folder))
         if config.overwrite:
             require(Path(config.model_dir or "/").resolve() != (folder / "model").resolve(),
                     f"--overwrite would delete {config.model_dir}, from which this run starts; use "
@@ -1332,6 +1330,13 @@ def settings_of_run(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     values = data.read_json(path) if path.exists() else {}
     return values if is_run(values) else {}
+
+
+def refuse_foreign(folder: Path, is_ours: Any) -> None:
+    """Raise DoRAError for a folder with files that no run wrote."""
+    names = sorted(path.name for path in folder.glob("*") if path.name != ".lock")
+    require(is_ours or not names, f"{folder} is neither empty nor a run's (it has "
+            f"{', '.join(names):.60}); use another --out")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -1573,6 +1578,7 @@ def run_command(flags: dict[str, Any]) -> None:
     configs = [make_config(**settings, seed=seed) for seed in seeds]
     data.find_task(configs[0].task, split or "")  # whether it has a test set
     if len(seeds) > 1 and flags.get("out"):
+        refuse_foreign(run_folder(configs[0]), [*run_folder(configs[0]).glob("seed-*")])
         configs = [dataclasses.replace(config, out=f"{config.out}/seed-{config.seed}")
                    for config in configs]
 
@@ -1598,7 +1604,7 @@ def saved_run(place: str | None, flags: dict[str, Any]) -> tuple[TrainConfig, Pa
     for name in flags:
         require(name in EVALUATED, f"--{name.replace('_', '-')} has no effect with --eval-only; "
                 f"leave it out")
-    folder = find_saved(Path(place or flags["model_dir"])).absolute()
+    folder = find_saved(data.expanded(place or flags["model_dir"])).absolute()
     run, is_adapter = settings_of_run(folder.parent), (folder / "adapter_config.json").exists()
     flags = {"out": str(folder.parent if run else folder), **flags}
     if not is_adapter:
@@ -1716,8 +1722,7 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
                         help="one run per seed (default: 1)")
     parser.add_argument("--eval-only", action="store_true",
                         help="score --adapter, with the settings of its run; do not train")
-    parser.add_argument("--adapter", metavar="RUN", type=os.path.expanduser,
-                        help="for --eval-only: RUN or RUN/adapter")
+    parser.add_argument("--adapter", metavar="RUN", help="for --eval-only: RUN or RUN/adapter")
     parser.add_argument("--predict", choices=("test",), help="write the test set's submission file")
     return parser
 

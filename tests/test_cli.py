@@ -18,7 +18,7 @@ import data
 import train_glue
 from dora import METHODS, DoRAConfig, read_safetensors, write_safetensors
 from train_glue import (
-    TrainConfig, help_of, main, make_config, make_parser)
+    TrainConfig, help_of, load_roberta, main, make_config, make_parser, save_model)
 
 
 def parsed(*words):
@@ -249,7 +249,7 @@ def contents(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
-@pytest.mark.parametrize("words", [[], ["--overwrite"], ["--resume"]])
+@pytest.mark.parametrize("words", [[], ["--overwrite"], ["--resume"], ["--seeds", "1", "2"]])
 def test_a_folder_that_is_not_a_runs(tmp_path, capsys, words):
     """N15: --out is a model's folder, or has a file of one's own: refused, and each file stays."""
     shutil.copytree(files()[1], tmp_path / "model")
@@ -272,6 +272,8 @@ def test_folders_below_home(tmp_path, monkeypatch, name):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["--eval-only", "--adapter", "~/out"]) == 0
     assert not (tmp_path / "~").exists() and (tmp_path / "out" / "result.json").exists()
+    save_model(load_roberta(files()[1], 2), "~/model")
+    assert load_roberta("~/model", 2).head == train_glue.ITS_HEAD
 
 
 def test_a_file_system_without_locks(tmp_path, capsys, monkeypatch):
