@@ -1605,6 +1605,7 @@ def saved_run(place: str | None, flags: dict[str, Any]) -> tuple[TrainConfig, Pa
         require(name in EVALUATED, f"--{name.replace('_', '-')} has no effect with --eval-only; "
                 f"leave it out")
     folder = find_saved(data.expanded(place or flags["model_dir"])).absolute()
+    require(folder.is_dir(), f"{folder}: no such folder; name that of a run, an adapter or a model")
     run, is_adapter = settings_of_run(folder.parent), (folder / "adapter_config.json").exists()
     flags = {"out": str(folder.parent if run else folder), **flags}
     if not is_adapter:

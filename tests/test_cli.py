@@ -277,7 +277,7 @@ def test_folders_below_home(tmp_path, monkeypatch, name):
 
 
 def test_a_file_system_without_locks(tmp_path, capsys, monkeypatch):
-    """N10: where flock is not supported, the run says so and goes on."""
+    """N10: where flock is not supported, the run says so and continues."""
     fcntl = pytest.importorskip("fcntl")
 
     def flock(*args):

@@ -137,7 +137,7 @@ if train_glue.process()[1] > 1:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_all(tmp_path, victim):
     """kill -9 for one of two: the other ends within a minute with exit code 1 and a last line that
-    names the run folder and --resume; the newest checkpoint is whole, and two processes go on from
+    names the run folder and --resume; the newest checkpoint is whole, and two processes resume from
     it to the same end as two that nothing disturbed."""
     given = run_settings(tmp_path / "out", epochs=200, save_every=1)
     processes = start(flags(**given), tmp_path / "m")

@@ -94,7 +94,7 @@ def test_ctrl_c(tmp_path, monkeypatch):
 
 def test_a_lost_terminal(tmp_path, monkeypatch, whole):
     """SIGHUP, as of a closed terminal, is like SIGTERM: saved, exit code 129. A run that nohup
-    started, for which it is ignored, goes on."""
+    started, for which it is ignored, continues."""
     words = flags(**run_settings(tmp_path / "out"))
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, too
     try:
@@ -112,7 +112,7 @@ def test_a_lost_terminal(tmp_path, monkeypatch, whole):
 
 
 def test_a_pipe_that_is_closed(tmp_path, whole):
-    """T18: `train_glue.py ... | head -1`: the run goes on to its end, and log.txt has every
+    """T18: `train_glue.py ... | head -1`: the run continues to its end, and log.txt has every
     line."""
     process = command(*flags(**run_settings(tmp_path / "out")), env={"PYTHONUNBUFFERED": "1"})
     process.stdout.readline()
@@ -282,7 +282,7 @@ def rest(path):
     slow(lambda path: path.write_bytes(b"")), slow(lambda path: torch.save([1, 2], path))])
 def test_a_damaged_checkpoint(tmp_path, monkeypatch, whole, damage):
     """The newest is cut short, empty, or holds something else: it is refused by name. Without it,
-    the run goes on from the one before, and ends as the uninterrupted run."""
+    the run continues from the one before, and ends as the uninterrupted run."""
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(patch, 14)
         run(tmp_path, save_every=5)
@@ -328,7 +328,7 @@ def test_another_run_is_not_resumed(tmp_path, whole, changes, word):
 
 
 def test_two_runs_in_one_folder(tmp_path, monkeypatch):
-    """The second, started while the first is under way, is refused; the first goes on. The remedy
+    """The second, started while the first is under way, is refused; the first continues. The remedy
     is to wait, before the first checkpoint of the first run (step 2) and after it."""
     real, steps = train_glue.task_loss, iter(range(1, 100))
 
@@ -379,7 +379,7 @@ def full(*args, **kwargs):
 
 def test_a_full_disk(tmp_path, capsys, monkeypatch, whole):
     """The disk is full from step 11 on: one line, exit code 2, no half file, the checkpoint of
-    step 10 is whole, and with room again the run goes on to the same end."""
+    step 10 is whole, and with room again the run continues to the same end."""
     real = train_glue.torch.save
     words = flags(**run_settings(tmp_path, save_every=1))
 
@@ -464,7 +464,7 @@ def finish(words, folder):
 @pytest.mark.slow
 def test_kill_at_random_moments(tmp_path):
     """kill -9 at 20 random moments of a run that saves at every step: resumed, each ends as the
-    one that was left alone. Half-written temporary files are no hindrance."""
+    one that was left alone. Half-written temporary files do no harm."""
     rng = random.Random(0)
     changes = dict(epochs=6, save_every=1)
     started = time.monotonic()

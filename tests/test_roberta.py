@@ -365,7 +365,7 @@ def test_fields_that_are_not_robertas(folder, field, value):
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe", b"{}"])
 def test_a_config_that_is_none(folder, text):
-    """Broken JSON, JSON that is no object, empty: one line."""
+    """Broken JSON, JSON that is not an object, empty: one line."""
     (folder / "config.json").write_bytes(text)
     with pytest.raises((DoRAError, data.DataError), match="config.json"):
         load_roberta(folder, 2)
