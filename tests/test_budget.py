@@ -45,11 +45,11 @@ def test_eq9_has_the_papers_numbers(schedule, means):
 
 @pytest.mark.parametrize("schedule", [SLOW, FAST])
 def test_eq9_against_exact_fractions(schedule):
-    """200 random cases: every b(t) is the exact cubic, rounded to a whole component (slow first:
+    """100 random cases: every b(t) is the exact cubic, rounded to a whole component (slow first:
     up, fast first: down; where the cubic is whole, floats may add one); it starts at r'L, ends at
     rL, never rises."""
     rng = random.Random(0)
-    for _ in range(200):
+    for _ in range(100):
         total, n_layers = rng.randint(20, 300), rng.randint(1, 80)
         rank = rng.choice([0.5, 1, 1.5, 2, 3, 8])
         start_rank = int(rank + 1) + rng.randint(0, 5)
@@ -146,10 +146,10 @@ def test_keep_mask_with_costs_by_hand():
 
 
 def test_keep_mask_fills_the_budget():
-    """200 random scores and costs: the sum of what is kept is at most the budget and falls short by
+    """100 random scores and costs: the sum of what is kept is at most the budget and falls short by
     less than one component; whatever was dropped no longer fitted beside the better ones."""
     rng = random.Random(0)
-    for _ in range(200):
+    for _ in range(100):
         n = rng.randint(1, 40)
         scores = torch.tensor([float(rng.randint(0, 9)) for _ in range(n)])
         costs = torch.tensor([rng.choice([3, 5, 12]) for _ in range(n)])
