@@ -7,6 +7,7 @@ Each row is applied to a copy of the checkout in a temporary folder. A text that
 exactly once is an error: the source has changed, so change the row. The exit code is 1 if a
 mutation was missed.
 """
+import re
 import shutil
 import subprocess
 import sys
@@ -71,21 +72,30 @@ MUTATIONS = [
 ]
 
 
-def noticed(mutation: Mutation, folder: Path) -> bool:
-    """Apply the mutation in a copy of the checkout, undo it, and say whether a test failed."""
+def pytest(folder: Path, *words: str) -> tuple[int, str]:
+    """Run tests in the checkout, up to the first that fails; return the exit code and its name."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *words]
+    found = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if found.returncode not in (0, 1):
+        sys.exit(f"{' '.join(command)}: exit code {found.returncode}, so the tests did not run")
+    failed = re.search(r"^FAILED (\S+::.*?)(?: - .*)?$", found.stdout, re.MULTILINE)
+    return found.returncode, failed[1] if failed else ""
+
+
+def noticed_by(mutation: Mutation, folder: Path) -> str:
+    """Apply the mutation in a copy of the checkout, undo it, and return the name of the test that
+    failed, "" if none did. That test must pass without the mutation."""
     path = folder / mutation.file
     source = path.read_text(encoding="utf-8")
     if source.count(mutation.old) != 1:
         sys.exit(f"{mutation.file} has {mutation.old!r} {source.count(mutation.old)} times, "
                  f"expected once: change the row {mutation.why!r}")
     path.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-               *(f"tests/{word}" for word in mutation.tests.split())]
-    code = subprocess.run(command, cwd=folder, capture_output=True).returncode
+    code, name = pytest(folder, *(f"tests/{word}" for word in mutation.tests.split()))
     path.write_text(source, encoding="utf-8")
-    if code not in (0, 1):
-        sys.exit(f"{' '.join(command)}: exit code {code}, so the tests did not run")
-    return code == 1
+    if code and pytest(folder, name)[0]:
+        sys.exit(f"{name} fails without the mutation, too: repair it first")
+    return name
 
 
 def main(words: list[str]) -> int:
@@ -97,10 +107,11 @@ def main(words: list[str]) -> int:
         ignored = shutil.ignore_patterns(".git", "runs", "__pycache__", ".*_cache")
         shutil.copytree(ROOT, folder, ignore=ignored)
         for number in numbers:
-            found = noticed(MUTATIONS[number - 1], folder)
-            missed += not found
-            verdict = "noticed" if found else "MISSED"
-            print(f"{number:2} {verdict}: {MUTATIONS[number - 1].why}", flush=True)
+            mutation = MUTATIONS[number - 1]
+            name = noticed_by(mutation, folder)
+            missed += not name
+            print(f"{number:2} {mutation.why}: {f'noticed by {name}' if name else 'MISSED'}",
+                  flush=True)
     return int(missed > 0)
 
 
