@@ -496,7 +496,7 @@ def run_case(case: Case, args: argparse.Namespace) -> None:
     found.update(model=WORDS[shape], size=size, width=width, device=args.device, mode=mode,
                  machine=report.machine(args.threads, args.device),
                  command=f"python benchmarks/step_time.py {' '.join(sys.argv[1:])}".strip())
-    measured = (() if width == 16 else (FLOOR, OURS)) if args.short else names
+    measured = EVALUATED if not args.short else () if width == 16 else (FLOOR, OURS)
     if shape != "host" and (args.device != "cpu" or Path("/proc/self/clear_refs").exists()):
         for name in measured:
             found["rows"][name]["memory"] = measure_memory((shape, size, width), name, mode, args)
