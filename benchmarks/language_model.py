@@ -26,8 +26,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -56,19 +55,13 @@ ROWS: dict[str, dict[str, Any]] = {
 PAIRS = (("dora 2", "lora 2"), ("dora 2", "adalora 2"), ("dora 0.5", "lora 2"))  # seed by seed
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What the comparison has in it. --short takes less of everything."""
-
-    load: Callable[[], tuple[Any, Any]]  # returns a new copy of the model, and its tokenizer
-    log: Path  # a line per finished run; the figure is written beside it
-    data: Path = report.ROOT / "../shared/data/e2e"
-    rows: tuple[str, ...] = tuple(ROWS)
-    seeds: tuple[int, ...] = (1, 2, 3)
-    pairs: int = 2000  # of the train set, which a run goes through once
-    choice_steps: int = 60  # optimizer steps of a run that is to choose a learning rate
-    meanings: int | None = None  # representations to evaluate on; none = all
-    max_tokens: int = 96  # of a generated sentence; the longest in the test file has 90
+LOG = report.RESULTS / "language_model.jsonl"  # the figure is written beside it
+DATA = report.ROOT / "../shared/data/e2e"
+SEEDS = (1, 2, 3)
+TRAINED = 2000  # pairs, which a run goes through once
+CHOICE_STEPS = 60  # optimizer steps of a run that is to choose a learning rate
+MEANINGS = None  # representations to evaluate on; None = all
+MAX_TOKENS = 96  # of a generated sentence; the longest in the test file has 90
 
 
 Texts = list[tuple[str, str]]  # (meaning, sentence)
@@ -97,19 +90,19 @@ def read(path: Path) -> dict[str, list[str]]:
     return found
 
 
-def sets(setup: Setup) -> tuple[Texts, Texts, dict[str, list[str]]]:
+def sets() -> tuple[Texts, Texts, dict[str, list[str]]]:
     """Return the train set and the held-out set as (meaning, sentence), and the test set by
     meaning. The first two share no meaning and are the same for all seeds."""
-    valid = read(setup.data / "valid.txt")
+    valid = read(DATA / "valid.txt")
     names = list(valid)
     order = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
     cut = len(order) // 10
     rest = [(meaning, sentence) for meaning in order[cut:] for sentence in valid[meaning]]
-    chosen = np.random.default_rng(0).permutation(len(rest))[:setup.pairs]
+    chosen = np.random.default_rng(0).permutation(len(rest))[:TRAINED]
 
-    held_out = [(meaning, sentence) for meaning in order[:cut][:setup.meanings]
+    held_out = [(meaning, sentence) for meaning in order[:cut][:MEANINGS]
                 for sentence in valid[meaning][:4]]  # more would cost more than they tell
-    test = dict(list(read(setup.data / "test.txt").items())[:setup.meanings])
+    test = dict(list(read(DATA / "test.txt").items())[:MEANINGS])
     return [rest[i] for i in chosen], held_out, test
 
 
@@ -249,7 +242,7 @@ def bleu(sentences: list[str], references: list[list[str]]) -> tuple[float, str]
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def smollm2() -> tuple[Any, Any]:
+def load() -> tuple[Any, Any]:
     """Return SmolLM2-135M-Instruct in float32 and its tokenizer."""
     import transformers
     transformers.logging.set_verbosity_error()
@@ -268,37 +261,37 @@ def cell(row: str, split: str, steps: int, seed: int, lr: float) -> Line:
     return dict(code=CODE, row=row, split=split, steps=steps, seed=seed, lr=lr)
 
 
-def to_do(setup: Setup) -> Iterator[Line]:
+def to_do() -> Iterator[Line]:
     """Yield the runs that can be made now: first the search for learning rates, then the rows whose
     rate is known, seed by seed."""
-    for row in setup.rows:
-        rate = next_rate(tried_rates(setup, row))
+    for row in ROWS:
+        rate = next_rate(tried_rates(row))
         if rate is not None:
-            yield cell(row, "held out", setup.choice_steps, 1, rate)
-    for seed in setup.seeds:
-        for row in setup.rows:
-            if (rate := rate_of(setup, row)) is not None:
-                yield cell(row, "test", setup.pairs // 16, seed, rate)
+            yield cell(row, "held out", CHOICE_STEPS, 1, rate)
+    for seed in SEEDS:
+        for row in ROWS:
+            if (rate := rate_of(row)) is not None:
+                yield cell(row, "test", TRAINED // 16, seed, rate)
 
 
-def tried_rates(setup: Setup, row: str) -> dict[float, float]:
+def tried_rates(row: str) -> dict[float, float]:
     """Return minus the held-out NLL by learning rate, -inf for a run that diverged."""
-    lines = [line for line in report.read_log(setup.log)
+    lines = [line for line in report.read_log(LOG)
              if (line["row"], line["split"]) == (row, "held out")]
     return {line["lr"]: -(math.inf if line["nll"] is None else line["nll"]) for line in lines}
 
 
-def rate_of(setup: Setup, row: str) -> float | None:
+def rate_of(row: str) -> float | None:
     """Return the learning rate that was chosen for a row; None if the choice is not finished."""
-    tried = tried_rates(setup, row)
+    tried = tried_rates(row)
     return None if next_rate(tried) is not None else best_rate(tried)
 
 
-def run(c: Line, setup: Setup) -> Line:
+def run(c: Line) -> Line:
     """Make a run. Return what the log is to hold of it."""
     line: Line = {"nll": None, "torch": torch.__version__, "machine": report.machine()}
-    model, tokenizer = setup.load()
-    pairs, held_out, test = sets(setup)
+    model, tokenizer = load()
+    pairs, held_out, test = sets()
     if c["split"] == "test":
         held_out = [(meaning, references[0]) for meaning, references in test.items()]
     scored = encode(tokenizer, held_out)
@@ -312,7 +305,7 @@ def run(c: Line, setup: Setup) -> Line:
         merge_(model)
         line["nll"] = mean_nll(model, scored)
         if c["split"] == "test":
-            sentences = generate(model, tokenizer, scored, setup.max_tokens)
+            sentences = generate(model, tokenizer, scored, MAX_TOKENS)
             line["bleu"], line["signature"] = bleu(sentences, list(test.values()))
     except NotFiniteError as error:
         line["diverged"] = str(error)
@@ -322,15 +315,15 @@ def run(c: Line, setup: Setup) -> Line:
 # ---- report --------------------------------------------------------------------------------------
 
 
-def on_test(setup: Setup, row: str) -> list[Line]:
+def on_test(row: str) -> list[Line]:
     """Return the finished runs of a row on the test file that did not diverge."""
-    return [line for line in report.read_log(setup.log)
+    return [line for line in report.read_log(LOG)
             if (line["row"], line["split"]) == (row, "test") and line["nll"] is not None]
 
 
-def results(setup: Setup, row: str) -> list[str]:
+def results(row: str) -> list[str]:
     """Return a row of the table of results."""
-    lines = on_test(setup, row)
+    lines = on_test(row)
     if not lines:
         return [row, *["not run"] * 6]
 
@@ -342,24 +335,24 @@ def results(setup: Setup, row: str) -> list[str]:
             f"{max(line['memory'] for line in lines) / 1e3:.1f}"]
 
 
-def difference(setup: Setup, first: str, second: str) -> list[str]:
+def difference(first: str, second: str) -> list[str]:
     """Return a row of the table of differences between two rows with the same seed."""
     cells = []
     for name, digits in (("nll", 4), ("bleu", 2)):
-        found = report.by_seed(on_test(setup, first), on_test(setup, second), name)
+        found = report.by_seed(on_test(first), on_test(second), name)
         cells.append(", ".join(f"{d:+.{digits}f}" for d in found) or "not run")
     return [f"{first} minus {second}", *cells]
 
 
-def choice(setup: Setup, row: str) -> list[str]:
+def choice(row: str) -> list[str]:
     """Return a row of the table of learning rates, the chosen one in bold."""
-    best = rate_of(setup, row)
-    words = [f"{rate:g}: {-score:.4f}" for rate, score in sorted(tried_rates(setup, row).items())]
+    best = rate_of(row)
+    words = [f"{rate:g}: {-score:.4f}" for rate, score in sorted(tried_rates(row).items())]
     return [row, ", ".join(f"**{text}**" if best and text.startswith(f"{best:g}:") else text
                            for text in words) or "not run"]
 
 
-def write_report(setup: Setup) -> None:
+def write_report() -> None:
     """Put the tables into benchmarks/README.md and draw the figure: only what was run."""
     report.write_part("language_model", "\n\n".join([
         "## language_model.py: SmolLM2-135M on E2E NLG", "\n".join(str(__doc__).splitlines()[7:16]),
@@ -369,27 +362,27 @@ def write_report(setup: Setup) -> None:
         "are the CPU time of an optimizer step of 16 pairs, the parameters the most that an "
         "adapter file stores.",
         report.table(["row", "parameters", "learning rate", "NLL", "BLEU", "s per step",
-                      "peak memory, GB"], [results(setup, row) for row in setup.rows]),
+                      "peak memory, GB"], [results(row) for row in ROWS]),
         "The differences between runs of the same seed, by rising seed. A lower NLL is better. "
         "`dora` and LoRA are alike here: three seeds in one direction are p = 0.25 by a sign test, "
         "and on the held-out representations LoRA is ahead. AdaLoRA is behind after 125 steps from "
         "a zero start, which says little about longer runs.",
         report.table(["rows", "NLL", "BLEU"], [
-            difference(setup, *pair) for pair in PAIRS if {*pair} <= {*setup.rows}]),
-        f"The NLL on the held-out representations after {setup.choice_steps} steps, with one seed, "
+            difference(*pair) for pair in PAIRS if {*pair} <= {*ROWS}]),
+        f"The NLL on the held-out representations after {CHOICE_STEPS} steps, with one seed, "
         "chose the learning rates. A row tries further rates until its best one lies between two "
         f"others. Chosen, in bold, is the lowest rate within {NOISE} of the best.",
-        report.table(["row", "learning rate: NLL"], [choice(setup, row) for row in setup.rows]),
+        report.table(["row", "learning rate: NLL"], [choice(row) for row in ROWS]),
         "![NLL by seed, and the live components per layer and matrix](results/language_model.svg)",
         "`python benchmarks/language_model.py`, runs: "
-        f"{report.machines(report.read_log(setup.log))}."]))
-    plot(setup)
+        f"{report.machines(report.read_log(LOG))}."]))
+    plot()
 
 
-def plot(setup: Setup) -> None:
+def plot() -> None:
     """Draw results/language_model.svg: the NLL, a dot per seed, and for the rows that choose their
     ranks the live components of layers by matrices, mean over the seeds."""
-    found = {row: lines for row in setup.rows if (lines := on_test(setup, row))}
+    found = {row: lines for row in ROWS if (lines := on_test(row))}
     chosen = [row for row in found if not row.startswith("lora")]
     figure = report.figure(8, 3.8)
     widths = [1.3, *[1] * len(chosen)]
@@ -409,7 +402,7 @@ def plot(setup: Setup) -> None:
         ax.set_title(f"{row}: {ranks.sum():.0f} in all")
         ax.set_ylabel("layer" * (row == chosen[0]))
     figure.colorbar(image, ax=maps, label="components, mean over seeds", ticks=range(4))
-    report.save_figure(figure, setup.log.with_suffix(".svg"))
+    report.save_figure(figure, LOG.with_suffix(".svg"))
 
 
 # ---- the short form, and the command line --------------------------------------------------------
@@ -438,28 +431,27 @@ def tiny() -> tuple[Any, Any]:
         num_key_value_heads=2, vocab_size=257, tie_word_embeddings=True)), Bytes()
 
 
-def short(setup: Setup) -> None:
+def short() -> None:
     """Run everything on a tiny random model: the loss, rates, evaluation and report."""
-    if not (setup.data / "valid.txt").exists():
-        print(f"skipped: {setup.data / 'valid.txt'} does not exist")
+    if not (DATA / "valid.txt").exists():
+        print(f"skipped: {DATA / 'valid.txt'} does not exist")
         return
-    setup = replace(setup, load=tiny, rows=("dora 2", "lora 2"), seeds=(1,), pairs=64,
-                    choice_steps=4, meanings=5, max_tokens=12)
     model, tokenizer = tiny()
-    pairs = encode(tokenizer, sets(setup)[0])
-    ids, wanted = collate(pairs[:5])
+    ids, wanted = collate(encode(tokenizer, sets()[0])[:5])
     theirs = model(input_ids=ids, labels=ids.where(wanted, -100)).loss
     torch.testing.assert_close(token_nll(model, ids, wanted).mean(), theirs)
 
     with tempfile.TemporaryDirectory() as name:
-        setup = replace(setup, log=Path(name) / "language_model.jsonl")
-        with mock.patch.multiple(report, README=Path(name) / "README.md", RUNS=Path(name)):
-            report.make_all(setup.log, lambda: to_do(setup), lambda c: run(c, setup))
-            write_report(setup)
-            text = report.README.read_text("utf-8")
-        lines = report.read_log(setup.log)
-        assert [line["row"] for line in lines if "bleu" in line] == [*setup.rows], lines
-        assert "not run" not in text and setup.log.with_suffix(".svg").exists(), text
+        folder, rows = Path(name), {row: ROWS[row] for row in ("dora 2", "lora 2")}
+        smaller = dict(LOG=folder / "language_model.jsonl", load=tiny, ROWS=rows, SEEDS=(1,),
+                       TRAINED=64, CHOICE_STEPS=4, MEANINGS=5, MAX_TOKENS=12)
+        with (mock.patch.dict(globals(), smaller),
+              mock.patch.multiple(report, README=folder / "README.md", RUNS=folder)):
+            report.make_all(LOG, to_do, run)
+            write_report()
+            lines, text = report.read_log(LOG), report.README.read_text("utf-8")
+        assert [line["row"] for line in lines if "bleu" in line] == [*rows], lines
+        assert "not run" not in text and (folder / "language_model.svg").exists(), text
     print(f"{len(lines)} runs of a tiny model")
 
 
@@ -470,14 +462,12 @@ def main() -> None:
                         help='only these rows of the table, such as "dora 2"')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    setup = Setup(smollm2, report.RESULTS / "language_model.jsonl")
     if args.short:
-        short(setup)
+        short()
         return
     if not args.report:
-        report.make_all(setup.log, lambda: (c for c in to_do(setup) if c["row"] in args.rows),
-                        lambda c: run(c, setup))
-    write_report(setup)
+        report.make_all(LOG, lambda: (c for c in to_do() if c["row"] in args.rows), run)
+    write_report()
 
 
 if __name__ == "__main__":
