@@ -497,7 +497,8 @@ def run_case(case: Case, args: argparse.Namespace) -> None:
                  machine=report.machine(args.threads, args.device),
                  command=f"python benchmarks/step_time.py {' '.join(sys.argv[1:])}".strip())
     measured = EVALUATED if not args.short else () if width == 16 else (FLOOR, OURS)
-    if shape != "host" and (args.device != "cpu" or Path("/proc/self/clear_refs").exists()):
+    linux = Path("/proc/self/clear_refs").exists()
+    if shape != "host" and mode != "oneDNN" and (linux or args.device != "cpu"):
         for name in measured:
             found["rows"][name]["memory"] = measure_memory((shape, size, width), name, mode, args)
 
