@@ -240,7 +240,9 @@ def sensitivity(layers: Layers) -> Tensor:
     This is AdaLoRA's Eq. 8 for a whole component. Without the penalty a_i . dℓ/da_i and
     b_i . dℓ/db_i are the same number (Euler's identity); without dropout <dℓ/dW, Delta W_i> is too.
     """
-    return torch.cat([(layer.c * gradient(layer.c)).abs() for layer in layers])
+    c = torch.cat([layer.c for layer in layers])
+    grad = torch.cat([gradient(layer.c) for layer in layers])
+    return (c * grad).abs()
 
 
 def norm_score(layers: Layers) -> Tensor:
