@@ -51,7 +51,6 @@ def require(condition: object, message: str) -> None:
 
 # ---- tasks and TSV files -------------------------------------------------------------------------
 
-
 SPLITS = {"train": "train.tsv", "dev": "dev.tsv", "test": "test.tsv"}
 
 
@@ -664,14 +663,14 @@ def write_toy(data_dir: AnyPath, model_dir: AnyPath) -> BPE:
     """Write the toy's files in CoLA's layout, and a tokenizer learned from them.
 
     toy-pretrain asks for the numbers of subject and verb in short sentences (four classes). toy
-    asks if a sentence is correct, with one or two phrases whose nouns distract from the subject.
+    asks if a sentence is correct, with three to six phrases whose nouns distract from the subject.
     """
     rng = np.random.default_rng(0)
     texts = []
     for name, split, size in TOY_SIZES:
         with atomic_file(Path(data_dir) / name / f"{split}.tsv") as file:
             for _ in range(size):
-                phrases = 0 if name == "toy-pretrain" else int(rng.integers(1, 3))
+                phrases = 0 if name == "toy-pretrain" else int(rng.integers(3, 7))
                 text, subject, verb = toy_sentence(rng, phrases)
                 label = int(subject == verb) if phrases else 2 * subject + verb
                 file.write(f"toy\t{label}\t\t{text}\n".encode())
@@ -887,7 +886,6 @@ def check_tokenizer(path: Path, vocab: dict[str, int], pairs: Sequence[Sequence[
 
 
 # ---- downloads -----------------------------------------------------------------------------------
-
 
 WAITS = (0.5, 1.0, 2.0)  # seconds before each new attempt
 TIMEOUT = 30.0  # seconds without a byte

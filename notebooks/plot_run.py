@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import TASKS  # noqa: E402
-from dora import DoRAConfig, phases  # noqa: E402
+from dora import DoRAConfig, budget, phases  # noqa: E402
 
 COLORS = ("#1f5fa8", "#c8501e", "#3a8a3a", "#7d3f98", "#946b2d", "#444444")
 SHARE = 20  # the running mean of the loss is over a twentieth of the lines of metrics.jsonl
@@ -32,9 +33,15 @@ class Saved(NamedTuple):
     config: dict[str, Any]
     steps: list[dict[str, Any]]  # lines of metrics.jsonl about steps
     dev: list[dict[str, Any]]  # and about evaluations
-    matrices: list[str]  # of ranks.jsonl, [] without an adapter
+    costs: dict[str, int]  # of ranks.jsonl: matrix -> parameters per component; {} = no adapter
     history: list[dict[str, Any]]  # its lines: step, live components per matrix
     total: int  # steps of the whole run
+
+    def settings(self) -> DoRAConfig:
+        """Return the settings of the method."""
+        names = DoRAConfig.__dataclass_fields__
+        return DoRAConfig(**{name: tuple(value) if isinstance(value, list) else value
+                             for name, value in self.config.items() if name in names})
 
 
 class NotARun(Exception):
@@ -53,10 +60,10 @@ def read_run(folder: Path) -> Saved:
         steps = [line for line in lines if "loss" in line]
         if not steps:
             raise NotARun(f"{folder} has no step in its metrics.jsonl yet")
-        matrices = history.pop(0)["matrices"] if history else []
+        costs = history.pop(0)["parameters per component"] if history else {}
         name = f"{config['task']}, {config['method']}, seed {config['seed']}"
         return Saved(name, config, steps, [line for line in lines if "loss" not in line],
-                     matrices, history, total)
+                     costs, history, total)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise NotARun(f"{folder} is not the folder of a run of train_glue.py ({error})")
 
@@ -72,14 +79,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def running_mean(values: list[float], window: int) -> list[float]:
     """Return the mean of each value and up to window - 1 before it."""
     return [statistics.fmean(values[max(0, i + 1 - window):i + 1]) for i in range(len(values))]
-
-
-def prunings(run: Saved) -> tuple[int, int]:
-    """Return the step after which a run's budget falls, and that of its last pruning."""
-    names = DoRAConfig.__dataclass_fields__
-    settings = {name: tuple(value) if isinstance(value, list) else value
-                for name, value in run.config.items() if name in names}
-    return phases(run.total, DoRAConfig(**settings))
 
 
 def draw_loss(axis: Any, runs: list[Saved]) -> None:
@@ -118,15 +117,19 @@ def headline(run: Saved) -> str:
 
 
 def draw_budget(axis: Any, runs: list[Saved], unit: str) -> None:
-    """Draw the live components, or their parameters, and the budget that is counted in them."""
-    key = "live" if unit == "components" else "parameters"
-    adapted = [(run, color) for run, color in zip(runs, COLORS) if run.matrices]
-    for run, color in adapted:
-        x = [line["step"] for line in run.steps]
-        axis.step(x, [line[key] for line in run.steps], where="post", color=color)
-        if run.config["budget_unit"] == unit and run.config["schedule"]:
-            axis.plot(x, [line["budget"] for line in run.steps], color=color, linestyle="--",
-                      linewidth=1, label="budget b(t)")
+    """Draw the live components, or their parameters, after each pruning that changed them, and the
+    budget of these prunings where it is counted in the same unit."""
+    for run, color in zip(runs, COLORS):
+        costs = [cost if unit == "parameters" else 1 for cost in run.costs.values()]
+        steps = [line["step"] for line in run.history]
+        live = [sum(n * cost for n, cost in zip(line["live"], costs)) for line in run.history]
+        if run.costs:
+            axis.step([*steps, run.total], [*live, live[-1]], where="post", color=color)
+        if run.costs and run.config["budget_unit"] == unit and run.config["schedule"]:
+            config = run.settings()
+            x = sorted({*steps, phases(run.total, config)[1]}) + [run.total]
+            axis.step(x, [budget(step, run.total, config, sum(costs)) for step in x], where="post",
+                      color=color, linestyle="--", linewidth=1, label="budget b(t) at prunings")
     what = "live components" if unit == "components" else "parameters of the live components"
     axis.set(title=what, xlabel="optimizer step", ylabel=unit)
     axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
@@ -140,7 +143,7 @@ def shade_phases(axis: Any, run: Saved, words: bool) -> None:
     """Shade the steps before and after those in which a run prunes."""
     if not run.config["schedule"]:
         return
-    first, last = prunings(run)
+    first, last = phases(run.total, run.settings())
     axis.axvspan(0, first, color="0.93", zorder=0)
     axis.axvspan(last, run.total, color="0.93", zorder=0)
     for left, right, text in [(0, first, "all live"), (first, last, "pruning"),
@@ -161,7 +164,7 @@ def draw_ranks(figure: Any, axis: Any, run: Saved) -> None:
         ticks=range(0, top + 1, 1 + top // 8))
     colors.set_label("live components")
 
-    labels = [short(name) for name in run.matrices]
+    labels = [short(name) for name in run.costs]
     chosen = range(0, len(labels), 1 + len(labels) // 60)
     axis.set_yticks([i + 0.5 for i in chosen], [labels[i] for i in chosen], fontsize=6)
     axis.invert_yaxis()
@@ -181,7 +184,7 @@ def draw(runs: list[Saved]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     mapped = [run for run in runs if len(run.history) > 1]  # those whose ranks changed
-    heights = [3.0, 3.0, *(max(2.5, 0.4 + 0.11 * min(60, len(run.matrices))) for run in mapped)]
+    heights = [3.0, 3.0, *(max(2.5, 0.4 + 0.11 * min(60, len(run.costs))) for run in mapped)]
     figure = Figure(figsize=(11, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
@@ -214,6 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
                         help="folder of a run; the picture is written into the first")
     folders = parser.parse_args(argv).runs
+    os.environ["MPLBACKEND"] = "agg"  # notebooks export a backend that this Python may not have
     try:
         if len(folders) > len(COLORS):
             raise NotARun(f"{len(folders)} runs are too many for one picture; name at most "
