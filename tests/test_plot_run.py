@@ -1,9 +1,12 @@
 """notebooks/plot_run.py draws what the files of a run say; it needs matplotlib, else it is skipped.
 """
 import importlib.util
+import operator
+import os
 import shutil
 import subprocess
 import sys
+from bisect import bisect
 
 import pytest
 from tiny import ROOT, evaluations, json_lines, lines, run
@@ -31,11 +34,15 @@ def points(axis):
 
 
 def test_the_picture_of_a_run(folders, monkeypatch):
-    """Lines, titles and labels of each axis against metrics.jsonl and ranks.jsonl; the shaded
-    phases end and begin at the steps of `phases`: 4 and 12 of 24."""
+    """Lines, titles and labels of each axis against metrics.jsonl and ranks.jsonl, which is the one
+    source of live components; their parameters, counted by hand, are never above the line of the
+    budget. The shaded phases end and begin at the steps of `phases`: 4 and 12 of 24."""
     monkeypatch.setattr(plot_run, "SHARE", 8)                                # a mean of three lines
     steps, dev = lines(folders / "dora"), evaluations(folders / "dora")
-    history = json_lines(folders / "dora" / "ranks.jsonl")[1:]
+    head, *history = json_lines(folders / "dora" / "ranks.jsonl")
+    costs = head["parameters per component"]
+    assert {name.split(".")[-1]: cost for name, cost in costs.items()} == {
+        "query": 64, "key": 64, "value": 64, "dense": 96} and len(costs) == 12
     figure = plot_run.draw([plot_run.read_run(folders / "dora")])
     loss, score, live, parameters, penalty, ranks, bar = figure.axes
     x = [line["step"] for line in steps]
@@ -45,9 +52,15 @@ def test_the_picture_of_a_run(folders, monkeypatch):
     assert mean[1][2] == pytest.approx(sum(line["loss"] for line in steps[:3]) / 3)
     assert points(penalty) == [(x, [line["penalty"] for line in steps])]
     assert points(score) == [([8, 16, 24], [line["matthews"] for line in dev])]
-    assert points(live) == [(x, [line["live"] for line in steps])]
-    assert points(parameters) == [(x, [line[key] for line in steps])
-                                  for key in ("parameters", "budget")]
+    changes = [*(line["step"] for line in history), 24]
+    counts = [sum(line["live"]) for line in history]
+    sizes = [sum(map(operator.mul, line["live"], costs.values())) for line in history]
+    assert points(live) == [(changes, [*counts, counts[-1]])]
+    assert counts[-1] == steps[-1]["live"] and sizes[-1] == steps[-1]["parameters"]
+    (found, size), (x, allowed) = points(parameters)
+    assert (found, size) == (changes, [*sizes, sizes[-1]]) and allowed[-1] == steps[-1]["budget"]
+    for step in range(25):
+        assert size[bisect(found, step) - 1] <= allowed[bisect(x, step) - 1]
     assert ranks.collections[0].get_array().T.tolist() == [line["live"] for line in history]
     names = [label.get_text() for label in ranks.get_yticklabels()]
     assert names[0] == "0 query" and names[9] == "1 attention.output.dense" and len(names) == 12
@@ -80,9 +93,10 @@ def test_several_runs(folders):
 
 def test_the_command(folders, tmp_path, capsys):
     """`python notebooks/plot_run.py RUN RUN` writes compare.png into the first folder alone, and
-    one RUN run.png."""
+    one RUN run.png; N12: whatever backend a notebook exports."""
     words = [folders / "paper", folders / "dora"]
-    subprocess.run([sys.executable, "notebooks/plot_run.py", *words], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "notebooks/plot_run.py", *words], cwd=ROOT, check=True,
+                   env={**os.environ, "MPLBACKEND": "module://nowhere.backend_inline"})
     assert (folders / "paper" / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert not (folders / "dora" / "compare.png").exists()
     assert not (folders / "paper" / "run.png").exists()
@@ -116,4 +130,4 @@ def test_a_run_under_way(folders, tmp_path):
     assert plot_run.main([str(tmp_path / "run")]) == 0
     figure = plot_run.draw([plot_run.read_run(tmp_path / "run")])
     assert figure.axes[1].get_title() == "score on dev (not evaluated yet)"
-    assert points(figure.axes[2])[0][0] == [1, 2, 3, 4, 5, 6]
+    assert points(figure.axes[0])[0][0] == [1, 2, 3, 4, 5, 6]
