@@ -30,7 +30,7 @@ import traceback
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -628,8 +628,9 @@ TABLE_8 = {
     "qqp": (1e-3, 16, 10, 0.3, 50),
     "mnli": (3e-3, 32, 10, 0.3, 50),
     "wnli": (2e-3, 16, 80, 0.5, 10),
-    "toy": (3e-3, 32, 10, 0.3, 10),
+    "toy": (6e-3, 16, 8, 0.3, 10),
 }
+TOY_RANK = 1 / 6  # of the methods that prune: three components of eighteen matrices
 # differs: the learning rates of the paper's Table 8 suit its form; dora and lora use a quarter
 LR_FACTOR = {"dora": 0.25, "lora": 0.25}  # at the whole rate some runs collapse (benchmarks)
 METHOD_ROWS: dict[str, dict[str, Any]] = {
@@ -653,6 +654,8 @@ def make_config(task: str = "toy", method: str = "dora", **flags: Any) -> TrainC
     """
     task, method = known_name(task, TASKS), known_name(method, METHOD_ROWS)
     row = dict(zip(COLUMNS_8, TABLE_8.get(task, ())))
+    if task == "toy" and METHOD_ROWS.get(method, {}).get("schedule", "fast_first"):
+        row["rank"] = TOY_RANK
     if task != "toy":  # whose rate was tried
         row["lr"] = row.get("lr", TrainConfig.lr) * LR_FACTOR.get(method, 1.0)
     flags = with_tuples(flags)
@@ -1153,7 +1156,9 @@ class Run:
                 kept = [f"{line}\n" for line in lines if not self.repeats(line)]
                 path.write_text("".join(kept))
         if not self.step and self.pruner.layers:
-            self.append("ranks.jsonl", json.dumps({"matrices": [*self.pruner.layers]}))
+            costs = {name: layer.in_features + layer.out_features
+                     for name, layer in self.pruner.layers.items()}
+            self.append("ranks.jsonl", json.dumps({"parameters per component": costs}))
             self.append("ranks.jsonl", json.dumps({"step": 0, "live": self.live}))
 
     def repeats(self, text: str) -> bool:
@@ -1465,13 +1470,16 @@ def wrap(model: nn.Module, config: TrainConfig) -> nn.Module:
 
 
 def toy(config: TrainConfig) -> dict[str, Any]:
-    """Show the whole story in under a minute: pretrain a tiny RoBERTa, freeze it, adapt it.
+    """Show in a minute what the method does, where it puts its components and when that helps.
 
-    Pretraining is full fine-tuning on short sentences: are subject and verb of "these dogs see a
-    king" singular or plural? The adaptation task asks whether a sentence is right, and puts phrases
-    between the two in which the nearest noun misleads: "these dogs near the king sees a bird".
-    Files, tokenizer, loader and loop are those of GLUE. Raises DoRAError in several processes and
-    for a model_dir.
+    A tiny RoBERTa is pretrained on short sentences: are subject and verb of "these dogs see a king"
+    singular or plural? Then it is frozen. The adaptation task asks whether a sentence is right, and
+    puts phrases between the two in which the nearest noun misleads: "these dogs near the king sees
+    a bird". The budget is so small that it matters which matrices get it. Files, tokenizer, loader
+    and loop are those of GLUE.
+
+    Returns the result of the run of config.method, with which others are compared. Raises DoRAError
+    in several processes and for a model_dir.
     """
     require(process()[1] == 1 and not config.model_dir, "the toy runs in one process and makes its "
             "own model; for torchrun or --model-dir, choose a --task and --data-dir")
@@ -1480,45 +1488,96 @@ def toy(config: TrainConfig) -> dict[str, Any]:
     require(config.resume or config.overwrite or not checkpoints_in(root / "pretrain"),
             f"{root} already contains a run; continue it with --resume, replace it with "
             f"--overwrite, or use another --out")
-    untrained = root / "untrained"
-    bpe = data.write_toy(root, untrained)
+
+    bpe = data.write_toy(root, root / "untrained")
     torch.manual_seed(config.seed)
     tiny = RobertaConfig(vocab_size=len(bpe.vocab), hidden_size=64, num_hidden_layers=3,
                          num_attention_heads=4, intermediate_size=256, max_position_embeddings=64,
                          hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
                          initializer_range=0.1)
-    save_model(RobertaForSequenceClassification(tiny, 4), untrained)
+    save_model(RobertaForSequenceClassification(tiny, 4), root / "untrained")
     # settings that cannot work are refused now, and not after the pretraining
     rows = {name: n for name, split, n in data.TOY_SIZES if split == "train"}["toy"]
-    _, total = run_length(config, rows)
-    Pruner(adapt(RobertaForSequenceClassification(tiny, 2), config), config, total)
+    layers = adapt(RobertaForSequenceClassification(tiny, 2), config)
+    Pruner(layers, config, run_length(config, rows)[1])
 
-    def run(name: str, what: str, pretrained: bool = True,
-            **changes: Any) -> tuple[str, dict[str, Any]]:
-        say(f"--- {what}")
-        return what, train(dataclasses.replace(toy_config(config, name, pretrained), **changes))
+    def run(name: str, start: str = "pretrain/model", **changes: Any) -> dict[str, Any]:
+        return train(dataclasses.replace(
+            config, data_dir=str(root), model_dir=str(root / start), out=str(root / name),
+            max_len=min(config.max_len, 48), **changes))  # no text is longer
+
+    def quiet(name: str, changes: dict[str, Any]) -> dict[str, Any]:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            return run(name, **changes)
+
+    def show(what: str, result: dict[str, Any]) -> None:
+        size = result["adapter_parameters_after_pruning"]
+        say(f"{result['best']['matthews']:7.3f}  {what:<46}{size:>10,}")
 
     no_adapter = dataclasses.asdict(DoRAConfig(**METHODS["lora"]))
-    run("pretrain", "pretraining on short sentences, all weights", pretrained=False,
-        **{**no_adapter, "task": "toy-pretrain", "method": "full", "lr": 1e-3, "batch_size": 32,
-           "epochs": 3, "max_steps": None})
-    runs = [run("adapted", f"{config.method} on the pretrained encoder"),
-            run("head", "only the head", **{**no_adapter, "method": "head"}),
-            run("blind", f"{config.method} without pretraining", pretrained=False)]
-    say(f"\nMatthews correlation on the adaptation task, best epoch after the last pruning "
-        f"(files in {root})")
-    for what, result in runs:
-        say(f"{result['best']['matthews']:8.3f}  {what}")
-    return runs[0][1]
+    say("A tiny RoBERTa learns singular and plural from short sentences, and is frozen.")
+    quiet("pretrain", {**no_adapter, "start": "untrained", "task": "toy-pretrain",
+                       "method": "full", "lr": 1e-3, "batch_size": 32, "epochs": 3,
+                       "max_steps": None})
+    say('Now it has to notice errors such as "these dogs near the king sees a bird".\n')
+    found = run("adapted")
+    say(f"\n  score  {'(Matthews correlation on dev)':<46}parameters")
+    show(config.method + ", which finds its places itself" * bool(config.schedule), found)
+
+    others = {"only the head": {"head": {**no_adapter, "method": "head"}},
+              f"{config.method} without pretraining": {"blind": {"start": "untrained"}}}
+    if config.schedule:
+        others = {**other_places(config, layers, found["adapter_parameters_after_pruning"]),
+                  **others}
+    for what, runs in others.items():
+        results = [quiet(name, changes) for name, changes in runs.items()]
+        show(what, sorted(results, key=lambda result: result["best"]["matthews"])[len(runs) // 2])
+
+    if config.schedule:
+        say(f"\nWhere {config.method} kept its components, layer by matrix:\n"
+            f"{rank_map(found['ranks'])}\n{places_in_words(found['ranks'])}")
+    say(f"""
+What to try next:
+  python train_glue.py --method paper   # the settings of the paper
+  python train_glue.py --rank 2         # 12 times the budget: any place will do
+  python notebooks/plot_run.py {root}   # a picture of the run""")
+    return found
 
 
-def toy_config(config: TrainConfig, name: str, pretrained: bool = True) -> TrainConfig:
-    """Return the settings of one of the toy's runs."""
-    root = run_folder(config)
-    model_dir = root / "pretrain" / "model" if pretrained else root / "untrained"
-    return dataclasses.replace(config, data_dir=str(root), model_dir=str(model_dir),
-                               out=str(root / name),
-                               max_len=min(config.max_len, 48))  # no text is longer
+def other_places(config: TrainConfig, layers: dict[str, DoRALinear],
+                 size: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return runs to compare with, row -> folder -> settings: LoRA on query and value with at least
+    `size` parameters, and three draws of LoRA on random matrices with at most as many."""
+    lora = {**dataclasses.asdict(DoRAConfig(**METHODS["lora"])), "method": "lora",
+            "alpha": config.alpha, "dropout": config.dropout}
+    rank = math.ceil(size / 768)  # of 3 queries and 3 values, 128 parameters per component
+    usual = {**lora, "rank": rank, "targets": ("query", "value")}
+
+    draws = {}
+    for i in range(3):
+        left, targets = size // config.r_prime, []
+        for j in np.random.default_rng((config.seed, i)).permutation(len(layers)):
+            name, layer = [*layers.items()][j]
+            if layer.in_features + layer.out_features <= left:
+                left -= layer.in_features + layer.out_features
+                targets.append(name.removeprefix("roberta."))
+        draws[f"random-{i + 1}"] = {**lora, "rank": config.r_prime, "targets": tuple(targets)}
+    return {f"LoRA on query and value, rank {rank}": {"query-value": usual},
+            "LoRA in random places, median of three draws": draws}
+
+
+ROLES = {  # the ends of the names of a layer's matrices
+    "decide what a word looks at (query, key)": r"self\.(query|key)",
+    "pass on what it sees (value, attention.output)": r"self\.value|attention\.output\.dense",
+    "work on each word alone (intermediate, output)": r"\d\.(intermediate|output)\.dense"}
+
+
+def places_in_words(ranks: dict[str, int]) -> str:
+    """Return a sentence on which kinds of matrices kept components."""
+    kept = {role: sum(rank for name, rank in ranks.items() if re.search(f"({end})$", name))
+            for role, end in ROLES.items()}
+    parts = [f"{n} in matrices that {role}" for role, n in kept.items() if n]
+    return textwrap.fill(f"It kept {' and '.join(parts)}.", 80)
 
 
 # ---- the command line ----------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 trained; main prints the scores and returns 0, 2 for bad input, 128 + signal if interrupted."""
 import dataclasses
 import errno
-import functools
 import json
 import re
 import shutil
@@ -124,17 +123,6 @@ def test_bad_input(tmp_path, capsys, words, says):
         del given[name]
     line = failed(capsys, *([] if "--eval-only" in words else flags(**given)), *words.split())
     assert says in line and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("words, says", [
-    ("--targets querry", "'querry'"), ("--model-dir m", "--model-dir"),
-    ("--initial-phase 0.9", "initial_phase = 0.9")])
-def test_the_toy_refuses_before_it_pretrains(tmp_path, capsys, words, says):
-    """T26: a setting that cannot work is refused at once, and leaves nothing that would be in the
-    way of the right one."""
-    assert says in failed(capsys, "--out", str(tmp_path / "out"), "--device", "cpu", *words.split())
-    assert not (tmp_path / "out" / "pretrain").exists()
-    assert "pretraining" not in capsys.readouterr().out
 
 
 # ---- defaults -----------------------------------------------------------------------------------
@@ -446,61 +434,3 @@ def test_predict(tmp_path, capsys, name, method, expected):
     words = ["--eval-only", "--adapter", str(tmp_path / "out"), "--predict", "test"]
     assert main(words) == 0
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == first
-
-
-# ---- the toy ------------------------------------------------------------------------------------
-
-@pytest.mark.slow
-def test_the_toy(tmp_path, capsys, monkeypatch):
-    """`python train_glue.py`, all of it: DoRA on the pretrained encoder is clearly better than a
-    head alone and than DoRA without pretraining; the files are those of a GLUE run, in
-    runs/toy-dora-1. A second time it is refused, like any other run."""
-    monkeypatch.chdir(tmp_path)
-    assert main(["--device", "cpu"]) == 0
-    text = capsys.readouterr().out
-    scores = [float(x) for x in re.findall(r"^ +(-?\d\.\d+)  \w", text, re.MULTILINE)]
-    assert len(scores) == 3 and scores[0] > 0.6
-    assert scores[0] > max(scores[1:]) + 0.2
-    folder = tmp_path / "runs" / "toy-dora-1"
-    for name in ("pretrain", "adapted", "head", "blind"):
-        assert (folder / name / "result.json").exists()
-    best = json.loads((folder / "adapted" / "result.json").read_text())["best"]
-    assert abs(best["matthews"] - scores[0]) < 5e-4
-    line = failed(capsys, "--device", "cpu")
-    assert "runs/toy-dora-1 already contains a run; continue it with --resume, replace" in line
-    assert main(["--eval-only", "--adapter", "runs/toy-dora-1"]) == 0
-    assert f"dev examples: matthews {best['matthews']:.4f}\n" in capsys.readouterr().out
-
-
-def few_merges(train_bpe, texts, n, *paths):
-    """Learn ten merges, whatever was asked for."""
-    train_bpe(texts, 10, *paths)
-
-
-@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_toy_fills_its_folder(tmp_path, capsys, monkeypatch, again):
-    """The same in short, two steps of each training: runs/toy-METHOD-SEED, and one line for a
-    folder that has a run; then --resume, --overwrite and --seeds, which leaves out the first."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "TOY_SIZES", [
-        (name, split, 40) for name, split, _ in data.TOY_SIZES])
-    monkeypatch.setattr(data, "train_bpe", functools.partial(few_merges, data.train_bpe))
-    real = train_glue.train
-    monkeypatch.setattr(train_glue, "train", lambda config: real(
-        dataclasses.replace(config, max_steps=2)))
-    words = ["--method", "lora", "--device", "cpu", "--max-steps", "2"]
-    assert main(words) == 0
-    said = capsys.readouterr().out
-    assert "(files in runs/toy-lora-1)" in said and "files in runs/toy-lora-1/adapted\n" in said
-    assert sorted(p.name for p in (tmp_path / "runs" / "toy-lora-1").iterdir()) == [
-        "adapted", "blind", "head", "pretrain", "toy", "toy-pretrain", "untrained"]
-    assert "already contains a run; continue it with --resume" in failed(capsys, *words)
-    if not again:
-        return
-    assert main([*words, "--resume"]) == 0
-    assert main([*words, "--overwrite"]) == 0
-    assert main([*words, "--seeds", "1", "2", "--resume"]) == 0
-    line = failed(capsys, *words, "--seeds", "1", "2", "--lr", "0.1", "--resume")
-    assert "lr = 0.003, not 0.1" in line
-    assert (tmp_path / "runs" / "toy-lora-2" / "blind" / "result.json").exists()
-

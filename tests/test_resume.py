@@ -480,25 +480,6 @@ def test_kill_at_random_moments(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_toy_goes_on(tmp_path, capsys, monkeypatch):
-    """The toy stopped in its second training: with --resume the scores are those of a toy that
-    nothing stopped. Its files are in runs/toy-dora-1."""
-    assert main(["--out", str(tmp_path / "whole")]) == 0
-    whole = capsys.readouterr().out.split("Matthews correlation on the adaptation task")[1]
-    monkeypatch.chdir(tmp_path)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 400)                     # the pretraining has 375 steps
-        assert main([]) == 143
-    text = printed(capsys)
-    assert "saved in runs/toy-dora-1/adapted; continue with the same command and --resume" in text
-    assert main(["--resume"]) == 0
-    found = capsys.readouterr().out.split("Matthews correlation on the adaptation task")[1]
-    assert found.splitlines()[1:4] == whole.splitlines()[1:4]                    # three scores
-    same(newest(tmp_path / "runs/toy-dora-1/adapted")["weights"],
-         newest(tmp_path / "whole" / "adapted")["weights"])
-
-
-@pytest.mark.slow
 def test_kill_inside_a_write(tmp_path, whole):
     """A process dies between the two halves of the write of the checkpoint of step 14: the one of
     step 13 is the newest, and the run ends equal."""

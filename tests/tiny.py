@@ -57,7 +57,9 @@ def run_settings(out, dropout=True, **changes):
     given = dict(task="toy", data_dir=str(data_dir), model_dir=str(model_dir), out=str(out),
                  device="cpu", batch_size=8, epochs=3, max_len=48, log_every=1)
     if changes.get("method", "dora") in PRUNING:
-        given.update(interval=3, budget_unit="components")  # so that 12 matrices end with 24
+        given.update(rank=2.0, interval=3, budget_unit="components")  # 12 matrices end with 24
+    if changes.get("method") not in ("full", "bitfit"):  # whose rates are lower
+        given["lr"] = 3e-3
     if not dropout:
         given["dropout"] = 0.0
     return {**given, **changes}

@@ -1,0 +1,168 @@
+"""The toy of `python train_glue.py`: what it trains, prints, and says of the places it found."""
+import functools
+import json
+import os
+import re
+import signal
+import statistics
+
+import pytest
+
+import data
+import train_glue
+from dora import inject, rank_map
+from train_glue import RobertaConfig, RobertaForSequenceClassification, main, make_config
+
+FOLDERS = ["adapted", "query-value", "random-1", "random-2", "random-3", "head", "blind"]
+SHORT = ["--device", "cpu", "--max-steps", "8", "--interval", "2", "--batch-size", "8"]
+
+
+@pytest.fixture
+def short(tmp_path, monkeypatch):
+    """The toy with 40 sentences a file and ten merges, in an empty current folder."""
+    def few_merges(train_bpe, texts, n, *paths):
+        train_bpe(texts, 10, *paths)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "TOY_SIZES", [(name, split, 40) for name, split, _ in data.TOY_SIZES])
+    monkeypatch.setattr(data, "train_bpe", functools.partial(few_merges, data.train_bpe))
+    return tmp_path / "runs"
+
+
+def results(root):
+    """The results of the toy's runs on its adaptation task, by folder."""
+    return {name: json.loads((root / name / "result.json").read_text()) for name in FOLDERS}
+
+
+def rows(text):
+    """The rows of the printed table: (score, what, parameters)."""
+    found = re.findall(r"^ +(-?\d\.\d{3})  (.{46}) *([\d,]+)$", text, re.MULTILINE)
+    return [(float(score), what.strip(), int(size.replace(",", ""))) for score, what, size in found]
+
+
+def test_what_it_prints(short, capsys):
+    """The table against result.json of each run, the median of three draws among them; the map
+    against ranks.json; no line is wider than 80 columns. A second time it is refused."""
+    assert main(SHORT) == 0
+    text = capsys.readouterr().out
+    root = short / "toy-dora-1"
+    found = results(root)
+    draws = sorted((found.pop(f"random-{i}") for i in (1, 2, 3)),
+                   key=lambda result: result["best"]["matthews"])
+    expected = [found["adapted"], found["query-value"], draws[1], found["head"], found["blind"]]
+    table = rows(text)
+    assert [(score, size) for score, _, size in table] == [
+        (round(result["best"]["matthews"], 3), result["adapter_parameters_after_pruning"])
+        for result in expected]
+    assert [re.findall("finds|query|random|head|without", what)[0] for _, what, _ in table] == [
+        "finds", "query", "random", "head", "without"]
+
+    ranks = json.loads((root / "adapted" / "ranks.json").read_text())
+    assert rank_map(ranks) in text and train_glue.places_in_words(ranks) in text
+    assert sum(ranks.values()) in (3, 4) and table[0][2] <= 576 and table[1][2] == 768
+    after = text[text.index("score"):].replace(str(root), "")
+    assert max(map(len, after.splitlines())) <= 80
+    assert main(SHORT) == 2
+    assert "already contains a run" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_it_goes_on_after_a_signal(short, capsys, monkeypatch):
+    """Stopped in the middle of a run to compare with: exit code 143 and a line that says how to go
+    on; with --resume the table is that of a toy that nothing stopped."""
+    assert main([*SHORT, "--out", "whole"]) == 0
+    whole = rows(capsys.readouterr().out)
+    losses, real = [], train_glue.task_loss
+
+    def loss(*args):
+        losses.append(1)
+        if len(losses) == 25:  # after 6 steps of pretraining, 8 of dora and 8 on query and value
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_glue, "task_loss", loss)
+        assert main(SHORT) == 143
+    assert "stopped at step 3 of 8, saved in runs/toy-dora-1/random-1; continue with the same " \
+        "command and --resume" in capsys.readouterr().out
+    assert main([*SHORT, "--resume"]) == 0
+    assert rows(capsys.readouterr().out) == whole
+
+
+@pytest.mark.slow
+def test_other_methods_and_seeds(short, capsys):
+    """--method lora, which has no place to find, is compared with the head and with no pretraining
+    alone; --seeds makes one folder each, and --overwrite replaces them."""
+    words = ["--method", "lora", *SHORT[:4], "--batch-size", "8", "--seeds", "1", "2"]
+    for more in ([], ["--overwrite"]):
+        assert main([*words, *more]) == 0
+        assert [what for _, what, _ in rows(capsys.readouterr().out)] == [
+            "lora", "only the head", "lora without pretraining"] * 2
+    assert {path.name for path in (short / "toy-lora-2").iterdir()} == {
+        "adapted", "blind", "head", "pretrain", "toy", "toy-pretrain", "untrained"}
+
+
+@pytest.mark.parametrize("words, says", [
+    ("--targets querry", "'querry'"), ("--model-dir m", "--model-dir"),
+    ("--initial-phase 0.9", "initial_phase = 0.9")])
+def test_it_refuses_before_it_pretrains(tmp_path, capsys, words, says):
+    """A setting that cannot work is refused at once, and leaves nothing that would be in the
+    way of the right one."""
+    assert main(["--out", str(tmp_path / "out"), "--device", "cpu", *words.split()]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out" / "pretrain").exists()
+
+
+@pytest.mark.parametrize("rank, size", [(1 / 6, 576), (1 / 6, 512), (2, 6900)])
+def test_random_places(rank, size):
+    """Three draws of whole matrices at the rank that dora starts from: at most `size` parameters,
+    no matrix left out that would fit, other matrices in each draw and for each seed. LoRA on query
+    and value has the smallest rank with at least as many."""
+    model = RobertaForSequenceClassification(RobertaConfig(
+        vocab_size=300, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=256, max_position_embeddings=64), 2)
+    layers = {f"roberta.{name}": layer
+              for name, layer in inject(model.roberta, make_config(rank=rank)).items()}
+    seen = set()
+    for seed in (1, 2):
+        config = make_config(rank=rank, seed=seed)
+        (usual,), draws = (row.values() for row in train_glue.other_places(
+            config, layers, size).values())
+        assert 768 * (usual["rank"] - 1) < size <= 768 * usual["rank"]
+        for settings in draws:
+            costs = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
+            chosen = [costs.pop(f"roberta.{name}") for name in settings["targets"]]
+            assert settings["rank"] == config.r_prime and settings["method"] == "lora"
+            left = size - config.r_prime * sum(chosen)
+            assert 0 <= left < config.r_prime * min(costs.values())
+            seen.add(frozenset(settings["targets"]))
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize("kept, says", [
+    (["0.attention.self.key", "1.attention.self.query"], "2 in matrices that decide"),
+    (["0.attention.self.value", "1.attention.output.dense"], "2 in matrices that pass on"),
+    (["0.intermediate.dense", "2.output.dense"], "2 in matrices that work on"),
+    (["0.attention.self.key", "0.output.dense"], "decide .* and 1 in matrices that work")])
+def test_the_places_in_words(kept, says):
+    """The sentence counts components by what their matrices do, and leaves out those without."""
+    ranks = {f"roberta.encoder.layer.{name}": 1 for name in kept}
+    ranks |= {"roberta.encoder.layer.2.attention.self.key": 0}
+    sentence = train_glue.places_in_words(ranks)
+    assert re.search(says, sentence.replace("\n", " ")) and max(map(len, sentence.split("\n"))) < 81
+    assert sum(map(int, re.findall(r"\d", sentence))) == 2
+
+
+@pytest.mark.slow
+def test_the_place_matters(tmp_path, capsys, monkeypatch):
+    """`python train_glue.py` with six seeds on which nothing was chosen: dora is ahead of the
+    median of three random placements on at least five, and of LoRA on query and value in the
+    median; the head alone, and dora without pretraining, are far behind."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["--device", "cpu", "--seeds", *"123456"]) == 0
+    scores = [{name: result["best"]["matthews"] for name, result in results(
+        tmp_path / "runs" / f"toy-dora-{seed}").items()} for seed in range(1, 7)]
+    ahead = [row["adapted"] - statistics.median(row[f"random-{i}"] for i in (1, 2, 3))
+             for row in scores]
+    assert sum(difference > 0 for difference in ahead) >= 5
+    median = {name: statistics.median(row[name] for row in scores) for name in FOLDERS}
+    assert median["adapted"] >= median["query-value"]
+    assert median["adapted"] > max(median["head"], median["blind"]) + 0.2
