@@ -663,14 +663,14 @@ def write_toy(data_dir: AnyPath, model_dir: AnyPath) -> BPE:
     """Write the toy's files in CoLA's layout, and a tokenizer learned from them.
 
     toy-pretrain asks for the numbers of subject and verb in short sentences (four classes). toy
-    asks if a sentence is correct, with three to six phrases whose nouns distract from the subject.
+    asks if a sentence is correct, with two to four phrases whose nouns distract from the subject.
     """
     rng = np.random.default_rng(0)
     texts = []
     for name, split, size in TOY_SIZES:
         with atomic_file(Path(data_dir) / name / f"{split}.tsv") as file:
             for _ in range(size):
-                phrases = 0 if name == "toy-pretrain" else int(rng.integers(3, 7))
+                phrases = 0 if name == "toy-pretrain" else int(rng.integers(2, 5))
                 text, subject, verb = toy_sentence(rng, phrases)
                 label = int(subject == verb) if phrases else 2 * subject + verb
                 file.write(f"toy\t{label}\t\t{text}\n".encode())

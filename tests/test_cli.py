@@ -119,7 +119,7 @@ def test_bad_input(tmp_path, capsys, words, says):
     """Unknown flags, values of another type, out of range, without effect or that do not go
     together: exit code 2 and one line that names flag and value; no run folder."""
     given = run_settings(tmp_path / "out")
-    for name in ("interval", "budget_unit"):  # which other methods refuse
+    for name in ("rank", "interval", "budget_unit"):  # which other methods refuse
         del given[name]
     line = failed(capsys, *([] if "--eval-only" in words else flags(**given)), *words.split())
     assert says in line and not (tmp_path / "out").exists()
