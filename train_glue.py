@@ -1502,42 +1502,38 @@ def toy(config: TrainConfig) -> dict[str, Any]:
     Pruner(layers, config, run_length(config, rows)[1])
 
     def run(name: str, start: str = "pretrain/model", **changes: Any) -> dict[str, Any]:
-        return train(dataclasses.replace(
+        changed = dataclasses.replace(
             config, data_dir=str(root), model_dir=str(root / start), out=str(root / name),
-            max_len=min(config.max_len, 48), **changes))  # no text is longer
-
-    def quiet(name: str, changes: dict[str, Any]) -> dict[str, Any]:
+            max_len=min(config.max_len, 48), **changes)  # no text is longer
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            return run(name, **changes)
+            return train(changed)  # what it says is in its log.txt
 
-    def show(what: str, result: dict[str, Any]) -> None:
-        size = result["adapter_parameters_after_pruning"]
-        say(f"{result['best']['matthews']:7.3f}  {what:<46}{size:>10,}")
+    def show(what: str, *results: dict[str, Any]) -> None:
+        middle = sorted(results, key=lambda result: result["best"]["matthews"])[len(results) // 2]
+        size = middle["adapter_parameters_after_pruning"]
+        say(f"{middle['best']['matthews']:7.3f}  {what:<46}{size:>10,}")
 
     no_adapter = dataclasses.asdict(DoRAConfig(**METHODS["lora"]))
     say("A tiny RoBERTa learns singular and plural from short sentences, and is frozen.")
-    quiet("pretrain", {**no_adapter, "start": "untrained", "task": "toy-pretrain",
-                       "method": "full", "lr": 1e-3, "batch_size": 32, "epochs": 3,
-                       "max_steps": None})
-    say('Now it has to notice errors such as "these dogs near the king sees a bird".\n')
-    found = run("adapted")
-    say(f"\n  score  {'(Matthews correlation on dev)':<46}parameters")
-    show(config.method + ", which finds its places itself" * bool(config.schedule), found)
+    run("pretrain", "untrained", **{**no_adapter, "task": "toy-pretrain", "method": "full",
+                                    "lr": 1e-3, "batch_size": 32, "epochs": 3, "max_steps": None})
+    say(f"""Now adapters learn to notice errors like "these dogs near the king sees a bird".
 
-    others = {"only the head": {"head": {**no_adapter, "method": "head"}},
-              f"{config.method} without pretraining": {"blind": {"start": "untrained"}}}
+  score  {'(Matthews correlation on dev)':<46}parameters""")
+    found = run("adapted")
+    show(config.method + ", which finds its places itself" * bool(config.schedule), found)
     if config.schedule:
-        others = {**other_places(config, layers, found["adapter_parameters_after_pruning"]),
-                  **others}
-    for what, runs in others.items():
-        results = [quiet(name, changes) for name, changes in runs.items()]
-        show(what, sorted(results, key=lambda result: result["best"]["matthews"])[len(runs) // 2])
+        size = found["adapter_parameters_after_pruning"]
+        for what, runs in other_places(config, layers, size).items():
+            show(what, *(run(name, **changes) for name, changes in runs.items()))
+    show("only the head", run("head", **{**no_adapter, "method": "head"}))
+    show(f"{config.method} without pretraining", run("blind", "untrained"))
 
     if config.schedule:
         say(f"\nWhere {config.method} kept its components, layer by matrix:\n"
             f"{rank_map(found['ranks'])}\n{places_in_words(found['ranks'])}")
     say(f"""
-What to try next:
+What to try next (files are in {root}):
   python train_glue.py --method paper   # the settings of the paper
   python train_glue.py --rank 2         # 12 times the budget: any place will do
   python notebooks/plot_run.py {root}   # a picture of the run""")
