@@ -106,11 +106,13 @@ def test_metrics_of_a_run(finished):
 
 
 def test_history_of_the_ranks(finished):
-    """ranks.jsonl: the matrices, then the live components of each, before training and after each
-    pruning that changed them; the last are those of ranks.json, and each sum is the line's live."""
+    """ranks.jsonl: the matrices and what a component costs in each (d_in + d_out), then the live
+    components, before training and after each pruning that changed them; the last are those of
+    ranks.json, and each sum is the line's live."""
     folder, returned = finished
     (first, *rows), metrics = json_lines(folder / "ranks.jsonl"), lines(folder)
-    assert first == {"matrices": [*returned["ranks"]]}
+    costs = first["parameters per component"]
+    assert [*costs] == [*returned["ranks"]] and [*costs.values()] == [64, 64, 64, 64, 96, 96] * 2
     assert [row["step"] for row in rows] in ([0, 7, 10, 12], [0, 7, 10])  # 12 may change nothing
     assert rows[0]["live"] == [3] * 12 and rows[-1]["live"] == [*returned["ranks"].values()]
     for row in rows[1:]:
@@ -387,7 +389,8 @@ def test_compaction_in_training(tmp_path, masks, monkeypatch, rank):
     monkeypatch.setattr(train_glue, "compact_", lambda model, optimizer=None: model)
     masked = run(tmp_path / "masked", **changes)
     close(lines(tmp_path / "compacted"), lines(tmp_path / "masked"), numbers=("loss", "penalty"))
-    assert compacted["epochs"] == masked["epochs"] and compacted["ranks"] == masked["ranks"]
+    assert compacted["epochs"] == [pytest.approx(row, rel=1e-9) for row in masked["epochs"]]
+    assert compacted["ranks"] == masked["ranks"]
     half = len(masks) // 2
     assert masks[:half] == masks[half:]
     files = [read_safetensors(tmp_path / name / "adapter" / "adapter_model.safetensors")
