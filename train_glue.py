@@ -590,7 +590,7 @@ class TrainConfig(DoRAConfig):
     save_every: int = 500  # optimizer steps between checkpoints
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto = cuda or mps if there is one
     dtype: Literal["float32", "bf16", "float64"] = "float32"  # of the encoder; adapters: >= float32
-    compile: bool = False  # torch.compile, for GPUs: on a CPU 1.19 of the floor's time for 1.12
+    compile: bool = False  # torch.compile, for GPUs; on a CPU 1.19 times the floor, without it 1.12
     deterministic: bool = False  # only deterministic kernels, no TF32, no oneDNN; slower
     resume: bool = False  # continue from the run folder's newest checkpoint
     overwrite: bool = False  # delete the files of the run in the folder, and start again
@@ -1088,11 +1088,10 @@ class Run:
                               f"{self.folder}", error.args[1])
             if isinstance(error, NotFiniteError):
                 self.save("not-finite")  # for inspection; --resume ignores it
-                good = [path.stem for path in checkpoints_in(self.folder)] or ["none yet"]
                 lr = self.optimizer.param_groups[0]["lr"]
-                error.args = (f"{error} (--lr), which was {lr:.3g}. The state is in {self.folder}/"
-                              f"checkpoints/not-finite.pt, the last good checkpoint there is "
-                              f"{good[-1]}",)
+                error.args = (f"{error} (--lr), which was {lr:.3g}; the state is in {self.folder}/"
+                              f"checkpoints/not-finite.pt, beside good checkpoints if there are "
+                              f"any",)
             if isinstance(error, Exception):
                 self.note(str(error.args[0] if error.args else error))
             self.note_seconds()
@@ -1213,7 +1212,9 @@ class Run:
                     "penalty": float(penalty.detach()), "grad_norm": float(norm),
                     "live": self.pruner.live, "parameters": live_parameters(self.pruner),
                     "budget": budget(step, self.total, self.config, self.pruner.per_rank)}
-            self.check(line["loss"], line["grad_norm"])
+            if not math.isfinite(line["loss"] + line["grad_norm"]):
+                raise NotFiniteError(f"step {step}: loss {line['loss']:.4g}, gradient norm "
+                                     f"{line['grad_norm']:.4g}; lower the learning rate")
         if logging:
             live = f", live {self.pruner.live:,}" * bool(self.pruner.layers)
             self.bar.set_postfix_str(f"loss {line['loss']:.3g}{live}")
@@ -1222,15 +1223,6 @@ class Run:
             self.save()
         if logging or process()[1] == 1:  # several processes have to agree on a signal
             stop_if_signalled(self.device)
-
-    def check(self, loss: float, norm: float) -> None:
-        """Raise NotFiniteError if the loss, the gradient or a weight is not finite."""
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        finite = torch.stack([p.isfinite().all() for p in trained.values()]).tolist()  # one wait
-        if not (all(finite) and math.isfinite(loss + norm)):
-            bad = [name for name, good in zip(trained, finite) if not good] or ["none"]
-            raise NotFiniteError(f"step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}, "
-                                 f"first bad weight {bad[0]}; lower the learning rate")
 
     def owes_scores(self) -> bool:
         """Return True if the last step ended an epoch that has not been evaluated."""
@@ -1339,7 +1331,7 @@ def settings_of_run(folder: Path) -> dict[str, Any]:
 
 def refuse_foreign(folder: Path, is_ours: Any) -> None:
     """Raise DoRAError for a folder with files that no run wrote."""
-    names = sorted(path.name for path in folder.glob("*") if path.name != ".lock")
+    names = sorted(path.name for path in folder.glob("*") if not path.name.startswith("."))
     require(is_ours or not names, f"{folder} is neither empty nor a run's (it has "
             f"{', '.join(names):.60}); use another --out")
 

@@ -226,8 +226,8 @@ def test_ctrl_c_while_loading(tmp_path, capsys, monkeypatch):
     (math.nan, 3, 1), (math.inf, 11, 1), (math.nan, 14, 100), (math.inf, 16, 100)])
 def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch, whole, value, step, log_every):
     """NaN or inf from a step on, seen at a log step (each one), before a checkpoint (save_every 4)
-    or before the evaluation at an epoch's end (16): exit code 2, one line with step, learning rate
-    and weight; the state is saved aside; checkpoints and adapter hold finite numbers only, and the
+    or before the evaluation at an epoch's end (16): exit code 2, one line with step and learning
+    rate; the state is saved aside; checkpoints and adapter hold finite numbers only, and the
     resumed run ends as the one that never broke."""
     words = flags(**run_settings(tmp_path, log_every=log_every, save_every=4))
     seen = step if log_every == 1 else 16
@@ -236,7 +236,7 @@ def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch, whole, value, 
         assert main(words) == 2
     error = capsys.readouterr().err.strip()
     lr = train_glue.learning_rate(seen - 1, 24, make_config(**run_settings(tmp_path)))
-    for part in (f"step {seen}: loss ", "roberta.encoder.layer.0.attention", f"{lr:.3g}",
+    for part in (f"step {seen}: loss ", f"{lr:.3g}",
                  str(tmp_path / "checkpoints" / "not-finite.pt")):
         assert part in error, (part, error)
     assert "\n" not in error
