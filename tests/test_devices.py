@@ -18,8 +18,8 @@ from dora import DoRAError, load_adapter, merge_
 from train_glue import compute_logits, find_device, make_config
 
 KINDS = ("cuda", "mps")
-METHODS = ["dora", "adalora", *(pytest.param(method, marks=pytest.mark.slow) for method in
-                               ("paper", "lora", "bitfit", "full", "head"))]
+METHODS = ["dora", *(pytest.param(method, marks=pytest.mark.slow) for method in
+                     ("adalora", "paper", "lora", "bitfit", "full", "head"))]
 SHORT = dict(max_steps=9)  # evaluated after steps 8 and 9; dora prunes until step 5
 ROOT = functools.cache(lambda: tempfile.TemporaryDirectory(prefix="dora-devices-"))
 
@@ -140,7 +140,7 @@ def steps(monkeypatch, kind, **given):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ("dora", "paper", "adalora"))
+@pytest.mark.parametrize("method", METHODS[:3])
 def test_waits(monkeypatch, kind, method):
     """A plain step waits for the device 0 times, and on CUDA no copy to it blocks. A step that
     prunes waits twice: for the scores, and for the gates, which have to be finite as well."""
