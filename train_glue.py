@@ -277,14 +277,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
         layers = adapt(model, config)
 
         batch_size = config.batch_size * config.accumulate  # examples per optimizer step
-        per_epoch = math.ceil(len(train_set) / batch_size)
-        total = config.max_steps or config.epochs * per_epoch
+        _, total = run_length(config, len(train_set))
         pruner = Pruner(layers, config, total)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay,
                                       fused=True)
 
-        run.start(model, model_dir, optimizer, pruner, train_set, dev_sets)
+        run.start(model, model_dir, optimizer, pruner, train_set, dev_sets)  # or resume it
         net = wrap(model, config)
         stream = data.endless_batches(train_set, batch_size, config.seed, run.step)
         while run.step < total or run.owes_scores():
@@ -1473,25 +1472,9 @@ def toy(config: TrainConfig) -> dict[str, Any]:
     Returns the result of the run of config.method, with which others are compared. Raises DoRAError
     in several processes and for a model_dir.
     """
-    require(process()[1] == 1 and not config.model_dir, "the toy runs in one process and makes its "
-            "own model; for torchrun or --model-dir, choose a --task and --data-dir")
     torch.set_num_threads(1)  # matrices this small are slower when threads share them
     root = run_folder(config)
-    require(config.resume or config.overwrite or not checkpoints_in(root / "pretrain"),
-            f"{root} already contains a run; continue it with --resume, replace it with "
-            f"--overwrite, or use another --out")
-
-    bpe = data.write_toy(root, root / "untrained")
-    torch.manual_seed(config.seed)
-    tiny = RobertaConfig(vocab_size=len(bpe.vocab), hidden_size=64, num_hidden_layers=3,
-                         num_attention_heads=4, intermediate_size=256, max_position_embeddings=64,
-                         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-                         initializer_range=0.1)
-    save_model(RobertaForSequenceClassification(tiny, 4), root / "untrained")
-    # settings that cannot work are refused now, and not after the pretraining
-    rows = {name: n for name, split, n in data.TOY_SIZES if split == "train"}["toy"]
-    layers = adapt(RobertaForSequenceClassification(tiny, 2), config)
-    Pruner(layers, config, run_length(config, rows)[1])
+    layers = begin_toy(config, root)
 
     def run(name: str, start: str = "pretrain/model", **changes: Any) -> dict[str, Any]:
         changed = dataclasses.replace(
@@ -1530,6 +1513,31 @@ What to try next (files are in {root}):
   python train_glue.py --rank 2         # 12 times the budget: any place will do
   python notebooks/plot_run.py {root}   # a picture of the run""")
     return found
+
+
+def begin_toy(config: TrainConfig, root: Path) -> dict[str, DoRALinear]:
+    """Write the toy's data and its untrained model. Return the layers that will be adapted, by name.
+
+    Raises DoRAError for settings that cannot work: now, and not after the pretraining.
+    """
+    require(process()[1] == 1 and not config.model_dir, "the toy runs in one process and makes its "
+            "own model; for torchrun or --model-dir, choose a --task and --data-dir")
+    refuse_foreign(root, (root / "untrained").exists())
+    require(config.resume or config.overwrite or not checkpoints_in(root / "pretrain"),
+            f"{root} already contains a run; continue it with --resume, replace it with "
+            f"--overwrite, or use another --out")
+
+    bpe = data.write_toy(root, root / "untrained")
+    torch.manual_seed(config.seed)
+    tiny = RobertaConfig(vocab_size=len(bpe.vocab), hidden_size=64, num_hidden_layers=3,
+                         num_attention_heads=4, intermediate_size=256, max_position_embeddings=64,
+                         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                         initializer_range=0.1)
+    save_model(RobertaForSequenceClassification(tiny, 4), root / "untrained")
+    layers = adapt(RobertaForSequenceClassification(tiny, 2), config)
+    rows = {name: n for name, split, n in data.TOY_SIZES if split == "train"}["toy"]
+    Pruner(layers, config, run_length(config, rows)[1])
+    return layers
 
 
 def other_places(config: TrainConfig, layers: dict[str, DoRALinear],
@@ -1798,8 +1806,8 @@ def help_text(name: str, text: str, default: Any) -> str:
 def shown(value: Any) -> str:
     """Return a setting's value as it is written on the command line."""
     if isinstance(value, tuple):
-        return " ".join(map(str, value))
-    return "none" if value is None else str(value)
+        return " ".join(value)
+    return "none" if value is None else f"{value:g}" if type(value) is float else str(value)
 
 
 def parse_value(kind: type, optional: bool, text: str) -> Any:

@@ -246,6 +246,8 @@ def test_a_folder_that_is_not_a_runs(tmp_path, capsys, words):
     for folder in (tmp_path / "model", tmp_path):
         line = failed(capsys, *flags(**run_settings(folder)), *words)
         assert str(folder) in line and "neither empty nor a run's" in line
+        line = failed(capsys, "--out", str(folder), *words)  # the toy
+        assert str(folder) in line and "neither empty nor a run's" in line
     assert contents(tmp_path) == before
 
 
