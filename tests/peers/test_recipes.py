@@ -189,7 +189,7 @@ def test_rates():
 
 
 def test_the_sweep(tmp_path):
-    """The shell block on small files of the same layout, each run cut to eight steps: six medians."""
+    """The shell block on small files of the same layout, eight steps per run: six medians."""
     bpe = data.write_toy(tmp_path, tmp_path / "model")
     (tmp_path / "toy").rename(tmp_path / "CoLA")
     tiny = train_glue.RobertaConfig(vocab_size=len(bpe.vocab), hidden_size=16, num_hidden_layers=1,
