@@ -24,11 +24,6 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
-def log(name):
-    """The runs of a log of the benchmarks."""
-    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
-
-
 # ---- shape ---------------------------------------------------------------------------------------
 
 def test_length_and_first_command():
@@ -116,6 +111,66 @@ def test_commands_name_what_exists():
 
 
 # ---- numbers -------------------------------------------------------------------------------------
+
+def page(name):
+    """A page that the benchmarks wrote, its line breaks removed."""
+    return " ".join((ROOT / "benchmarks" / name).read_text(encoding="utf-8").split())
+
+
+def cell(name, row, column):
+    """One cell of a table in results/, by the start of its row and its column's title."""
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in
+            (RESULTS / name).read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    at = max(i for i, cells in enumerate(rows) if cells[0].startswith(row))
+    head = next(cells for cells in reversed(rows[:at]) if column in cells)
+    return rows[at][head.index(column)]
+
+
+def test_the_table_of_results():
+    """The table, its noise and the counts below it, compared with what glue.py and
+    rank_recovery.py wrote from their logs."""
+    rows = (RESULTS / "readme_table.md").read_text(encoding="utf-8")
+    assert rows.strip() in TEXT
+    text = page("RESULTS.md")
+    noise = re.search(r"about 0(.\d+) on stsb, 0(.\d+) on mrpc, 0(.\d+) on cola", text)
+    ahead = re.search(r"in (\d+ of \d+) runs at ranks 1 and 2 .*? in (\d+ of \d+) at rank 4", text)
+    recovery = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    lines = recovery.split("| Methods (20 seeds) |")[1].split("\n\n")[0].split("\n")[2:]
+    right = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in lines}
+    for words in ("{} on STS-B, {} on MRPC and {} on CoLA".format(*noise.groups()),
+                  "ahead in {} runs at ranks 1 and 2, and in {} at rank 4".format(*ahead.groups()),
+                  f"nothing is misplaced in {right['dora']} runs (AdaLoRA "
+                  f"{right['adalora'].split()[0]}, `paper` {right['paper'].split()[0]})"):
+        assert words in WORDS, words
+
+
+def test_places():
+    """What the text says of places, compared with the tables of places.py and surgical.py."""
+    six, wins = "STS-B, 6 components, 300 steps", "its places minus shuffled"
+    seeds = cell("places.md", six, "seeds x random places").split()[0]
+    share = cell("places.md", six, "percentile of dora's places")
+    changed, placebo = (cell("surgical.md", wins, column).split(",")[0]
+                        for column in ("mirrored", "placebo"))
+    for words in (f"beats {share} of them in the mean of {seeds} seeds",
+                  f"with {changed} seeds ([Results]", f"mirrored ({changed} seeds). If nothing",
+                  f"its places win with {placebo},"):
+        assert words in WORDS, words
+    assert "wide" in cell("places.md", six, "best - worst")
+
+
+def test_speed():
+    """Time and memory over PEFT's LoRA, compared with the last recorded runs of both shapes."""
+    cases = json.loads((RESULTS / "step_time.json").read_text(encoding="utf-8"))
+    ratios = [], []
+    for model, width in (("MiniLM", 16), ("RoBERTa-base", 64)):
+        case = [c for c in cases if c["model"].startswith(model) and c["width"] == width][-1]
+        own, peft = case["rows"]["dora"], case["rows"]["PEFT LoRA"]
+        ratios[0].append(own["tf"] / peft["tf"])
+        ratios[1].append(own["memory"] / peft["memory"])
+    for row, numbers in zip(("time of a training step", "memory of a step, without the weights"),
+                            ratios):
+        assert f"| {row} | {numbers[0]:.2f} | {numbers[1]:.2f} |" in TEXT
+
 
 def test_the_length_of_the_first_command():
     """Steps of `--task cola`: the train set in batches, times the epochs of Table 8. Hours: times
