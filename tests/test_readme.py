@@ -111,6 +111,19 @@ def test_commands_name_what_exists():
         assert (ROOT / name).exists(), name
 
 
+@pytest.mark.slow
+def test_the_toy(tmp_path, monkeypatch, capsys):
+    """The first command's table, compared with the README's: the same rows, and scores within 0.03,
+    since CPUs round differently."""
+    monkeypatch.chdir(tmp_path)
+    assert train_glue.main([]) == 0
+    rows = re.compile(r"^ +(-?\d\.\d{3})  (\w.*?)  +[\d,]+$", re.MULTILINE)
+    printed, shown = rows.findall(capsys.readouterr().out), rows.findall(TEXT)
+    assert [what for _, what in printed] == [what for _, what in shown] and len(shown) == 5
+    for (found, what), (expected, _) in zip(printed, shown):
+        assert float(found) == pytest.approx(float(expected), abs=0.03), what
+
+
 # ---- numbers -------------------------------------------------------------------------------------
 
 def page(name):
