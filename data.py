@@ -634,6 +634,7 @@ TOY_SIZES = (
     ("toy", "train", 1000),
     ("toy", "dev", 400),
 )
+TOY_PHRASES = (2, 5)  # a sentence of the adaptation task has from 2 to 4
 
 
 def toy_sentence(rng: np.random.Generator, phrases: int) -> tuple[str, int, int]:
@@ -670,7 +671,7 @@ def write_toy(data_dir: AnyPath, model_dir: AnyPath) -> BPE:
     for name, split, size in TOY_SIZES:
         with atomic_file(Path(data_dir) / name / f"{split}.tsv") as file:
             for _ in range(size):
-                phrases = 0 if name == "toy-pretrain" else int(rng.integers(2, 5))
+                phrases = 0 if name == "toy-pretrain" else int(rng.integers(*TOY_PHRASES))
                 text, subject, verb = toy_sentence(rng, phrases)
                 label = int(subject == verb) if phrases else 2 * subject + verb
                 file.write(f"toy\t{label}\t\t{text}\n".encode())

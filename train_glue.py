@@ -1516,7 +1516,7 @@ What to try next (files are in {root}):
 
 
 def begin_toy(config: TrainConfig, root: Path) -> dict[str, DoRALinear]:
-    """Write the toy's data and its untrained model. Return the layers that will be adapted, by name.
+    """Write the toy's data and its untrained model. Return the layers that will be adapted.
 
     Raises DoRAError for settings that cannot work: now, and not after the pretraining.
     """
