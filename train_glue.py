@@ -1510,7 +1510,7 @@ def toy(config: TrainConfig) -> dict[str, Any]:
     say(f"""
 What to try next (files are in {root}):
   python train_glue.py --method paper   # the settings of the paper
-  python train_glue.py --rank 2         # 12 times the budget: any place will do
+  python train_glue.py --rank 2         # random places work, too, at this budget
   python notebooks/plot_run.py {root}   # a picture of the run""")
     return found
 
@@ -1573,7 +1573,7 @@ def places_in_words(ranks: dict[str, int]) -> str:
     kept = {role: sum(rank for name, rank in ranks.items() if re.search(f"({end})$", name))
             for role, end in ROLES.items()}
     parts = [f"{n} in matrices that {role}" for role, n in kept.items() if n]
-    return textwrap.fill(f"It kept {' and '.join(parts)}.", 80)
+    return textwrap.fill(f"It kept {', '.join(parts)}.", 80)
 
 
 # ---- the command line ----------------------------------------------------------------------------
