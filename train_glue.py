@@ -1509,9 +1509,9 @@ def toy(config: TrainConfig) -> dict[str, Any]:
             f"{rank_map(found['ranks'])}\n{places_in_words(found['ranks'])}")
     say(f"""
 What to try next (files are in {root}):
-  python train_glue.py --method paper   # the settings of the paper
-  python train_glue.py --rank 2         # random places work, too, at this budget
-  python notebooks/plot_run.py {root}   # a picture of the run""")
+  python train_glue.py --method paper  # the settings of the paper
+  python train_glue.py --rank 2        # random places work, too, at this budget
+  python notebooks/plot_run.py {root}  # a picture of the run""")
     return found
 
 
