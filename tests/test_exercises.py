@@ -64,7 +64,7 @@ ROWS = "for layer in layers for rows in (layer.A, layer.B.T)"
 
 RIGHT = [
     (1, score("torch.stack([layer.c.grad.abs() for layer in layers]).flatten()")),
-    (1, score("sensitivity(layers) / torch.cat([layer.c for layer in layers]).abs()")),
+    (1, score("torch.cat([torch.maximum(layer.c.grad, -layer.c.grad) for layer in layers])")),
     (2, curve("surplus - __import__('math').floor(p * surplus)")),
     (2, curve("next(left for left in range(surplus + 1) if surplus - left <= surplus * p)")),
     (3, FLOOR.format("part[best] = part[best] + 1e6 * scores.max()")),
@@ -114,6 +114,8 @@ WRONG = [
     (1, score("torch.cat([layer.c.data.abs() for layer in layers])")),
     (1, score("sensitivity(layers)")),
     (1, score("torch.cat([layer.c.grad * layer.mask for layer in layers]).abs()")),
+    (1, score("torch.cat([layer.c.grad * (layer.c != 0) for layer in layers]).abs()")),
+    (1, score("sensitivity(layers) / torch.cat([layer.c for layer in layers]).abs()")),  # 0 / 0
     # in place, so that the optimizer gets other gradients
     (1, score("torch.cat([layer.c.grad.abs_() for layer in layers])")),
     (1, score("torch.cat([layer.c.grad for layer in layers]).abs()",
@@ -153,6 +155,15 @@ WRONG = [
     (3, FLOOR.format("part[best] += 2 * scores.max() * (self.t != self.last)")),
     (3, FLOOR.format("part[best] += 2 * scores.max() * (self.t > 10)")),
     (3, FLOOR.format("part[best] += 1 + 2 * scores.max()")),  # no check of scores that are all 0
+    (3, FLOOR.format("part[best] += 2 * scores.max()").replace("self.floor", "FloorPruner.floor")),
+    (3, FLOOR.replace("super().scores().clone()", "self.I_bar[0]").format(
+        "part[best] += 2 * scores.max()")),  # changes the averages
+    # half of the budget, or none, until the last pruning
+    (3, FLOOR.format("part[best] += 2 * scores.max()") + """
+    def _prune(self):
+        if self.t == self.last or self.t % 2:
+            super()._prune()
+"""),
     # the floor is not paid from the budget
     (3, """
 class FloorPruner(Pruner):
@@ -205,6 +216,9 @@ class FloorPruner(Pruner):
     (5, skip(under='skip.split(".")[-1] in name.split(".")')),
     (5, skip(under='name.startswith(skip + ".")')),
     (5, skip(under='name.rpartition(".")[0] == skip')),
+    (5, skip(under='__import__("re").match(skip, name)')),
+    (5, skip(under='__import__("re").match(skip + "[.]", name)')),
+    (5, skip(under='__import__("re").match(skip + "(?![0-9])", name)')),
     # targets by any end, by their last word, or only the first of them
     (5, skip(match="name.endswith(target)")),
     (5, skip(match="target in name")),
