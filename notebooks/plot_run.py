@@ -136,7 +136,7 @@ def draw_budget(axis: Any, runs: list[Saved], unit: str) -> None:
     axis.yaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
     handles, labels = axis.get_legend_handles_labels()
     if handles:
-        axis.legend(handles[:1], labels[:1], loc="lower left", frameon=False)
+        axis.legend(handles[:1], labels[:1], loc="center right", frameon=False)
 
 
 def shade_phases(axis: Any, run: Saved, words: bool) -> None:
