@@ -365,20 +365,6 @@ def test_eval_only_without_a_head_or_an_adapter(tmp_path, capsys):
     assert f"{tmp_path / 'out'} has no adapter yet" in failed(capsys, *words)
 
 
-def test_an_adapter_in_its_models_folder(tmp_path, capsys):
-    """The model's config.json beside an adapter is not a run's: the flags say what to score. The
-    submission file goes into the adapter's folder, which no run surrounds."""
-    fake_task(tmp_path, "cola")
-    given = run_settings(tmp_path / "out", task="cola", data_dir=tmp_path, max_steps=8, interval=1)
-    run(**{**given, "data_dir": str(tmp_path)})
-    shutil.copytree(files()[1], tmp_path / "model")
-    adapter = shutil.copytree(tmp_path / "out" / "adapter", tmp_path / "model" / "adapter")
-    words = ["--task", "cola", "--data-dir", tmp_path, "--model-dir", tmp_path / "model"]
-    assert main([*map(str, words), "--eval-only", "--max-len", "48", "--adapter", str(adapter),
-                 "--predict", "test"]) == 0
-    assert (adapter / "submission" / "CoLA.tsv").exists()
-
-
 # ---- the submission files -----------------------------------------------------------------------
 
 COLUMNS = {"cola": None, "sst2": ("sentence", "label"), "stsb": ("sentence1", "sentence2", "score"),

@@ -251,25 +251,6 @@ def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch, whole, value, 
         same_runs(tmp_path, whole)
 
 
-def test_a_score_that_is_not_finite(tmp_path, capsys, monkeypatch):
-    """The scores of one matrix are NaN from the start: the first pruning, at step 7, stops with
-    its name and the learning rate, and the state is saved aside."""
-    real = dora.Pruner.scores
-
-    def scores(pruner):
-        bad = [name.endswith("0.attention.self.key") for name in pruner.layers]
-        factors = torch.tensor([math.nan if b else 1.0 for b in bad])
-        return real(pruner) * factors.repeat_interleave(pruner.config.r_prime)
-
-    monkeypatch.setattr(dora.Pruner, "scores", scores)
-    assert main(flags(**run_settings(tmp_path))) == 2
-    error = capsys.readouterr().err
-    lr = train_glue.learning_rate(6, 24, make_config(**run_settings(tmp_path)))
-    for part in ("step 7", "layer.0.attention.self.key", f"{lr:.3g}", "not-finite.pt"):
-        assert part in error, (part, error)
-    assert torch.load(tmp_path / "checkpoints" / "not-finite.pt", weights_only=True)["step"] == 6
-
-
 # ---- damaged checkpoints ------------------------------------------------------------------------
 
 def rest(path):
