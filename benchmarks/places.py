@@ -1,7 +1,7 @@
 """Does it matter where a few components are, and does dora put them into good places? On text.
 
     python benchmarks/places.py            # all runs that are missing, in the order of to_do()
-    python benchmarks/places.py --report   # only the tables and the figure, from the runs there are
+    python benchmarks/places.py --report   # only the table and the figure, from the runs there are
     python benchmarks/places.py --short    # a minute: what CI runs
 
 The protocol, fixed before the first run that is reported
@@ -11,31 +11,25 @@ a component costs 768 in attention and 1,920 in the feed-forward block. All arms
 and seed share the rate, the scale (8), the dropout (0.1, on A x), the limit of stored parameters,
 the start of the head and the order of the data. They differ in the places alone:
 
-    dora           finds its places while it trains, r' = 1 (2 at a budget of 36)
+    dora           finds its places while it trains, r' = 1
     dora's places  plain LoRA from the start, in the matrices where dora's components ended
     random 0 to 7  plain LoRA in places that a random score chooses by dora's own rule (keep_mask)
-    adalora, paper their start, score, curve and penalty; adalora's places, paper's places
-    lora qv        plain LoRA on query and value, with the highest rank that fits (from 12 on)
-    layer, kind    one component in each matrix of a layer, or in one matrix of each layer (at 6).
-                   A feed-forward kind stores more than the limit allows.
 
-300 steps of batch 16, AdamW, warm-up of 6 %, then linear to 0; the frozen encoder is in bfloat16,
-which halves the time, components and head are in float32 (some runs are repeated all in float32).
-STS-B trains on pairs of at most 28 tokens and is scored on those of the dev set of at most 40; MRPC
-trains on pairs of at most 48; no other text is longer than 64. "Long" is the same with 600 steps
-and a score after every 300. The rate of a task is chosen on a tenth of its train set that is held
-out, at a budget of 6, as the one with the best mean score of *random* placements (seeds 101 to
-103), so that it favours nobody's places. Later the main arms run at half and twice that rate.
+300 steps of batch 16, AdamW, warm-up of 6 %, then linear to 0. The frozen encoder is in bfloat16,
+which halves the time, components and head are in float32. STS-B trains on pairs of at most 28
+tokens and is scored on those of the dev set of at most 40. MRPC trains on pairs of at most 48, and
+no other text is longer than 64. The rate of a task is chosen on a tenth of its train set that is
+held out, at a budget of 6, as the one with the best mean score of *random* places (seeds 101 to
+103), so that it favours nobody's. The main arms run at half that rate, too.
 
 Primary quantity: the percentile of dora's places among the random ones of its seed (the share that
 they beat, a tie counts half), for each task and budget, and its mean over the seeds. Chance is
-50 %. The test is exact: under chance all ranks among the nine are equally likely. A strip is *wide*
-if best and worst random placement are at least .03 apart in the median of the seeds.
+50 %. The test is exact: under chance all ranks are equally likely. A strip is *wide* if best and
+worst random placement are at least .03 apart in the median of the seeds.
 
 What each outcome means:
-- The mean percentile is 67 % or more where the strip is wide, after 600 steps, too: the
-  score works on text, and the largest such budget is the one below which a learned place pays.
-- That holds after 300 steps only: learned places buy time, not quality.
+- The mean percentile is 67 % or more where the strip is wide: the score works on text, and the
+  largest such budget is the one below which a learned place pays after as many steps.
 - It is between 33 and 67 % where the strip is wide: the score fails on text.
 - No strip is wide: places do not matter on this task, and nothing is said about the score.
 """
@@ -55,22 +49,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import report
 import torch
-from report import Line
-from torch import nn
+from torch import Tensor, nn
 
 import data
 import train_glue
 from dora import METHODS, DoRAConfig, DoRALinear, Pruner, compact_, inject, keep_mask
+from report import Line
 
 LOG = report.RESULTS / "places.jsonl"
-SCALE, DROPOUT, BATCH = 8.0, 0.1, 16
-STEPS, LONG, EVERY = 300, 600, 300  # EVERY: steps between scores
-LENGTHS = {"stsb": (28, 40), "mrpc": (48, 64)}  # tokens, at most: of the train set, of dev
+SCALE, DROPOUT, BATCH, STEPS = 8.0, 0.1, 16, 300
 RATES, TRIED = (1e-3, 2e-3, 4e-3, 8e-3), (101, 102, 103)
-WIDE, PLACES, QV = 0.03, "dora's places", "lora qv"
-TITLES = {"stsb": "STS-B", "mrpc": "MRPC", "cola": "CoLA", "sst2": "SST-2", "rte": "RTE"}
-KINDS = ("attention.self.query", "attention.self.key", "attention.self.value",
-         "attention.output.dense", "intermediate.dense", "output.dense")
+LENGTHS = {"stsb": (28, 40), "mrpc": (48, 64)}  # tokens, at most: of the train set, of dev
+TITLES = {"stsb": "STS-B", "mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE"}
+WIDE, PLACES = 0.03, "dora's places"
+FIRST, MORE = [f"random {i}" for i in range(4)], [f"random {i}" for i in range(4, 8)]
 
 
 # ---- what surgical.py shares ---------------------------------------------------------------------
@@ -83,8 +75,7 @@ def float32_by_onednn() -> bool:
     for d_in, d_out in ((384, 384), (384, 1536), (1536, 384)):
         x, W = torch.randn(448, d_in), torch.randn(d_in, d_out)
         exact = x.double() @ W.double()
-        error = torch.dist(x @ W, exact) / exact.norm()
-        if error > 1e-6:  # bfloat16 has 2e-3
+        if torch.dist(x @ W, exact) > 1e-6 * exact.norm():  # bfloat16 has 2e-3
             torch.backends.mkldnn.matmul.fp32_precision = "none"
             return False
     return True
@@ -97,18 +88,19 @@ def place(model: nn.Module, ranks: dict[str, int], dropout: float = DROPOUT) -> 
         if rank:
             config = DoRAConfig(**{**METHODS["lora"], "dropout_on": "components"}, rank=rank,
                                 alpha=SCALE * rank, dropout=dropout)
-            model.set_submodule(name, DoRALinear(model.get_submodule(name), config))
+            base: Any = model.get_submodule(name)
+            model.set_submodule(name, DoRALinear(base, config))
 
 
-def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], steps: int, lr: float,
-        pruner: Pruner | None, after: Callable[[int], None] = lambda step: None) -> None:
-    """Train for some steps; loss_of(step) returns the loss of a batch."""
+def fit(model: nn.Module, loss_of: Callable[[], Tensor], steps: int, lr: float,
+        pruner: Pruner | None) -> None:
+    """Train for some steps; loss_of() returns the loss of the next batch."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01, fused=True)
     warm = round(0.06 * steps)
+    model.train()
     for step in range(steps):
-        model.train()
-        loss = loss_of(step) + (pruner.penalty() if pruner else 0)
+        loss = loss_of() + (pruner.penalty() if pruner else 0)
         loss.backward()
         if pruner:
             pruner.observe()
@@ -121,7 +113,6 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], steps: int, lr
             pruner.step()
             if pruner.t == pruner.last:
                 compact_(model, optimizer)
-        after(step + 1)
 
 
 def make_all(log: Path, to_do: Callable[[], Iterable[Line]], make: Callable[[Line], Line],
@@ -175,84 +166,56 @@ def costs_of(model: nn.Module) -> dict[str, int]:
 
 def places(run: Line, costs: dict[str, int]) -> dict[str, int]:
     """Return the number of components of each matrix, for an arm whose places are fixed."""
-    limit = run["budget"] * sum(costs.values()) // len(costs)
-    kind, _, rest = run["arm"].partition(" ")
-    if kind == "random":
-        r_prime = method({**run, "arm": "dora"}).r_prime
-        rng = torch.Generator().manual_seed(1000 * run["seed"] + int(rest))
-        prices = torch.tensor([*costs.values()]).repeat_interleave(r_prime)
-        mask = keep_mask(torch.rand(len(prices), generator=rng), prices, limit)
-        ranks = mask.view(-1, r_prime).sum(1)  # (matrices,)
-        return dict(zip(costs, ranks.tolist()))
-    if kind.endswith("'s"):  # the places that a method found
-        source = {**run, "arm": kind.removesuffix("'s")}
+    if run["arm"] == PLACES:
+        source = {**run, "arm": "dora"}
         return dict(zip(costs, report.finished(LOG)[report.key_of(source)]["ranks"]))
-    if kind == "lora":
-        chosen = [name for name in costs if name.endswith((".query", ".value"))]
-        return dict.fromkeys(chosen, limit // sum(costs[name] for name in chosen))
-    if kind == "layer":
-        return {name: 1 for name in costs if f".layer.{rest}." in name}
-    return {name: 1 for name in costs if name.split(".", 4)[4] == rest}  # roberta.encoder.layer.0.
 
-
-def method(run: Line) -> DoRAConfig:
-    """Return the settings of an arm that finds its places."""
-    settings = {**METHODS[run["arm"]], "budget_unit": "parameters", "dropout_on": "components",
-                "rank": run["budget"] / 36, "dropout": DROPOUT}
-    config = DoRAConfig(**settings)
-    divisor = max(1.0, config.rank) if config.scale == "rank" else config.r_prime
-    return DoRAConfig(**settings, alpha=SCALE * divisor)
+    rng = torch.Generator().manual_seed(1000 * run["seed"] + int(run["arm"].split()[1]))
+    scores, limit = torch.rand(len(costs), generator=rng), run["budget"] * 1152
+    mask = keep_mask(scores, torch.tensor([*costs.values()]), limit)
+    return dict(zip(costs, mask.long().tolist()))
 
 
 def make(run: Line) -> Line:
     """Train one arm with one seed and return its score, its places and its predictions."""
-    task, seed, steps = data.TASKS[run["task"]], run["seed"], run["steps"]
+    task, seed = data.TASKS[run["task"]], run["seed"]
     dev = examples(run["task"], run["split"])
     train = examples(run["task"], "train" if run["split"] == "dev" else "the rest")
 
     torch.manual_seed(seed)
     model = train_glue.load_roberta(report.MINILM, task.num_labels)
-    if run["dtype"] == "bf16":
-        model.roberta.to(torch.bfloat16)
+    model.roberta.to(torch.bfloat16)
     costs, pruner = costs_of(model), None
-    if run["arm"] in METHODS:
-        config = method(run)
-        pruner = Pruner(inject(model, config), config, steps)
+    if run["arm"] == "dora":
+        config = DoRAConfig(rank=run["budget"] / len(costs), alpha=SCALE, dropout=DROPOUT)
+        pruner = Pruner(inject(model, config), config, run["steps"])
     else:
         ranks = places(run, costs)
         place(model, ranks)
     model.classifier.requires_grad_(True)
 
     stream = data.endless_batches(train, BATCH, seed)
-    labels = [example.label for example in dev]
-    curve, predictions = [], np.zeros(0)
 
-    def loss_of(step: int) -> torch.Tensor:
+    def loss_of() -> Tensor:
         batch = next(stream)
         return train_glue.task_loss(model(batch.ids, batch.mask), batch.labels)
 
-    def after(step: int) -> None:
-        nonlocal predictions
-        if step % EVERY == 0:
-            predictions = train_glue.predict(model, dev)
-            score = data.score(task, predictions, labels)[task.metrics[0]]
-            curve.append((step, round(score, 5)))
-
     torch.manual_seed(seed)  # of dropout
-    fit(model, loss_of, steps, run["lr"], pruner, after)
+    fit(model, loss_of, run["steps"], run["lr"], pruner)
     if pruner:
         ranks = pruner.ranks()
+    predictions = train_glue.predict(model, dev)
+    scores = data.score(task, predictions, [example.label for example in dev])
     kept = [ranks.get(name, 0) for name in costs]
     stored = sum(rank * price for rank, price in zip(kept, costs.values()))
-    return dict(score=curve[-1][1], curve=curve, ranks=kept, parameters=stored,
+    return dict(score=round(scores[task.metrics[0]], 5), ranks=kept, parameters=stored,
                 dev=packed(predictions, task))
 
 
 def packed(predictions: np.ndarray, task: data.Task) -> str:
     """Return predictions in base64: 16-bit thousandths of a regression, or a bit for each class."""
-    if task.num_labels == 1:
-        values = (1000 * predictions).round().astype("<u2")
-    else:
+    values: np.ndarray = (1000 * predictions).round().astype("<u2")
+    if task.num_labels > 1:
         values = np.packbits(predictions.astype(bool))
     return base64.b64encode(values.tobytes()).decode()
 
@@ -262,56 +225,34 @@ def packed(predictions: np.ndarray, task: data.Task) -> str:
 
 def to_do() -> Iterator[Line]:
     """Yield the runs in their order. Those that need the result of another one follow it."""
-    first = [f"random {i}" for i in range(4)]
-    more = [f"random {i}" for i in range(4, 8)]
-    main = ["dora", PLACES, *first]
-    found = ["adalora", "paper", "adalora's places", "paper's places"]
-    single = [f"layer {i}" for i in range(6)] + [f"kind {kind}" for kind in KINDS]
-
-    seeds = (1, 2, 3)
-    yield from block("stsb", (6,), seeds, [*main, *more])
-    yield from block("stsb", (18,), seeds, main)
+    yield from block("stsb", (6,), MORE)
+    yield from block("stsb", (6, 18))
     # the rate, chosen at 6, makes some runs collapse at 18: so all budgets at half of it, too
-    yield from block("stsb", (6, 3), seeds, main, factor=0.5)
-    yield from block("stsb", (6,), seeds, main, LONG, factor=0.5)
-    yield from block("stsb", (18,), seeds, main, factor=0.5)
-    yield from block("stsb", (3,), seeds, main)
-    yield from block("stsb", (6,), (4, 5), main)
-    yield from block("mrpc", (6,), seeds, main)
-    yield from block("stsb", (6,), seeds, [*found, *single])
-    yield from block("stsb", (6,), (1,), main, dtype="float32")
-    yield from block("stsb", (36, 12), seeds, [*main, QV])
-    yield from block("stsb", (18, 3), seeds, more)
-    yield from block("stsb", (18,), seeds, [QV])
-    yield from block("stsb", (6,), seeds, main, factor=2)
-    for task in ("sst2", "cola", "rte"):
-        yield from block(task, (6,), seeds, main)
-    for task in ("mrpc", "sst2", "cola", "rte"):
-        yield from block(task, (18,), seeds, main)
-    yield from block("stsb", (18, 3), seeds, main, LONG)
-    yield from block("stsb", (18, 3, 36, 12), (4, 5), main)
+    yield from block("stsb", (6, 3, 18), factor=0.5)
+    for task, budget in itertools.product(TITLES, (6, 18)):
+        yield from block(task, (budget,))
 
 
-def block(task: str, budgets: tuple[int, ...], seeds: tuple[int, ...], arms: list[str],
-          steps: int = STEPS, factor: float = 1.0, dtype: str = "bf16") -> Iterator[Line]:
-    """Yield the runs of some arms, and before them those that choose the task's rate."""
-    if rate_of(task) is None:
+def block(task: str, budgets: tuple[int, ...], more: Iterable[str] = (),
+          factor: float = 1.0) -> Iterator[Line]:
+    """Yield the runs of the main arms and of some more, three seeds each, and before them those
+    that choose the task's rate."""
+    if (rate := rate_of(task)) is None:
         yield from itertools.chain(*trials(task).values())
         return
 
-    known, lr = report.finished(LOG), factor * rate_of(task)
-    for budget, seed, arm in itertools.product(budgets, seeds, arms):
-        run = dict(task=task, split="dev", steps=steps, budget=budget, seed=seed, arm=arm, lr=lr,
-                   dtype=dtype)
-        source = {**run, "arm": arm.removesuffix("'s places")}
-        if source == run or report.key_of(source) in known:
+    known, arms = report.finished(LOG), ["dora", PLACES, *FIRST, *more]
+    for budget, seed, arm in itertools.product(budgets, (1, 2, 3), arms):
+        run = dict(task=task, split="dev", steps=STEPS, budget=budget, seed=seed, arm=arm,
+                   lr=factor * rate, dtype="bf16")
+        if arm != PLACES or report.key_of({**run, "arm": "dora"}) in known:
             yield run
 
 
 def trials(task: str) -> dict[float, list[Line]]:
     """Return by rate the runs that choose a task's rate. Where the best rate is the lowest or the
     highest, the next one is tried, too."""
-    cell = dict(task=task, split="held out", steps=STEPS, budget=6, arm="random 0", dtype="bf16")
+    cell = dict(task=task, split="held out", steps=STEPS, budget=6, arm=FIRST[0], dtype="bf16")
     rates = list(RATES)
     while True:
         runs = {lr: [{**cell, "seed": seed, "lr": lr} for seed in TRIED] for lr in rates}
@@ -330,66 +271,50 @@ def rate_of(task: str) -> float | None:
 
 # ---- report --------------------------------------------------------------------------------------
 
-Seeds = dict[int, dict[str, Any]]  # by seed and arm: the line of the log
-
 
 class Setting(NamedTuple):
     """What the arms that are compared with each other have in common."""
 
     task: str
-    steps: int
-    rate: float
-    dtype: str
+    lr: float
     budget: int
 
-    def words(self) -> str:
-        """Return the setting in words."""
-        text = f"{TITLES[self.task]}, {self.budget} components, {self.steps:,} steps"
-        if self.rate != rate_of(self.task):
-            text += f", rate {self.rate:g}"
-        return text + ", float32" * (self.dtype == "float32")
+
+Seeds = list[dict[str, float]]  # for each seed the scores by arm
 
 
 def settings() -> dict[Setting, Seeds]:
-    """Return the runs on dev, sorted."""
-    found: dict[Setting, Seeds] = {}
+    """Return the scores of the seeds for which dora's places and four random ones are there."""
+    found: dict[Setting, dict[int, dict[str, float]]] = {}
     for line in report.read_log(LOG):
         if line["split"] == "dev":
-            names = ("task", "steps", "lr", "dtype", "budget")
-            seeds = found.setdefault(Setting(*(line[name] for name in names)), {})
-            seeds.setdefault(line["seed"], {})[line["arm"]] = line
-    tasks = [*TITLES]
-    order = sorted(found, key=lambda setting: (tasks.index(setting.task), setting))
-    return {setting: found[setting] for setting in order}
+            seeds = found.setdefault(Setting(line["task"], line["lr"], line["budget"]), {})
+            seeds.setdefault(line["seed"], {})[line["arm"]] = line["score"]
+    whole = {}
+    for setting in sorted(found):
+        seeds = [found[setting][seed] for seed in sorted(found[setting])]
+        whole[setting] = [arms for arms in seeds if {PLACES, *FIRST} <= arms.keys()]
+    return {setting: seeds for setting, seeds in whole.items() if seeds}
 
 
-def scores(seeds: Seeds, arm: str) -> list[float]:
-    """Return the scores of an arm."""
-    return [arms[arm]["score"] for arms in seeds.values() if arm in arms]
-
-
-def randoms(arms: dict[str, Any]) -> list[float]:
+def randoms(arms: dict[str, float]) -> list[float]:
     """Return the scores of the random placements of a seed."""
-    return [line["score"] for arm, line in arms.items() if arm.startswith("random ")]
+    return [score for arm, score in arms.items() if arm.startswith("random ")]
 
 
 def beaten(seeds: Seeds, arm: str) -> list[tuple[float, int]]:
     """Return by seed how many random placements an arm beats, where a tie counts half, and how many
-    there are. Seeds with fewer than four are left out."""
+    there are."""
     found = []
-    for arms in seeds.values():
-        others = randoms(arms)
-        if arm in arms and len(others) >= 4:
-            below = sum(score < arms[arm]["score"] for score in others)
-            ties = sum(score == arms[arm]["score"] for score in others)
-            found.append((below + ties / 2, len(others)))
+    for arms in seeds:
+        others, own = randoms(arms), arms[arm]
+        count = sum((score < own) + (score == own) / 2 for score in others)
+        found.append((count, len(others)))
     return found
 
 
 def percentile(counts: list[tuple[float, int]]) -> str:
     """Return the mean over the seeds of the share of random placements that are beaten."""
-    if not counts:
-        return ""
     return f"{100 * statistics.mean(count / of for count, of in counts):.0f} %"
 
 
@@ -402,148 +327,95 @@ def chance(counts: list[tuple[float, int]]) -> float:
     return float(sums[int(sum(count for count, _ in counts)):].sum())
 
 
-def places_table() -> str:
-    """Return the primary quantity, a row per setting."""
-    body = []
-    for setting, seeds in settings().items():
-        counts = beaten(seeds, PLACES)
-        if not counts:
-            continue
-        strips = [randoms(arms) for arms in seeds.values() if len(randoms(arms)) >= 4]
-        wide = statistics.median(max(strip) - min(strip) for strip in strips)
-        each = sorted({len(strip) for strip in strips})
-        body.append([
-            setting.words(),
-            f"{len(counts)} x {' or '.join(map(str, each))}",
-            f"{wide:.3f}" + (", wide" if wide >= WIDE else ""),
-            f"{statistics.median(itertools.chain(*strips)):.3f}",
-            f"{statistics.median(scores(seeds, 'dora')):.3f}",
-            f"{statistics.median(scores(seeds, PLACES)):.3f}",
-            percentile(counts),
-            f"{chance(counts):.3f}",
-            percentile(beaten(seeds, "dora"))])
-    return report.table(
-        ["setting", "seeds x random places", "best - worst", "their median", "dora", PLACES,
-         f"percentile of {PLACES}", "p", "of dora"], body)
-
-
-def arms_table(seeds: Seeds) -> str:
-    """Return score, parameters and percentile of all arms of a setting."""
-    body = []
-    for arm in dict.fromkeys(arm for arms in seeds.values() for arm in arms):
-        if not arm.startswith("random "):
-            sizes = [arms[arm]["parameters"] for arms in seeds.values() if arm in arms]
-            body.append([arm, report.spread(scores(seeds, arm), 3), f"{max(sizes):,}",
-                         percentile(beaten(seeds, arm))])
-    every = [score for arms in seeds.values() for score in randoms(arms)]
-    body.append(["random places", report.spread(every, 3), "", "50 %"])
-    return report.table(["arm", "score", "parameters, at most", "percentile"], body)
-
-
 def write_report() -> None:
     """Write places.md and places.svg from the log."""
+    body = [row(setting, seeds) for setting, seeds in settings().items()]
     lines = report.read_log(LOG)
     hours = sum(line["seconds"] for line in lines) / 3600
     commits = ", ".join(sorted({line["commit"] for line in lines}))
-    rates = [f"{title} {rate_of(task):g}" for task, title in TITLES.items() if rate_of(task)]
     parts = [
         "# Places on text",
         f"Written by `python benchmarks/places.py`, which has the protocol, from {len(lines)} "
-        f"runs: {hours:.1f} hours of one core, commits {commits}, with dora.py as at af50a13. "
-        f"Rates, chosen for random places on a held-out tenth: {', '.join(rates)}. Scores are "
-        f"medians over the seeds, p is one-sided, wide is {WIDE} or more.",
-        places_table()]
-    for setting, seeds in settings().items():
-        if len(dict.fromkeys(itertools.chain(*seeds.values()))) > 10:  # more than the main arms
-            parts += [f"## All arms: {setting.words()}", arms_table(seeds)]
+        f"runs: {hours:.1f} hours of one core, with dora.py of af50a13 (places.py: {commits}). "
+        f"Scores are medians over the seeds, p is one-sided, wide is {WIDE} or more.",
+        report.table([
+            "setting", "seeds x random places", "best - worst", "their median", "dora", PLACES,
+            f"percentile of {PLACES}", "p", "of dora"], body)]
     (report.RESULTS / "places.md").write_text("\n\n".join(parts) + "\n", "utf-8")
     plot()
 
 
-Strips = dict[str, list[tuple[list[float], float]]]  # by label and seed: random places, dora's
+def row(setting: Setting, seeds: Seeds) -> list[str]:
+    """Return a row of the table."""
+    counts, strips = beaten(seeds, PLACES), [randoms(arms) for arms in seeds]
+    every = [*itertools.chain(*strips)]
+    wide = statistics.median(max(strip) - min(strip) for strip in strips)
+    lost = sum(score < 0.5 for score in every)
+    return [
+        f"{TITLES[setting.task]}, {setting.budget} components, rate {setting.lr:g}",
+        f"{len(seeds)} x {len(strips[0])}",
+        f"{wide:.3f}" + (", wide" if wide >= WIDE else "") + f", {lost} below .5" * bool(lost),
+        f"{statistics.median(every):.3f}",
+        f"{statistics.median(arms['dora'] for arms in seeds):.3f}",
+        f"{statistics.median(arms[PLACES] for arms in seeds):.3f}",
+        percentile(counts), f"{chance(counts):.3f}", percentile(beaten(seeds, "dora"))]
 
 
 def plot() -> None:
-    """Draw the scores over the budget, a panel per task, and in the last panel over the steps."""
-    panels: dict[str, Strips] = {}
-    for setting, seeds in settings().items():
-        whole = [arms for arms in seeds.values() if PLACES in arms and len(randoms(arms)) >= 4]
-        if len(whole) < 3 or setting.dtype != "bf16":
-            continue
-        title = f"{TITLES[setting.task]}, rate {setting.rate:g}"
-        if setting.steps == STEPS:
-            panels.setdefault(title, {})[str(setting.budget)] = [
-                (randoms(arms), arms[PLACES]["score"]) for arms in whole]
-        else:
-            panels[f"{title}, {setting.budget} components"] = over_steps(whole)
-
+    """Draw random places over the budget, a panel per task and rate, with a line through dora's."""
+    panels: dict[str, dict[int, Seeds]] = {}
+    for task, lr, budget in settings():
+        title = f"{TITLES[task]}, {STEPS} steps, rate {lr:g}"
+        panels.setdefault(title, {})[budget] = settings()[Setting(task, lr, budget)]
     figure = report.figure(8, 3)
-    ratios = [1 + len(strips) for strips in panels.values()]
-    axes = figure.subplots(1, len(panels), width_ratios=ratios, squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=len(panels) == 2)[0]
     for ax, (title, strips) in zip(axes, panels.items()):
         draw(ax, strips)
-        ax.set_title(title)
-        ax.set_xlabel(f"steps of {LONG}" if title.endswith("s") else "components in all")
+        ax.set(title=title, xlabel="components in all")
     axes[0].set_ylabel("score on dev")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
                   frameon=False)
     report.save_figure(figure, report.RESULTS / "places.svg")
 
 
-def over_steps(seeds: list[dict[str, Any]]) -> Strips:
-    """Return the scores in the course of training."""
-    strips: Strips = {}
-    for arms in seeds:
-        curves = {arm: dict(line["curve"]) for arm, line in arms.items()}
-        for step, own in curves[PLACES].items():
-            others = [curve[step] for arm, curve in curves.items() if arm.startswith("random ")]
-            strips.setdefault(f"{step:,}", []).append((others, own))
-    return strips
-
-
-def draw(ax: Any, strips: Strips) -> None:
-    """Draw random places and dora's, seed beside seed, and a line through the medians of dora's.
-    Runs that collapse are triangles at the lower edge."""
-    orange = report.COLORS["dora"]
-    top = max(max(others) for seeds in strips.values() for others, _ in seeds)
-    floor = top - 0.25
+def draw(ax: Any, strips: dict[int, Seeds]) -> None:
+    """Draw a strip per budget, seed beside seed. Lower scores than the axis has are triangles."""
+    orange, grey = report.COLORS["dora"], "#999999"
+    top = max(max(randoms(arms)) for seeds in strips.values() for arms in seeds)
+    floor = top - 0.3
     for x, seeds in enumerate(strips.values()):
-        for i, (others, own) in enumerate(seeds):
-            first = x == i == 0  # which names the dots in the legend
+        for i, arms in enumerate(seeds):
             at = x + 0.22 * (i - (len(seeds) - 1) / 2)
-            grey, = ax.plot([at] * len(others), others, "o", color="#999999", ms=3, mew=0)
-            dot, = ax.plot(at, own, "D", color=orange, ms=4, mew=0)
-            lost = sum(score < floor for score in others)
-            ax.plot([at] * lost, [floor] * lost, "v", color="#999999", ms=4, mew=0)
-            ax.plot([at] * (own < floor), [floor] * (own < floor), "v", color=orange, ms=4, mew=0)
-            if first:
-                grey.set_label("random places")
-                dot.set_label("dora's places, a dot per seed")
-    middles = [statistics.median(own for _, own in seeds) for seeds in strips.values()]
+            dots = ((randoms(arms), "o", grey), ([arms[PLACES]], "D", orange))
+            for scores, marker, color in dots:
+                for score in scores:
+                    shown = marker if score >= floor else "v"
+                    ax.plot(at, max(score, floor), shown, color=color, ms=4, mew=0)
+    middles = [statistics.median(arms[PLACES] for arms in seeds) for seeds in strips.values()]
     ax.plot(range(len(strips)), middles, color=orange, lw=1.2, label="their median")
-    ax.set_ylim(floor - 0.01, top + 0.01)
+    for marker, color, label in (("D", orange, "dora's places, a dot per seed"),
+                                 ("o", grey, "random places"), ("v", grey, "below the axis")):
+        ax.plot([], [], marker, color=color, ms=4, mew=0, label=label)
     ax.set_xticks(range(len(strips)), list(strips))
-    ax.set_xlim(-0.6, len(strips) - 0.4)
+    ax.set(xlim=(-0.6, len(strips) - 0.4), ylim=(floor - 0.01, top + 0.02))
 
 
 def short() -> None:
     """Check the test, the random placements, and a few steps of two arms."""
     assert round(1 / chance([(8, 8)] * 3)) == 9**3
     assert round(chance([(0, 8)]), 9) == 1
-    others = {f"random {i}": {"score": score} for i, score in enumerate((0.4, 0.5, 0.6, 0.7))}
-    assert beaten({1: {"dora": {"score": 0.5}, **others}}, "dora") == [(1.5, 4)]
+    others = {f"random {i}": score for i, score in enumerate((0.4, 0.5, 0.6, 0.7))}
+    assert beaten([{"dora": 0.5, **others}], "dora") == [(1.5, 4)]
     if not report.GLUE.exists():
         return print(f"places.py: {report.GLUE} does not exist, so no arm was trained")
 
     costs = costs_of(train_glue.load_roberta(report.MINILM, 1))
-    assert len(costs) == 36 and sum(costs.values()) == 41_472
-    run = dict(task="stsb", split="dev", steps=40, seed=1, arm="random 3", lr=4e-3, dtype="bf16")
-    for budget in (3, 6, 18, 36):
+    assert len(costs) == 36 and sum(costs.values()) == 36 * 1152
+    run = dict(task="stsb", split="dev", steps=40, seed=1, arm="random 3", lr=4e-3)
+    for budget in (3, 6, 18):
         ranks = places({**run, "budget": budget}, costs)
         left = budget * 1152 - sum(costs[name] * rank for name, rank in ranks.items())
         assert 0 <= left < 768, (budget, left)  # nothing else would have fit
-    global EVERY
-    EVERY = 40
     for arm in ("dora", "random 3"):
         found = make({**run, "budget": 6, "arm": arm})
         print(f"{arm}: {found['score']:.3f}, {found['parameters']:,} parameters")

@@ -100,7 +100,7 @@ def train(net: nn.Module, x: Tensor, y: Tensor, lr: float, seed: int,
     """Train on random batches of the examples x (n, 64), y (n,)."""
     rng = torch.Generator().manual_seed(seed)
 
-    def loss_of(step: int) -> Tensor:
+    def loss_of() -> Tensor:
         rows = torch.randint(len(x), (BATCH,), generator=rng)
         return F.cross_entropy(net(x[rows]), y[rows])
 
