@@ -295,8 +295,9 @@ def write_report() -> None:
     text = f"""# Digits whose right place is known
 
 Written by `python benchmarks/surgical.py`, which has the protocol: {len(lines)} runs
-({sum(line["seconds"] for line in lines) / 60:.0f} minutes of one core, commits {
-    ", ".join(sorted({line["commit"] for line in lines}))}), {len(seeds)} of {len(SEEDS)} seeds.
+({sum(line["seconds"] for line in lines) / 60:.0f} minutes of one core), {len(seeds)} of {
+    len(SEEDS)} seeds, with dora.py of af50a13 (surgical.py: {
+    ", ".join(sorted({line["commit"] for line in lines}))}).
 
 {differences_table()}
 
