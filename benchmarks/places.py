@@ -352,7 +352,7 @@ def row(setting: Setting, seeds: Seeds) -> list[str]:
     wide = statistics.median(max(strip) - min(strip) for strip in strips)
     lost = sum(score < 0.5 for score in every)
     return [
-        f"{TITLES[setting.task]}, {setting.budget} components, rate {setting.lr:g}",
+        f"{TITLES[setting.task]}, {setting.budget} components, {STEPS} steps, rate {setting.lr:g}",
         f"{len(seeds)} x {len(strips[0])}",
         f"{wide:.3f}" + (", wide" if wide >= WIDE else "") + f", {lost} below .5" * bool(lost),
         f"{statistics.median(every):.3f}",
