@@ -132,10 +132,10 @@ def page(name):
 
 
 def cell(name, row, column):
-    """One cell of a table in results/, by the start of its row and its column's title."""
+    """One cell of the first table in results/ that has this row, by its column's title."""
     rows = [[part.strip() for part in line.strip("|").split("|")] for line in
             (RESULTS / name).read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-    at = max(i for i, cells in enumerate(rows) if cells[0].startswith(row))
+    at = [cells[0] for cells in rows].index(row)
     head = next(cells for cells in reversed(rows[:at]) if column in cells)
     return rows[at][head.index(column)]
 
@@ -160,17 +160,19 @@ def test_the_table_of_results():
 
 def test_places():
     """What the text says of places, compared with the tables of places.py and surgical.py."""
-    six, wins = "STS-B, 6 components, 300 steps", "its places minus shuffled"
-    seeds = cell("places.md", six, "seeds x random places").split()[0]
-    share = cell("places.md", six, "percentile of dora's places")
+    best, half, more = (cell("places.md", f"STS-B, {setting}", "percentile of dora's places")
+                        for setting in ("6 components, rate 0.004", "6 components, rate 0.002",
+                                        "18 components, rate 0.004"))
+    wins = "its places minus shuffled"
     counts = [cell("surgical.md", wins, column).split(",")[0]
               for column in ("mirrored", "swapped", "renamed", "placebo")]
-    for words in (f"beats {share} of them in the mean of {seeds} seeds",
-                  f"shuffled ones with {counts[0]} seeds. [More",
+    ada, own = (cell("surgical.md", row, "mirrored").split(" / ")[0] for row in ("adalora", "dora"))
+    for words in (f"beats {best} of random places at", f"and {half} at half that rate. With 18 "
+                  f"components it beats {more},", f"shuffled ones with {counts[0]} seeds. [More",
                   "{} seeds on digits that are mirrored, {} if pixels are swapped, {} if classes "
-                  "are renamed, and {} if nothing changes".format(*counts)):
+                  "are renamed, and {} if nothing changes".format(*counts),
+                  f"mirrored digits, {ada} % against {own} %"):
         assert words in WORDS, words
-    assert "wide" in cell("places.md", six, "best - worst")
 
 
 def test_speed():
