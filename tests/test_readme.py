@@ -161,8 +161,9 @@ def test_the_table_of_results():
 def test_places():
     """What the text says of places, compared with the tables of places.py and surgical.py."""
     best, half, more = (cell("places.md", f"STS-B, {setting}", "percentile of dora's places")
-                        for setting in ("6 components, rate 0.004", "6 components, rate 0.002",
-                                        "18 components, rate 0.004"))
+                        for setting in ("6 components, 300 steps, rate 0.004",
+                                        "6 components, 300 steps, rate 0.002",
+                                        "18 components, 300 steps, rate 0.004"))
     wins = "its places minus shuffled"
     counts = [cell("surgical.md", wins, column).split(",")[0]
               for column in ("mirrored", "swapped", "renamed", "placebo")]
