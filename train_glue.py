@@ -605,9 +605,10 @@ class TrainConfig(DoRAConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, table in (("task", trainable_tasks()), ("method", METHOD_ROWS)):
-            value = getattr(self, name)
+            value = known_name(getattr(self, name), table)
             require(value in table, f"{name} = {value}: choose one of {', '.join(table)}"
                     f"{did_you_mean(value, table)}")
+            object.__setattr__(self, name, value)
         for name in ("data_dir", "model_dir", "out"):
             folder = getattr(self, name)
             object.__setattr__(self, name, folder and str(data.expanded(folder)))

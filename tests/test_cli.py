@@ -320,7 +320,7 @@ def test_eval_only_of_something_else(tmp_path, capsys, monkeypatch):
     tokenizer, other sizes or other weights is refused; the same model elsewhere is accepted."""
     run(tmp_path / "out", max_steps=8, interval=1)
     words = ["--eval-only", "--adapter", str(tmp_path / "out")]
-    assert "task = toy, not toy-pretrain" in failed(capsys, *words, "--task", "toy-pretrain")
+    assert "task = toy, not toy-pretrain" in failed(capsys, *words, "--task", "Toy-Pretrain")
     assert "max_len = 48, not 20" in failed(capsys, *words, "--max-len", "20")
     with monkeypatch.context() as patch:
         patch.setitem(data.TASKS, "toy", dataclasses.replace(data.TASKS["toy"], labels=("1", "0")))
