@@ -1271,6 +1271,7 @@ class Run:
                  "weights": {k: p for k, p in self.model.named_parameters() if p.requires_grad},
                  "optimizer": self.optimizer.state_dict(),
                  "pruner": self.pruner.state_dict(),
+                 "products": ONEDNN.matmul.fp32_precision,
                  "rng": {kind: RANDOM[kind].get_rng_state() for kind in {"cpu", self.device.type}}}
         buffer = io.BytesIO()  # torch.save into a file would hide why a write failed
         torch.save(state, buffer)
@@ -1304,6 +1305,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         for kind in rng.keys() & {"cpu", self.device.type}:
             RANDOM[kind].set_rng_state(rng[kind])
+        ONEDNN.matmul.fp32_precision = state["products"]  # other kernels change the last digits
         vars(self).update(values)
 
 
