@@ -6,7 +6,7 @@
 
 The protocol
 ------------
-It was fixed before the first run that is reported. Commit 2b6657a has all of it: five budgets and
+It was fixed before the first run that is reported. Commit 22ec6df has all of it: five budgets and
 five seeds, longer training, single layers and kinds, adalora, paper, LoRA on query and value, and
 four other tasks. Here is the part that has been run. Half the rate came forward after the first
 results at the chosen rate, so what it shows is secondary.
