@@ -585,7 +585,7 @@ def triplet_total(s: list[Tensor]) -> Tensor:
 def orthogonal_penalty(layers: Layers) -> Tensor:
     """Mean of ||A A^T - I||_F and ||B^T B - I||_F over all layers, scalar (AdaLoRA's code)."""
     norms = []
-    vectors = [rows for layer in layers for rows in (layer.A, layer.B.T)]
+    vectors = [*(layer.A for layer in layers), *(layer.B.T for layer in layers)]
     for group in alike(vectors, lambda rows: rows.shape):
         X = torch.stack(group)  # (matrices, r', d_in) or (matrices, r', d_out)
         eye = torch.eye(X.shape[1], device=X.device, dtype=X.dtype)

@@ -1270,8 +1270,7 @@ class Run:
                  **{name: getattr(self, name) for name in self.STATE},
                  "weights": {k: p for k, p in self.model.named_parameters() if p.requires_grad},
                  "optimizer": self.optimizer.state_dict(),
-                 "pruner": self.pruner.state_dict(),
-                 "products": ONEDNN.matmul.fp32_precision,
+                 "pruner": self.pruner.state_dict(), "products": ONEDNN.matmul.fp32_precision,
                  "rng": {kind: RANDOM[kind].get_rng_state() for kind in {"cpu", self.device.type}}}
         buffer = io.BytesIO()  # torch.save into a file would hide why a write failed
         torch.save(state, buffer)

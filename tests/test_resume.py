@@ -447,7 +447,7 @@ def test_kill_at_random_moments(tmp_path):
     """kill -9 at 20 random moments of a run that saves at every step: resumed, each ends as the
     one that was left alone. Half-written temporary files do no harm."""
     rng = random.Random(0)
-    changes = dict(epochs=6, save_every=1)
+    changes = dict(epochs=6, save_every=1, deterministic=True)  # processes choose alike
     started = time.monotonic()
     run(tmp_path / "whole", **changes)
     duration = time.monotonic() - started
@@ -496,7 +496,8 @@ sys.exit(train_glue.main(sys.argv[1:]))"""
 def test_kill_with_the_real_encoder(tmp_path):
     """The same with the shared encoder on RTE, 12 steps, at 20 random moments."""
     given = dict(task="rte", data_dir=GLUE, model_dir=MINILM, device="cpu", batch_size=4,
-                 max_steps=12, max_len=32, interval=2, save_every=1, log_every=1)
+                 max_steps=12, max_len=32, interval=2, save_every=1, log_every=1,
+                 deterministic=True)
     process = command(*flags(out=tmp_path / "whole", **given))
     while process.poll() is None and not (tmp_path / "whole" / "metrics.jsonl").exists():
         time.sleep(0.01)
