@@ -155,15 +155,14 @@ def test_tokenizer_json(bpe, saved):
 
 
 def test_added_token(bpe, saved, tmp_path):
-    """In the saved tokenizer.json a text becomes [USER], so it is refused. At the end of
-    vocab.json no text becomes it, with the library either: accepted, with the library's ids."""
+    """With the library a text becomes [USER], which the saved tokenizer.json adds: refused by name.
+    So is a vocab.json with that token, which no merge makes."""
     peer = PreTrainedTokenizerFast(tokenizer_file=str(saved / "user" / "tokenizer.json"))
     assert 50265 in peer.encode("a [USER] b")
     with pytest.raises(data.DataError, match=r"added token '\[USER\]'"):
         data.BPE(saved / "user")
 
-    vocab = {**bpe.vocab, "[USER]": 50265}
     path = tmp_path / "vocab.json"
-    path.write_text(json.dumps(vocab))
-    theirs = ByteLevelBPETokenizer(str(path), FILES[1], add_prefix_space=False)
-    assert data.BPE(path, FILES[1]).encode("a [USER] b") == theirs.encode("a [USER] b").ids
+    path.write_text(json.dumps({**bpe.vocab, "[USER]": 50265}))
+    with pytest.raises(data.DataError, match=r"'\[USER\]'"):
+        data.BPE(path, FILES[1])
