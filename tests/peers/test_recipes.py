@@ -56,7 +56,7 @@ def check_adapter(names, folder="adapter"):
 def test_every_recipe_is_run():
     """The page's headings, against the tests below."""
     assert list(RECIPES) == ["🤗 Trainer", "accelerate", "Checkpoints in your own loop",
-                             "Going on from an adapter", "GPT-2, there and back",
+                             "Continuing from an adapter", "GPT-2, there and back",
                              "A task of your own", "Choosing rank and rate"]
 
 
@@ -146,7 +146,7 @@ def test_going_on(names):
     """The loaded adapter is plain LoRA that trains; merged, inject() freezes it."""
     run("Checkpoints in your own loop", names)
     ids, first = names["ids"], logits(names["model"], names["ids"])
-    train_on, again = RECIPES["Going on from an adapter"]
+    train_on, again = RECIPES["Continuing from an adapter"]
     exec(train_on, names)
     layers = dora_layers(names["model"])
     assert layers and all(not layer.c.requires_grad and layer.mask.all()
