@@ -166,7 +166,7 @@ def draw_ranks(figure: Any, axis: Any, run: Saved) -> None:
 
     labels = [short(name) for name in run.costs]
     chosen = range(0, len(labels), 1 + len(labels) // 60)
-    axis.set_yticks([i + 0.5 for i in chosen], [labels[i] for i in chosen], fontsize=6)
+    axis.set_yticks([i + 0.5 for i in chosen], [labels[i] for i in chosen], fontsize=8)
     axis.invert_yaxis()
     axis.set(title=f"rank of each matrix: {run.name}", xlabel="optimizer step",
              xlim=(0, run.total))
@@ -184,7 +184,7 @@ def draw(runs: list[Saved]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     mapped = [run for run in runs if len(run.history) > 1]  # those whose ranks changed
-    heights = [3.0, 3.0, *(max(2.5, 0.4 + 0.11 * min(60, len(run.costs))) for run in mapped)]
+    heights = [3.0, 3.0, *(max(2.5, 0.6 + 0.15 * min(60, len(run.costs))) for run in mapped)]
     figure = Figure(figsize=(11, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)

@@ -27,7 +27,7 @@ ROWS = [("stsb", "true", 2e-3), ("stsb", "shuffled", 2e-3), ("sst2", "true", 2e-
 
 @functools.cache  # the runs share them
 def examples(task, split, glue, encoder):
-    return data.load_task(task, glue, split, data.BPE.from_folder(encoder), 28)
+    return data.load_task(task, glue, split, data.BPE(encoder), 28)
 
 
 def record(task, labels, lr, seed, *folders):

@@ -45,7 +45,7 @@ def draw_ranks(ax, ranks, columns, top=None):
     for row, line in enumerate(ranks.tolist()):
         for k, rank in enumerate(line):
             ax.text(k, row, f"{rank:g}", ha="center", va="center",
-                    color="white" if rank > 0.6 * top else "black")
+                    color="white" if rank > 0.75 * top else "black")
     ax.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
     ax.set_yticks(range(len(ranks)))
     return image
