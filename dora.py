@@ -40,7 +40,6 @@ function called check_... only refuses what cannot work: read past it.
 from __future__ import annotations
 
 import difflib
-import functools
 import json
 import math
 import mmap
@@ -99,8 +98,9 @@ class DoRAConfig:
     dropout_on: Literal["input", "components"] = "components"  # what dropout applies to: x or A x
 
     RANGES: ClassVar[dict[str, str]] = {
-        "> 0": "rank alpha eps", ">= 1": "start_rank interval", ">= 0": "eta",
-        ">= 0, < 1": "dropout beta1 beta2 initial_phase final_phase",
+        **dict.fromkeys(("rank", "alpha", "eps"), "> 0"), "eta": ">= 0",
+        **dict.fromkeys(("start_rank", "interval"), ">= 1"),
+        **dict.fromkeys(("dropout", "beta1", "beta2", "initial_phase", "final_phase"), ">= 0, < 1"),
     }
 
     @property
@@ -123,10 +123,7 @@ METHODS: dict[str, dict[str, Any]] = {
         init="kaiming", scale="start_rank", importance="norm", beta1=0.9, beta2=None,
         schedule="slow_first", budget_unit="components", dropout_on="input"),
     "lora": dict(gate=False, importance=None, schedule=None, penalty=None, dropout_on="input"),
-    "adalora": dict(
-        init="gaussian", scale="start_rank", importance="triplet", schedule="fast_first",
-        budget_unit="components", penalty="orthogonal", eta=0.5, dropout_on="input"),
-}
+}  # and "adalora", beside its importance and its penalty below
 
 
 # ---- the layer: Eq. 6 ----------------------------------------------------------------------------
@@ -219,10 +216,9 @@ def inject(model: nn.Module, config: DoRAConfig) -> dict[str, DoRALinear]:
     A target is a whole dotted end of a name: "output.dense" matches "0.output.dense" and also
     "0.attention.output.dense", "put.dense" matches neither. Unfreeze the head afterwards.
     """
-    model = unwrapped(model)
     bases = find_targets(model, config)
     model.requires_grad_(False)
-    layers = {name: DoRALinear(base, config) for name, base in bases.items()}
+    layers = LayersByName({name: DoRALinear(base, config) for name, base in bases.items()})
     for name, layer in layers.items():
         layer.L = len(layers)  # they share one budget
         replace(model, name, layer)
@@ -462,7 +458,7 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the model's and the optimizer's state."""
         settings = {f.name: getattr(self.config, f.name) for f in fields(DoRAConfig)}
-        settings["total_steps"] = self.total_steps
+        settings |= {"total_steps": self.total_steps, "components": len(self.mask)}
         return {"settings": settings, "t": self.t, "mask": self.mask,
                 "I_bar": self.I_bar, "U_bar": self.U_bar}
 
@@ -502,8 +498,8 @@ def compact_(model: nn.Module, *optimizers: torch.optim.Optimizer) -> nn.Module:
             shrink_(p, dim, live, optimizers)
         layer.mask = layer.mask[live]
         if not len(live):
-            replace(unwrapped(model), name, layer.base)
-    return unwrapped(model)
+            replace(model, name, layer.base)
+    return model
 
 
 @torch.no_grad()
@@ -513,57 +509,46 @@ def merge_(model: nn.Module) -> nn.Module:
         merged = nn.Linear(layer.in_features, layer.out_features, device="meta")
         merged.weight = nn.Parameter(layer.weight, requires_grad=False)
         merged.register_parameter("bias", layer.base.bias)
-        replace(unwrapped(model), name, merged.train(layer.training))
-    return unwrapped(model)
+        replace(model, name, merged.train(layer.training))
+    return model
 
 
 def rank_map(ranks: dict[str, int]) -> str:
-    """Return a table of live components, with one row per layer of the model and one column per
-    matrix, or the other way round if that is wider than 80 columns.
+    """Return a table of live components, at most 80 columns wide: a row per layer of the model and
+    a column per matrix. Columns that do not fit follow below.
 
-    A name is cut at its first number: "encoder.layer.3.output.dense" belongs to the stack
-    "encoder.layer", the layer "3" and the matrix "output". Each stack has a table of its own.
+    A name is cut after its first number: "encoder.layer.3.output.dense" is in the row "3", or
+    "encoder.layer.3" if other rows begin otherwise, and in the column "output".
     """
-    stacks: dict[str, dict[tuple[str, str], int]] = {}
+    cells: dict[tuple[str, str], int] = {}
     for name, rank in ranks.items():
-        match = re.fullmatch(r"(?:(.*?)\.)?(\d+)\.(.+)", name)
-        stack, layer, matrix = match.groups() if match else ("", name, "live")
+        match = re.fullmatch(r"((?:.*?\.)?\d+)\.(.+)", name)
+        row, matrix = match.groups() if match else (name, "live")
         matrix = re.sub(r"^attention\.self\.|\.dense$", "", matrix)  # RoBERTa's
-        stacks.setdefault(stack or "", {})[layer, matrix] = rank
+        for place in ((row, matrix), (row, "total"), ("total", matrix), ("total", "total")):
+            cells[place] = cells.get(place, 0) + rank
 
-    tables = []
-    for stack, cells in stacks.items():
-        text = table("layer", cells)
-        if text.index("\n") > 80:
-            turned = {place[::-1]: rank for place, rank in cells.items()}
-            text = table("matrix", turned)
-        tables.append(f"{stack or 'others'}:\n{text}" if len(stacks) > 1 else text)
-    return "\n\n".join(tables)
+    rows, matrices = ([*dict.fromkeys(place[i] for place in cells if place[i] != "total"), "total"]
+                      for i in (0, 1))
+    labels = ["layer", *rows]
+    if len({row.rpartition(".")[0] for row in rows[:-1]}) == 1:
+        labels = ["layer", *(row.rpartition(".")[2] for row in rows)]
 
-
-def table(corner: str, cells: dict[tuple[str, str], int]) -> str:
-    """Lay out the numbers at (row, column), with totals; "." where there is none."""
-    rows = [*dict.fromkeys(row for row, _ in cells), "total"]
-    columns = [*dict.fromkeys(column for _, column in cells), "total"]
-    sums: dict[tuple[str, str], int] = {}
-    for (row, column), rank in cells.items():
-        for place in ((row, "total"), ("total", column), ("total", "total")):
-            sums[place] = sums.get(place, 0) + rank
-
-    lines = [[corner, *columns]]
-    for row in rows:
-        numbers = [{**cells, **sums}.get((row, column), ".") for column in columns]
-        lines.append([row, *map(str, numbers)])
-    widths = [max(map(len, words)) for words in zip(*lines)]
-    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+    tables: list[list[str]] = []
+    for matrix in matrices:
+        column = justified([matrix, *(str(cells.get((row, matrix), ".")) for row in rows)])
+        if not tables or len(tables[-1][0]) + 2 + len(column[0]) > 80:
+            tables.append(justified(labels))
+        tables[-1] = [f"{line}  {cell}" for line, cell in zip(tables[-1], column)]
+    return "\n\n".join(map("\n".join, tables))
 
 
-# ---- other importances and penalties, for comparison ---------------------------------------------
+def justified(words: list[str]) -> list[str]:
+    """Return the words, right-justified to the longest."""
+    return [word.rjust(max(map(len, words))) for word in words]
 
 
-def frobenius(layers: Layers) -> Tensor:
-    """||c_i b_i a_i^T||_F = |c_i| ||a_i|| ||b_i||, (n,): Eq. 7 without its denominator."""
-    return torch.cat([m.c.abs() * m.A.norm(dim=1) * m.B.norm(dim=0) for m in layers])
+# ---- for comparison: AdaLoRA, and a plain norm ---------------------------------------------------
 
 
 def triplet(layers: Layers) -> list[Tensor]:
@@ -593,9 +578,17 @@ def orthogonal_penalty(layers: Layers) -> Tensor:
     return torch.cat(norms).mean()
 
 
-IMPORTANCE["frobenius"] = (frobenius, "weights", torch.cat)
+def frobenius(layers: Layers) -> Tensor:
+    """||c_i b_i a_i^T||_F = |c_i| ||a_i|| ||b_i||, (n,): Eq. 7 without its denominator."""
+    return torch.cat([m.c.abs() * m.A.norm(dim=1) * m.B.norm(dim=0) for m in layers])
+
+
 IMPORTANCE["triplet"] = (triplet, "gradients", triplet_total)
+IMPORTANCE["frobenius"] = (frobenius, "weights", torch.cat)
 PENALTIES["orthogonal"] = orthogonal_penalty
+METHODS["adalora"] = dict(
+    init="gaussian", scale="start_rank", importance="triplet", schedule="fast_first",
+    budget_unit="components", penalty="orthogonal", eta=0.5, dropout_on="input")
 
 
 # ---- tensors and modules -------------------------------------------------------------------------
@@ -608,9 +601,9 @@ def dora_layers(model: nn.Module) -> dict[str, DoRALinear]:
 
 def finished_layers(model: nn.Module) -> dict[str, DoRALinear]:
     """Return the model's layers. Raises DoRAError without any, or before the last pruning."""
-    layers = dora_layers(unwrapped(model))
-    require(layers, "the model has no DoRALinear: it was merged, never adapted, or adapted by "
-            "another copy of dora.py (was the module reloaded?); call inject() first")
+    check_plain(model)
+    layers = dora_layers(model)
+    require(layers, "the model has no DoRALinear (was dora.py reloaded?); call inject() first")
     check_final(layers)
     return layers
 
@@ -626,27 +619,6 @@ def alike(items: Iterable[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
 def gradient(p: nn.Parameter) -> Tensor:
     """Return the gradient, of p's shape; 0 if p took no part in this step."""
     return torch.zeros_like(p) if p.grad is None else p.grad
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside torch.compile and DataParallel.
-
-    Raises DoRAError for DistributedDataParallel, which would not average the gradients of new
-    parameters.
-    """
-    require(isinstance(model, nn.Module), f"expected a model (nn.Module), got a "
-            f"{type(model).__name__}; the model is the first argument")
-    while isinstance(model, nn.DataParallel) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore
-    require(not isinstance(model, nn.parallel.DistributedDataParallel),
-            "the model is in DistributedDataParallel; pass the model inside it, model.module, and "
-            "wrap a model only after inject()")
-    return model
-
-
-def plain(name: str) -> str:
-    """Return a name as it is in the model without torch.compile."""
-    return name.replace("_orig_mod.", "")
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -709,12 +681,6 @@ def check_names(config: type, settings: dict[str, Any]) -> None:
         require(name in known, f"{config.__name__} has no {name}{did_you_mean(name, known)}")
 
 
-def ranges(config: type) -> dict[str, str]:
-    """Return the range, such as ">= 0, < 1", of each setting of a class and its parents."""
-    tables = [vars(cls).get("RANGES", {}) for cls in config.__mro__]
-    return {name: rule for table in tables for rule in table for name in table[rule].split()}
-
-
 def choices(name: str, hint: Any) -> list[Any]:
     """Return the values that a setting may have; none are stated for a number or a name."""
     if name in CHOICES:
@@ -724,7 +690,7 @@ def choices(name: str, hint: Any) -> list[Any]:
 
 def check_settings(config: Any) -> None:
     """Refuse an unknown choice, a value of a wrong type or out of range, and a combination."""
-    hints, rules = get_type_hints(type(config)), ranges(type(config))
+    hints = get_type_hints(type(config))
     for name in (f.name for f in fields(config)):
         value, hint = getattr(config, name), hints[name]
         known = choices(name, hint)
@@ -736,50 +702,43 @@ def check_settings(config: Any) -> None:
         words = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
         require(isinstance(value, (*kinds, int) if float in kinds else kinds),
                 f"{name} = {value!r}: must be of type {words}")
-        rule = rules.get(name, "") if value is not None else ""
+        rule = config.RANGES.get(name, "") if value is not None else ""
         for sign, limit in re.findall(r"([<>]=?) ([^,]+)", rule):
             require(COMPARE[sign](value, float(limit)), f"{name} = {value}: must be {rule}")
 
-    flat = config.schedule is None
+    rank, r, flat = config.rank, config.r_prime, config.schedule is None
     require(config.targets and "" not in config.targets,
             f"targets = {config.targets}: name at least one matrix to adapt")
-    require(config.r_prime >= config.rank, f"start_rank = {config.r_prime} is below rank = "
-            f"{config.rank}; pruning only removes, so raise start_rank")
-    require(flat == (config.importance is None),
-            f"importance = {config.importance} and schedule = {config.schedule}: set both to "
-            f"prune, or both to none to keep every component")
-    require(not flat or config.r_prime == config.rank,
-            f"rank = {config.rank} and start_rank = {config.r_prime} must be equal whole numbers "
-            f"if nothing is pruned (schedule = none)")
-    require(config.gate or flat and config.init == "zero_b",
-            "gate = False: pruning closes gates, and a random B needs c = 0 at the start; train "
-            "the gates, or set schedule = none and init = zero_b")
+    require(r >= rank, f"start_rank = {r} is below rank = {rank}; raise start_rank")
+    require(flat == (config.importance is None), f"importance = {config.importance} with schedule "
+            f"= {config.schedule}: set both to prune, or both to none")
+    require(not flat or r == rank, f"rank = {rank} and start_rank = {r} must be equal whole "
+            f"numbers if nothing is pruned (schedule = none)")
+    require(config.gate or flat and config.init == "zero_b", "gate = False: pruning and a random B "
+            "need gates; train them, or set schedule = none and init = zero_b")
 
 
 def check_window(first: int, last: int, total_steps: int, config: DoRAConfig) -> None:
     """Refuse a run that leaves no step to prune in."""
     require(first < last, f"initial_phase = {config.initial_phase} and final_phase = "
-            f"{config.final_phase} of {total_steps} steps leave no step to prune in; shorten a "
-            f"phase or lengthen the run")
+            f"{config.final_phase} leave none of {total_steps} steps to prune in; lower one")
 
 
 def find_targets(model: nn.Module, config: DoRAConfig) -> dict[str, nn.Linear]:
-    """Return the matrices to adapt by name, in the model's order. Raises DoRAError for one that
-    cannot be adapted, and for a target without a match."""
-    require(isinstance(config, DoRAConfig), f"expected a DoRAConfig, got a "
-            f"{type(config).__name__}; call inject(model, config)")
-    require(not dora_layers(model), "the model is adapted already; name all targets in one "
-            "inject(), on a model without components")
+    """Return the matrices to adapt by name, in the model's order."""
+    require(isinstance(config, DoRAConfig), f"expected inject(model, config), got a "
+            f"{type(config).__name__} as config")
+    check_plain(model)
+    require(not dora_layers(model), "the model is adapted already; inject() all targets at once")
     modules = [*model.named_modules(remove_duplicate=False)]
+    linear = {re.sub(r"^.*\.\d+\.", "", name) for name, m in modules if type(m) is nn.Linear}
     chosen: dict[str, Any] = {}
     for target in config.targets:
-        matches = {name: m for name, m in modules if f".{plain(name)}".endswith(f".{target}")}
-        linear = {re.sub(r"^.*\.\d+\.", "", name) for name, m in modules if type(m) is nn.Linear}
+        matches = {name: m for name, m in modules if f".{name}".endswith(f".{target}")}
         require(matches, f"target {target!r} matches no module; candidates: "
                 f"{', '.join(sorted(linear - {''})) or 'none'}")
         for name, module in matches.items():
-            names = [other for other, m in modules if m is module]
-            check_target(f"target {target!r}", names, module)
+            check_target(f"target {target!r}", [n for n, m in modules if m is module], module)
         chosen.update(matches)
 
     found = {name: module for name, module in modules if name in chosen}
@@ -789,16 +748,36 @@ def find_targets(model: nn.Module, config: DoRAConfig) -> dict[str, nn.Linear]:
     return found
 
 
+class LayersByName(dict[str, DoRALinear]):
+    """What inject() returns: a dictionary that says so if it is taken for the model."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"these are the layers that inject() returned, which have no {name}; "
+                             f"it changes the model in place: layers = inject(model, config)")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+
+def check_plain(model: Any) -> None:
+    """Refuse a wrapped model: its names are not the plain one's, and DistributedDataParallel would
+    not average the gradients of new parameters."""
+    require(isinstance(model, nn.Module), f"expected a model, got a {type(model).__name__}")
+    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
+    require(not any(isinstance(m, parallel) or hasattr(m, "_orig_mod") for m in model.modules()),
+            f"the {type(model).__name__} is, or contains, a model in torch.compile or (Distributed)"
+            f"DataParallel; pass the plain model, and wrap it after inject()")
+
+
 def check_target(what: str, names: list[str], module: Any) -> None:
     """Refuse a module, which has these names, that a DoRALinear cannot replace."""
-    kind, name = type(module), names[0]
-    remedy = "turn it into an nn.Linear first, as the README shows for GPT-2" if (
+    kind = type(module)
+    remedy = "make it an nn.Linear, as notebooks/RECIPES.md shows for GPT-2" if (
         kind.__name__ == "Conv1D") else "choose other targets"
-    require(kind is nn.Linear, f"{what}: {name} is a {kind.__module__}.{kind.__name__}, and only "
-            f"an nn.Linear can be adapted; {remedy}")
+    require(kind is nn.Linear, f"{what}: {names[0]} is a {kind.__module__}.{kind.__name__}, not an "
+            f"nn.Linear; {remedy}")
     require(not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks),
-            f"{what}: {name} has hooks, as those of weight_norm or pruning; remove them, or "
-            f"register them after inject()")
+            f"{what}: {names[0]} has hooks (weight_norm, pruning); add them after inject()")
     require(len(names) == 1, f"{what}: {' and '.join(names)} are one module, and a saved adapter "
             f"cannot say so; choose other targets")
 
@@ -810,20 +789,18 @@ def check_pruner(layers: Any, config: DoRAConfig, total_steps: int) -> None:
     require(type(total_steps) is int and total_steps > 0,
             f"total_steps = {total_steps}: must be a whole number above 0")
     for name, layer in layers.items():
-        require(layer.config == config, f"{name}: its settings differ from the Pruner's; pass the "
-                f"config that inject() got")
+        require(layer.config == config, f"{name}: pass the Pruner the config that inject() got")
         require(layer.L in (None, len(layers)), f"{name}: is one of {layer.L} layers that share a "
-                f"budget, and the Pruner got {len(layers)}; pass all that inject() returned")
-        require(len(layer.c) == config.r_prime, f"{name}: has {len(layer.c)} components, expected "
-                f"{config.r_prime}; inject() into a fresh model, a compacted one is final")
+                f"budget; pass all that inject() returned, not {len(layers)}")
+        require(len(layer.c) == config.r_prime, f"{name}: has {len(layer.c)} of {config.r_prime} "
+                f"components; a compacted model is final, inject() into a fresh one")
         check_frozen(name, layer)
 
 
 def check_frozen(name: str, layer: DoRALinear) -> None:
     """Refuse a base that trains: an adapter file has no place for it."""
-    require(not any(p.requires_grad for p in layer.base.parameters()),
-            f"{name}: its frozen weight or bias was set to train, which an adapter cannot hold; "
-            f"unfreeze only modules without targets inside")
+    require(not any(p.requires_grad for p in layer.base.parameters()), f"{name}: its frozen weight "
+            f"or bias was set to train; unfreeze only modules without targets inside")
 
 
 def check_gradients(pruner: Pruner) -> None:
@@ -833,9 +810,9 @@ def check_gradients(pruner: Pruner) -> None:
     # where gates train, only theirs count: A and B also have the gradient of the penalty
     parameters = [p for layer in pruner.layers.values()
                   for p in ((layer.c,) if pruner.config.gate else (layer.A, layer.B))]
-    require(not parameters or any(p.grad is not None for p in parameters),
-            "no component has a gradient; call observe() after backward() and before zero_grad(), "
-            "and use_reentrant=False in gradient checkpointing")
+    require(not parameters or any(p.grad is not None for p in parameters), "no component has a "
+            "gradient; call observe() between backward() and zero_grad(), and use "
+            "use_reentrant=False in gradient checkpointing")
 
 
 def check_observed(pruner: Pruner) -> None:
@@ -849,13 +826,10 @@ def check_scores(pruner: Pruner, scores: Tensor) -> None:
     require(scores.shape == pruner.mask.shape, f"importance = {pruner.config.importance}: expected "
             f"scores of shape {tuple(pruner.mask.shape)}, got {tuple(scores.shape)}")
     gates = torch.cat([layer.c for layer in pruner.layers.values()]).cpu()
-    bad = ~(scores.isfinite() & gates.isfinite())
-    if bad.any():
-        name = list(pruner.layers)[int(bad.int().argmax()) // pruner.config.r_prime]
-        raise NotFiniteError(f"step {pruner.t}: a score of {name} is not finite; lower the "
-                             f"learning rate")
-    require(scores.any(), f"step {pruner.t}: every score is 0, so no component has moved; make the "
-            f"optimizer after inject(), check the learning rate, or lengthen the run")
+    if not (scores.isfinite() & gates.isfinite()).all():
+        raise NotFiniteError(f"step {pruner.t}: a score is not finite; lower the learning rate")
+    require(scores.any(), f"step {pruner.t}: every score is 0, so nothing has trained; make the "
+            f"optimizer after inject(), and check the learning rate")
 
 
 def check_state(pruner: Pruner, state: dict[str, Any]) -> None:
@@ -864,10 +838,7 @@ def check_state(pruner: Pruner, state: dict[str, Any]) -> None:
     require(state.keys() == now.keys(), "not a Pruner's state; pass what its state_dict() returned")
     for name, value in now["settings"].items():
         before = state["settings"].get(name)
-        require(before == value, f"the state is of a run with {name} = {before}, this Pruner has "
-                f"{value}; use the same settings")
-    require(state["mask"].shape == now["mask"].shape, f"the state has {len(state['mask'])} "
-            f"components, the model {len(now['mask'])}; restore it into the same model")
+        require(before == value, f"the state is of a run with {name} = {before}, not {value}")
 
 
 def check_final(layers: dict[str, DoRALinear]) -> None:
@@ -882,18 +853,12 @@ def check_final(layers: dict[str, DoRALinear]) -> None:
 
 
 def check_optimizers(layers: dict[str, DoRALinear], optimizers: Sequence[Any]) -> None:
-    """Refuse optimizers that miss a trained parameter, or whose state cannot be cut."""
+    """Refuse optimizers that miss a parameter that trains."""
     held = {p for o in optimizers for group in o.param_groups for p in group["params"]}
     for name, layer in layers.items():
-        for p in (layer.A, layer.B, layer.c):
-            require(not optimizers or p in held or not p.requires_grad,
-                    f"{name}: a parameter that trains is in none of the optimizers; pass them all, "
-                    f"compact_(model, first, second)")
-            for key, value in (item for o in optimizers for item in o.state.get(p, {}).items()):
-                require(not isinstance(value, Tensor) or value.shape == p.shape
-                        or value.numel() == 1, f"the optimizer's {key!r} is not of the shape of "
-                        f"its parameter; use AdamW, or call compact_(model) after training, "
-                        f"without the optimizer")
+        trained = {p for p in (layer.A, layer.B, layer.c) if p.requires_grad}
+        require(not optimizers or trained <= held, f"{name}: a parameter is in none of the "
+                f"optimizers; pass all that train it, compact_(model, first, second)")
 
 
 # ---- safetensors ---------------------------------------------------------------------------------
@@ -1007,7 +972,7 @@ def save_adapter(model: nn.Module, folder: str | Path, metadata: dict[str, str] 
     every matrix. Matrices without components are left out, since PEFT has no rank 0. Raises
     DoRAError before the last pruning, and for anything that trained and that the file cannot hold.
     """
-    layers, model, folder = finished_layers(model), unwrapped(model), Path(folder)
+    layers, folder = finished_layers(model), Path(folder)
     check_trained(layers)
     heads = modules_to_save(model, layers)
     tensors, marks = {}, {}
@@ -1017,7 +982,7 @@ def save_adapter(model: nn.Module, folder: str | Path, metadata: dict[str, str] 
         else:
             marks[key] = mark(tensor)
 
-    live = {plain(name): layer for name, layer in layers.items() if layer.rank}
+    live = {name: layer for name, layer in layers.items() if layer.rank}
     for name, layer in live.items():
         B = (layer.scale * layer.c * layer.B)[:, layer.mask]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.A[layer.mask]  # (rank, d_in)
@@ -1049,7 +1014,7 @@ def peft_config(ranks: dict[str, int], heads: list[str], dropout: float) -> dict
 def peft_names(model: nn.Module, heads: list[str]) -> list[str]:
     """Return the heads by names that PEFT, which compares the ends of names, cannot confuse."""
     others = [f".{name}" for name in PEFT_MODULES]  # somewhere in a matrix
-    others += [plain(name) for name, _ in model.named_modules(remove_duplicate=False)]
+    others += [name for name, _ in model.named_modules(remove_duplicate=False)]
     return [PREFIX + head if any(name.endswith(head) and name != head for name in others) else head
             for head in heads]
 
@@ -1061,7 +1026,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
         name, _, leaf = key.rpartition(".")
         owner = name.removesuffix(".base")
         if name not in layers:  # not A, B, c, mask or final
-            found[plain(f"{owner}.{leaf}" if owner in layers else key)] = tensor
+            found[f"{owner}.{leaf}" if owner in layers else key] = tensor
     return found
 
 
@@ -1080,50 +1045,41 @@ def check_base(folder: Path, marks: dict[str, list[float]], base: dict[str, Tens
         tolerance = 0.01 * before[0] + 1e-5
         require(all(abs(x - y) <= tolerance for x, y in zip(before, now)),
                 f"{folder}: was trained on other weights: {name} differs in this model; use the "
-                f"base that it was trained on, or unfreeze what is new, such as a head, and train "
-                f"again")
+                f"base of the training, and unfreeze what is new, such as a head, before training")
 
 
 def check_trained(layers: dict[str, DoRALinear]) -> None:
     """Refuse components that did not train, and a model that was frozen before it is saved."""
     require(any(layer.c.any() and layer.A.any() and layer.B.any() for layer in layers.values()),
-            "every update is exactly 0, so no component was trained; make the optimizer after "
-            "inject(), and give it all parameters that require a gradient")
+            "every update is exactly 0, so nothing trained; make the optimizer after inject()")
     gates = [layer.c[layer.mask] for layer in layers.values() if layer.config.gate]
     require(not gates or not all((c == 1).all() for c in gates), "no gate c has moved from 1; give "
             "the optimizer all parameters that require a gradient")
     require(any(layer.A.requires_grad for layer in layers.values()),
-            "everything is frozen, so that nothing tells which head trained; save before freezing")
+            "everything is frozen, so nothing tells which head trained; save before freezing")
 
 
 def modules_to_save(model: nn.Module, layers: dict[str, DoRALinear]) -> list[str]:
     """Return the names of the modules outside the layers that trained, or that have running
     statistics. Where all in the module around one trains, that module takes its place."""
-    trains = {plain(name): p.requires_grad
-              for name, p in model.named_parameters(remove_duplicate=False)}
-    found = {plain(name) for name, module in model.named_modules(remove_duplicate=False)
+    trains = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    found = {name for name, module in model.named_modules(remove_duplicate=False)
              if getattr(module, "running_mean", None) is not None}
 
-    inside = {f"{plain(name)}.": name for name in layers}
     for name in (name for name in trains if trains[name]):
-        layer = next((inside[start] for start in inside if name.startswith(start)), None)
-        if layer is not None:
-            check_frozen(layer, layers[layer])
+        inside = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
+        if inside is not None:
+            check_frozen(inside, layers[inside])
             continue
         owner = name.rpartition(".")[0]
         around = owner.rpartition(".")[0]
         while around and all(trains[name] for name in trains if name.startswith(f"{around}.")):
             owner, around = around, around.rpartition(".")[0]
-        require(owner and not any(start.startswith(f"{owner}.") for start in inside),
+        require(owner and not any(layer.startswith(f"{owner}.") for layer in layers),
                 f"{name} trains, but an adapter holds whole modules, and {owner or 'the model'} "
                 f"contains adapted matrices; freeze it")
         found.add(owner)
     return sorted(name for name in found if not any(name.startswith(f"{o}.") for o in found))
-
-
-def adapter_metadata(folder: str | Path) -> dict[str, str]:
-    """Return what save_adapter noted beside the tensors."""
-    return read_file(Path(folder) / "adapter_model.safetensors")[1]
 
 
 @torch.no_grad()
@@ -1133,14 +1089,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
     Everything is checked before the model is changed. Raises DoRAError for another base model,
     another head, and the kinds of LoRA that Eq. 6 does not cover.
     """
-    model, folder = unwrapped(model), Path(folder)
-    require(not dora_layers(model), f"{folder}: the model is adapted already; load into a plain "
-            f"model")
-    dropout, alpha_of, rank_of = read_adapter_config(folder / "adapter_config.json")
+    check_plain(model)
+    folder = Path(folder)
+    require(not dora_layers(model), f"{folder}: the model is adapted already")
+    config = read_adapter_config(folder / "adapter_config.json")
     saved, metadata = read_file(folder / "adapter_model.safetensors")
 
     # match the tensors with the model
-    modules = {plain(name): m for name, m in model.named_modules(remove_duplicate=False)}
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
     base = base_tensors(model)
     head = {key.removeprefix(PREFIX): tensor for key, tensor in saved.items()}
     pairs = {}
@@ -1155,9 +1111,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
         require(A.shape == (r, d_in) and B.shape == (d_out, r),
                 f"{folder}: {name!r:.120} has lora_B {tuple(B.shape)} and lora_A {tuple(A.shape)}, "
                 f"the model's matrix is {(d_out, d_in)}; is the adapter for another base model?")
-        require(rank_of(name) in (None, len(A)), f"{folder}: the rank of {name} is "
-                f"{rank_of(name)!r:.40} in adapter_config.json and {len(A)} beside it; the files "
-                f"are of two saves, save the adapter again")
+        rank = by_pattern(config, "rank_pattern", "r", name)
+        require(rank in (None, r), f"{folder}: the rank of {name} is {rank!r:.40} in "
+                f"adapter_config.json and {r} beside it; the files are of two saves, save again")
         pairs[name] = A, B
     require(pairs, f"{folder}: no lora_A and lora_B in it; save the adapter again")
 
@@ -1175,7 +1131,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
     layers = {}
     for name, (A, B) in pairs.items():
         layer = layers[name] = DoRALinear(modules[name], DoRAConfig(
-            **METHODS["lora"], rank=len(A), alpha=alpha_of(name), dropout=dropout))
+            **METHODS["lora"], rank=len(A), dropout=config.get("lora_dropout", 0.0),
+            alpha=by_pattern(config, "alpha_pattern", "lora_alpha", name)))
         layer.A.copy_(A)
         layer.B.copy_(B)
         replace(model, name, layer)
@@ -1187,11 +1144,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
     return layers
 
 
-def read_adapter_config(path: Path) -> tuple[float, Callable[[str], float], Callable[[str], Any]]:
-    """Return (dropout, alpha of a matrix by its name, its rank or None if the file does not say).
-
-    Raises DoRAError for anything but plain LoRA.
-    """
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """Return the content of adapter_config.json. Raises DoRAError for anything but plain LoRA."""
     try:
         config = dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError):
@@ -1205,11 +1159,11 @@ def read_adapter_config(path: Path) -> tuple[float, Callable[[str], float], Call
     for key, values in allowed.items():
         require(config.get(key, values[0]) in values, f"{path}: {key} is {config.get(key)!r:.40}; "
                 f"only plain LoRA can be loaded ({key} = {values[0]!r})")
+    return config
 
-    def value(patterns: str, default: str, name: str) -> Any:
-        found = config.get(patterns) or {}  # below, PEFT's rule for a pattern
-        return next((found[pattern] for pattern in found
-                     if re.match(rf"(.*\.)?({pattern})$", name)), config.get(default))
 
-    alpha_of = functools.partial(value, "alpha_pattern", "lora_alpha")
-    return config.get("lora_dropout", 0.0), alpha_of, functools.partial(value, "rank_pattern", "r")
+def by_pattern(config: dict[str, Any], patterns: str, default: str, name: str) -> Any:
+    """Return a matrix's rank or alpha, or None: that of the first pattern that PEFT would match."""
+    found = config.get(patterns) or {}
+    return next((found[pattern] for pattern in found
+                 if re.match(rf"(.*\.)?({pattern})$", name)), config.get(default))

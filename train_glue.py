@@ -44,9 +44,8 @@ from tqdm import tqdm
 import data
 from data import TASKS, DataError, Example, Task
 from dora import (METHODS, PEFT_NAMES, DoRAConfig, DoRAError, DoRALinear, NotFiniteError, Pruner,
-                  adapter_metadata, atomic_file, budget, choices, compact_, did_you_mean, inject,
-                  load_adapter, mark, rank_map, ranges, read_safetensors, require, save_adapter,
-                  write_safetensors)
+                  atomic_file, budget, choices, compact_, did_you_mean, inject, load_adapter, mark,
+                  rank_map, read_file, read_safetensors, require, save_adapter, write_safetensors)
 
 
 class Interrupted(Exception):
@@ -595,12 +594,10 @@ class TrainConfig(DoRAConfig):
     overwrite: bool = False  # delete the files of the run in the folder, and start again
 
     RANGES: ClassVar[dict[str, str]] = {
-        "> 0": "lr clip",
-        ">= 0, < 1e18": "seed",
-        ">= 0": "weight_decay",
-        ">= 0, < 1": "warmup",
-        ">= 1": "batch_size accumulate epochs max_steps log_every save_every",
-        ">= 8": "max_len"}
+        **DoRAConfig.RANGES, "lr": "> 0", "clip": "> 0", "seed": ">= 0, < 1e18",
+        "weight_decay": ">= 0", "warmup": ">= 0, < 1", "max_len": ">= 8",
+        **dict.fromkeys(("batch_size", "accumulate", "epochs", "max_steps"), ">= 1"),
+        **dict.fromkeys(("log_every", "save_every"), ">= 1")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -1707,7 +1704,7 @@ def evaluate_only(place: str | None, flags: dict[str, Any], split: str | None) -
     with torch_set_up(config):
         task, model, model_dir, load = prepare(config)
         if adapter:
-            saved = adapter_metadata(adapter)
+            saved = read_file(adapter / "adapter_model.safetensors")[1]
             for key, value in about(config, model).items():
                 require(saved.get(key, value) == value, f"{adapter} was trained with {key} = "
                         f"{saved.get(key)}, not {value}; use the same {key}")
@@ -1803,7 +1800,7 @@ def flag_options(name: str, hint: Any) -> dict[str, Any]:
 
 def help_text(name: str, text: str, default: Any) -> str:
     """Return a flag's help: the setting's comment, its range, its default."""
-    rule = ranges(TrainConfig).get(name)
+    rule = TrainConfig.RANGES.get(name)
     bound = f"{rule}; " if rule else ""
     return f"{text} ({bound}default: {shown(default)})".replace("%", "%%")
 

@@ -304,13 +304,15 @@ def test_every_matrix_has_its_own_cell(kind):
     """Names of other models: as many cells as matrices, each with its own number; the totals are
     the sums, the columns line up, and no line has more than 80 columns."""
     ranks = {name: i for i, name in enumerate(OTHER_MODELS[kind], 1)}
-    cells, totals = [], 0
+    cells = []
     for text in rank_map(ranks).split("\n\n"):
-        lines = [line for line in text.splitlines() if not line.endswith(":")]
-        cells += [cell for line in lines[1:-1] for cell in line.split()[1:-1] if cell != "."]
-        totals += int(lines[-1].split()[-1])
+        lines = text.splitlines()
         assert len({*map(len, lines)}) == 1 and len(lines[0]) <= 80
-    assert sorted(map(int, cells)) == sorted(ranks.values()) and totals == sum(ranks.values())
+        for title, *column in [*zip(*map(str.split, lines))][1:]:
+            *numbers, total = (int(cell) for cell in column if cell != ".")
+            assert total == sum(numbers)
+            cells += numbers if title != "total" else []
+    assert sorted(cells) == sorted(ranks.values()) and total == sum(ranks.values())
 
 
 # ---- against recorded numbers -------------------------------------------------------------------

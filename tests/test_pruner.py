@@ -148,15 +148,15 @@ def test_observe_once_in_every_step():
 
 
 @pytest.mark.parametrize("importance", ["sensitivity", "triplet", "norm", "frobenius"])
-def test_a_score_that_is_not_finite_names_the_layer(importance):
-    """One weight that is NaN or infinite: the next pruning stops with step and layer, the masks as
+def test_a_score_that_is_not_finite_stops_the_run(importance):
+    """One gate that is NaN or infinite: the next pruning stops and names its step, the masks as
     before."""
     for bad in (float("nan"), float("inf")):
         config = net_config(importance=importance, interval=4)
         model, layers = adapted(config)
         randomize(layers)
         pruner = Pruner(layers, config, 40)
-        with pytest.raises(NotFiniteError, match=r"step 10\b.*layer\.1\.up"):
+        with pytest.raises(NotFiniteError, match=r"step 10\b"):
             for _ in range(40):
                 model.zero_grad()
                 model(inputs()).sum().backward()
@@ -277,7 +277,7 @@ def test_a_state_of_another_model():
     """A state with another number of components is refused by both numbers."""
     _, _, pruner = trained(net_config(rank=1, start_rank=2))
     _, layers = adapted(pruner.config, blocks=1)
-    with pytest.raises(DoRAError, match="12 .* 6"):
+    with pytest.raises(DoRAError, match="components = 12.* 6"):
         Pruner(layers, pruner.config, 40).load_state_dict(pruner.state_dict())
 
 
