@@ -528,8 +528,8 @@ def rank_map(ranks: dict[str, int]) -> str:
         for place in ((row, matrix), (row, "total"), ("total", matrix), ("total", "total")):
             cells[place] = cells.get(place, 0) + rank
 
-    rows, matrices = ([*dict.fromkeys(place[i] for place in cells if place[i] != "total"), "total"]
-                      for i in (0, 1))
+    rows = [*dict.fromkeys(row for row, _ in cells if row != "total"), "total"]
+    matrices = [*dict.fromkeys(matrix for _, matrix in cells if matrix != "total"), "total"]
     labels = ["layer", *rows]
     if len({row.rpartition(".")[0] for row in rows[:-1]}) == 1:
         labels = ["layer", *(row.rpartition(".")[2] for row in rows)]

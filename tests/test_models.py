@@ -247,7 +247,7 @@ def test_modules_that_cannot_be_adapted():
 
 
 def test_the_layers_taken_for_the_model():
-    """`model = inject(...)`, then a call, a method or a head of "the model": each names inject()."""
+    """`model = inject(...)`, then a call, a method, a head: each error names inject()."""
     taken = inject(two_matrices(), cfg("0"))
     for use in (lambda: taken(X), lambda: taken.parameters(), lambda: taken.classifier):
         with pytest.raises(AttributeError, match=r"inject\(\)"):
