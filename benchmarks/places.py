@@ -47,10 +47,7 @@ import base64
 import functools
 import itertools
 import statistics
-import subprocess
-import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,7 +57,7 @@ from torch import Tensor, nn
 
 import data
 import train_glue
-from dora import METHODS, DoRAConfig, DoRALinear, Pruner, compact_, inject, keep_mask
+from dora import METHODS, DoRAConfig, Pruner, inject, keep_mask
 from report import Line
 
 LOG = report.RESULTS / "places.jsonl"
@@ -71,13 +68,15 @@ TITLES = {"stsb": "STS-B", "mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte
 WIDE, PLACES = 0.03, "dora's places"
 FIRST, MORE = [f"random {i}" for i in range(4)], [f"random {i}" for i in range(4, 8)]
 MAIN = ["dora", PLACES, *FIRST]
+FRESH = range(4, 9)
 OTHERS = ["adalora", "adalora's places", "paper", "paper's places",
           *(f"layer {i}" for i in range(6))]
 
 
-# ---- what surgical.py shares ---------------------------------------------------------------------
+# ---- one run -------------------------------------------------------------------------------------
 
 
+@functools.cache
 def float32_by_onednn() -> bool:
     """Let oneDNN make products of float32 matrices, which on AMD is faster than MKL, and return
     whether it does. The setting's name misleads: this checks that the results are float32."""
@@ -91,73 +90,10 @@ def float32_by_onednn() -> bool:
     return True
 
 
-def place(model: nn.Module, ranks: dict[str, int], dropout: float = DROPOUT) -> None:
-    """Freeze a model and give matrices plain LoRA of these ranks, at one scale."""
-    model.requires_grad_(False)
-    for name, rank in ranks.items():
-        if rank:
-            config = DoRAConfig(**{**METHODS["lora"], "dropout_on": "components"}, rank=rank,
-                                alpha=SCALE * rank, dropout=dropout)
-            base: Any = model.get_submodule(name)
-            model.set_submodule(name, DoRALinear(base, config))
-
-
-def fit(model: nn.Module, loss_of: Callable[[], Tensor], steps: int, lr: float,
-        pruner: Pruner | None, after: Callable[[int], None] = lambda step: None) -> None:
-    """Train for some steps; loss_of() returns the loss of the next batch."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01, fused=True)
-    warm = round(0.06 * steps)
-    for step in range(steps):
-        model.train()
-        loss = loss_of() + (pruner.penalty() if pruner else 0)
-        loss.backward()
-        if pruner:
-            pruner.observe()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        share = (step + 1) / warm if step < warm else (steps - step) / (steps - warm)
-        optimizer.param_groups[0]["lr"] = lr * share
-        optimizer.step()
-        optimizer.zero_grad()
-        if pruner:
-            pruner.step()
-            if pruner.t == pruner.last:
-                compact_(model, optimizer)
-        after(step + 1)
-
-
-def make_all(log: Path, to_do: Callable[[], Iterable[Line]], make: Callable[[Line], Line],
-             onednn: bool) -> None:
-    """Make the runs that are missing in a log, and note with each what made it."""
-    git = ["git", "-C", str(report.ROOT), "log", "-1", "--format=%h"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    noted = dict(commit=commit, onednn=onednn, machine=report.machine())
-
-    def run(cell: Line) -> Line:
-        started = time.monotonic()
-        found = make(cell)
-        return {**found, "seconds": round(time.monotonic() - started, 1), **noted}
-
-    report.make_all(log, to_do, run)
-
-
-def choose(log: Path, trials: dict[float, list[Line]], figure: str) -> dict[float, float]:
-    """Return the mean of a figure by learning rate; {} until all runs of the trials are made."""
-    done = report.finished(log)
-    found = {lr: [done.get(report.key_of(run)) for run in runs] for lr, runs in trials.items()}
-    if not all(all(lines) for lines in found.values()):
-        return {}
-    return {lr: statistics.mean(line[figure] for line in lines if line)
-            for lr, lines in found.items()}
-
-
-# ---- one run -------------------------------------------------------------------------------------
-
-
 @functools.lru_cache(maxsize=4)
 def examples(task: str, split: str) -> list[data.Example]:
     """Return examples: "train", "held out" (a tenth of the train set), "the rest" of it, "dev"."""
-    bpe = data.BPE.from_folder(report.MINILM)
+    bpe = data.BPE(report.MINILM)
     found = data.load_task(task, report.GLUE, "dev" if split == "dev" else "train", bpe, 64)
     rows = np.random.default_rng(0).permutation(len(found))
     tenth = min(len(found) // 10, 1000)
@@ -201,6 +137,7 @@ def method(run: Line) -> DoRAConfig:
 
 def make(run: Line) -> Line:
     """Train one arm with one seed and return its score, its places and its predictions."""
+    float32_by_onednn()
     task, seed = data.TASKS[run["task"]], run["seed"]
     dev = examples(run["task"], run["split"])
     train = examples(run["task"], "train" if run["split"] == "dev" else "the rest")
@@ -214,7 +151,7 @@ def make(run: Line) -> Line:
         pruner = Pruner(inject(model, config), config, run["steps"])
     else:
         ranks = places(run, costs)
-        place(model, ranks)
+        report.place(model, ranks, SCALE, DROPOUT)
     model.classifier.requires_grad_(True)
 
     stream, curve = data.endless_batches(train, BATCH, seed), []
@@ -230,7 +167,7 @@ def make(run: Line) -> Line:
             curve.append((step, round(scores[task.metrics[0]], 5), packed(predictions, task)))
 
     torch.manual_seed(seed)  # of dropout
-    fit(model, loss_of, run["steps"], run["lr"], pruner, after)
+    report.fit(model, loss_of, run["steps"], run["lr"], pruner, after)
     if pruner:
         ranks = pruner.ranks()
     kept = [ranks.get(name, 0) for name in costs]
@@ -253,7 +190,7 @@ def packed(predictions: np.ndarray, task: data.Task) -> str:
 def to_do() -> Iterator[Line]:
     """Yield the runs in their order. Those that need the result of another one follow it."""
     yield from block("stsb", (6,), [*MAIN, *MORE])
-    yield from block("stsb", (6,), [*MAIN, *MORE], range(4, 9), factor=0.5)
+    yield from block("stsb", (6,), [*MAIN, *MORE], FRESH, factor=0.5)
     yield from block("stsb", (6,), MAIN, factor=0.5, steps=1200)
     yield from block("stsb", (3,), MAIN, factor=0.5)
     yield from block("stsb", (6,), OTHERS)
@@ -293,7 +230,7 @@ def trials(task: str) -> dict[float, list[Line]]:
     rates = list(RATES)
     while True:
         runs = {lr: [{**cell, "seed": seed, "lr": lr} for seed in TRIED] for lr in rates}
-        means = choose(LOG, runs, "score")
+        means = report.mean_by_rate(LOG, runs, "score")
         best = max(means, key=means.__getitem__, default=0)
         if best == 0 or min(rates) < best < max(rates) or len(rates) == 8:
             return runs
@@ -302,7 +239,7 @@ def trials(task: str) -> dict[float, list[Line]]:
 
 def rate_of(task: str) -> float | None:
     """Return the rate that was chosen for a task, None until it is known."""
-    means = choose(LOG, trials(task), "score")
+    means = report.mean_by_rate(LOG, trials(task), "score")
     return max(means, key=means.__getitem__, default=None)
 
 
@@ -310,36 +247,53 @@ def rate_of(task: str) -> float | None:
 
 
 class Setting(NamedTuple):
-    """What the arms that are compared with each other have in common."""
+    """What the scores that are compared with each other have in common."""
 
     task: str
+    steps: int
     lr: float
+    dtype: str
     budget: int
+    fresh: bool  # the seeds that were fixed to test what was seen at half the rate
+    after: int  # steps, of which a long run is scored several times
+
+    def __str__(self) -> str:
+        words = f"{TITLES[self.task]}, {self.budget} components, "
+        words += f"after {self.after} of " * (self.after < self.steps)
+        return (f"{words}{self.steps} steps, rate {self.lr:g}" + ", seeds 4 to 8" * self.fresh
+                + f", {self.dtype}" * (self.dtype != "bf16"))
 
 
-Seeds = list[dict[str, float]]  # for each seed the scores by arm
+Scores = dict[str, float]  # of one seed, by arm
 
 
-def settings() -> dict[Setting, Seeds]:
+def settings() -> dict[Setting, list[Scores]]:
     """Return the scores of the seeds for which dora's places and four random ones are there."""
-    found: dict[Setting, dict[int, dict[str, float]]] = {}
+    found: dict[Setting, dict[int, Scores]] = {}
     for line in report.read_log(LOG):
-        if line["split"] == "dev":
-            seeds = found.setdefault(Setting(line["task"], line["lr"], line["budget"]), {})
-            seeds.setdefault(line["seed"], {})[line["arm"]] = line["score"]
+        if line["split"] == "held out":
+            continue
+        shared = (line[name] for name in ("task", "steps", "lr", "dtype", "budget"))
+        fresh = line["seed"] in FRESH and line["lr"] != rate_of(line["task"])
+        common = Setting(*shared, fresh, 0)
+        for step, score in line["curve"]:
+            seeds = found.setdefault(common._replace(after=step), {})
+            seeds.setdefault(line["seed"], {})[line["arm"]] = score
+
     whole = {}
-    for setting in sorted(found):
-        seeds = [found[setting][seed] for seed in sorted(found[setting])]
-        whole[setting] = [arms for arms in seeds if {PLACES, *FIRST} <= arms.keys()]
-    return {setting: seeds for setting, seeds in whole.items() if seeds}
+    for setting in sorted(found, key=lambda setting: ([*TITLES].index(setting.task), setting)):
+        seeds = [arms for _, arms in sorted(found[setting].items()) if {PLACES, *FIRST} <= {*arms}]
+        if seeds:
+            whole[setting] = seeds
+    return whole
 
 
-def randoms(arms: dict[str, float]) -> list[float]:
+def randoms(arms: Scores) -> list[float]:
     """Return the scores of the random placements of a seed."""
     return [score for arm, score in arms.items() if arm.startswith("random ")]
 
 
-def beaten(seeds: Seeds, arm: str) -> list[tuple[float, int]]:
+def beaten(seeds: list[Scores], arm: str) -> list[tuple[float, int]]:
     """Return by seed how many random placements an arm beats, where a tie counts half, and how many
     there are."""
     found = []
@@ -350,9 +304,9 @@ def beaten(seeds: Seeds, arm: str) -> list[tuple[float, int]]:
     return found
 
 
-def percentile(counts: list[tuple[float, int]]) -> str:
-    """Return the mean over the seeds of the share of random placements that are beaten."""
-    return f"{100 * statistics.mean(count / of for count, of in counts):.0f} %"
+def percentile(seeds: list[Scores], arm: str) -> str:
+    """Return the mean over the seeds of the share of random placements that an arm beats."""
+    return f"{100 * statistics.mean(count / of for count, of in beaten(seeds, arm)):.0f} %"
 
 
 def chance(counts: list[tuple[float, int]]) -> float:
@@ -366,75 +320,113 @@ def chance(counts: list[tuple[float, int]]) -> float:
 
 def write_report() -> None:
     """Write places.md and places.svg from the log."""
-    body = [row(setting, seeds) for setting, seeds in settings().items()]
-    lines = report.read_log(LOG)
+    lines, found = report.read_log(LOG), settings()
     hours = sum(line["seconds"] for line in lines) / 3600
     commits = ", ".join(sorted({line["commit"] for line in lines}))
+    head = ["setting", "seeds x random places", "best - worst", "their median", "dora", PLACES,
+            f"percentile of {PLACES}", "p", "of dora"]
     parts = [
         "# Places on text",
         f"Written by `python benchmarks/places.py`, which has the protocol, from {len(lines)} "
-        f"runs: {hours:.1f} hours of one core, with dora.py of af50a13 (places.py: {commits}). "
-        f"Scores are medians over the seeds, p is one-sided, wide is {WIDE} or more.",
-        report.table([
-            "setting", "seeds x random places", "best - worst", "their median", "dora", PLACES,
-            f"percentile of {PLACES}", "p", "of dora"], body)]
+        f"runs: {hours:.1f} hours of one core (commits {commits}; but for 61ffb71 with dora.py of "
+        "af50a13, which computes the same). "
+        f"Scores are medians over the seeds, p is one-sided, wide is {WIDE} or more. Seeds 4 to 8 "
+        "at half the rate are a test that was fixed before they were run.",
+        report.table(head, [row(setting, seeds) for setting, seeds in found.items()]),
+        *(others_table(setting, seeds) for setting, seeds in found.items()
+          if any({*arms} & {*OTHERS} for arms in seeds)),
+        "The mean score of random places on a held-out tenth chose the rate of a task:",
+        report.table(["task", "rate: score"], [
+            [TITLES[task], ", ".join(f"{lr:g}: {mean:.3f}" for lr, mean in means.items())]
+            for task in TITLES if (means := report.mean_by_rate(LOG, trials(task), "score"))])]
     (report.RESULTS / "places.md").write_text("\n\n".join(parts) + "\n", "utf-8")
-    plot()
+    plot(found)
 
 
-def row(setting: Setting, seeds: Seeds) -> list[str]:
+def row(setting: Setting, seeds: list[Scores]) -> list[str]:
     """Return a row of the table."""
-    counts, strips = beaten(seeds, PLACES), [randoms(arms) for arms in seeds]
+    strips = [randoms(arms) for arms in seeds]
+    sizes = sorted({len(strip) for strip in strips})
     every = [*itertools.chain(*strips)]
     wide = statistics.median(max(strip) - min(strip) for strip in strips)
     lost = sum(score < 0.5 for score in every)
     return [
-        f"{TITLES[setting.task]}, {setting.budget} components, {STEPS} steps, rate {setting.lr:g}",
-        f"{len(seeds)} x {len(strips[0])}",
-        f"{wide:.3f}" + (", wide" if wide >= WIDE else "") + f", {lost} below .5" * bool(lost),
+        str(setting), f"{len(seeds)} x {' or '.join(map(str, sizes))}",
+        f"{wide:.3f}" + ", wide" * (wide >= WIDE) + f", {lost} below .5" * bool(lost),
         f"{statistics.median(every):.3f}",
         f"{statistics.median(arms['dora'] for arms in seeds):.3f}",
         f"{statistics.median(arms[PLACES] for arms in seeds):.3f}",
-        percentile(counts), f"{chance(counts):.3f}", percentile(beaten(seeds, "dora"))]
+        percentile(seeds, PLACES), f"{chance(beaten(seeds, PLACES)):.3f}",
+        percentile(seeds, "dora")]
 
 
-def plot() -> None:
-    """Draw random places over the budget, a panel per task and rate, with a line through dora's."""
-    panels: dict[str, dict[int, Seeds]] = {}
-    for task, lr, budget in settings():
-        title = f"{TITLES[task]}, {STEPS} steps, rate {lr:g}"
-        panels.setdefault(title, {})[budget] = settings()[Setting(task, lr, budget)]
-    figure = report.figure(8, 3)
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=len(panels) == 2)[0]
+def others_table(setting: Setting, seeds: list[Scores]) -> str:
+    """Return the other arms of a setting beside dora's and random places."""
+    every = [*itertools.chain(*map(randoms, seeds))]
+    body = [["random places", report.spread(every, 3), "", ""]]
+    for arm in ("dora", PLACES, *OTHERS):
+        own = [arms for arms in seeds if arm in arms]
+        if own:
+            body.append([arm, report.spread([arms[arm] for arms in own], 3), percentile(own, arm),
+                         f"{chance(beaten(own, arm)):.3f}"])
+    return report.table([str(setting), "median (range, number)", "percentile", "p"], body)
+
+
+def plot(found: dict[Setting, list[Scores]]) -> None:
+    """Draw random places over the budget, a panel per task and rate, or for long runs over the
+    steps, with a line through dora's."""
+    panels: dict[str, dict[str, list[Scores]]] = {}
+    for setting, seeds in found.items():
+        title, label = f"{TITLES[setting.task]}, rate {setting.lr:g}", str(setting.budget)
+        if setting.steps > STEPS:
+            title, label = f"{title}, {label} components", str(setting.after)
+        else:
+            title += f", {setting.steps} steps"
+        label += "\nfresh\nseeds" * setting.fresh + f"\n{setting.dtype}" * (
+            setting.dtype != "bf16")
+        panels.setdefault(title, {})[label] = seeds
+
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = report.figure(8, 0.4 + 2.6 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax, (title, strips) in zip(axes, panels.items()):
         draw(ax, strips)
-        ax.set(title=title, xlabel="components in all")
-    axes[0].set_ylabel("score on dev")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+        long = title.endswith("components")
+        ax.set(title=title, xlabel="steps of 1,200" if long else "components in all")
+    for ax in axes[len(panels):]:
+        ax.set_visible(False)
+    for ax in axes[::columns]:
+        ax.set_ylabel("score on dev")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
                   frameon=False)
     report.save_figure(figure, report.RESULTS / "places.svg")
 
 
-def draw(ax: Any, strips: dict[int, Seeds]) -> None:
-    """Draw a strip per budget, seed beside seed. Lower scores than the axis has are triangles."""
+def draw(ax: Any, strips: dict[str, list[Scores]]) -> None:
+    """Draw strips, seed beside seed, and above each the percentile of dora's places. Scores that
+    are lower than the axis are triangles on its floor."""
     orange, grey = report.COLORS["dora"], "#999999"
-    top = max(max(randoms(arms)) for seeds in strips.values() for arms in seeds)
-    floor = top - 0.3
+    top = max(max(arms[PLACES], *randoms(arms)) for seeds in strips.values() for arms in seeds)
+    floor = top - 0.15
     for x, seeds in enumerate(strips.values()):
         for i, arms in enumerate(seeds):
-            at = x + 0.22 * (i - (len(seeds) - 1) / 2)
+            at = x + 0.14 * (i - (len(seeds) - 1) / 2)
             dots = ((randoms(arms), "o", grey), ([arms[PLACES]], "D", orange))
             for scores, marker, color in dots:
                 for score in scores:
                     shown = marker if score >= floor else "v"
                     ax.plot(at, max(score, floor), shown, color=color, ms=4, mew=0)
+        ax.text(x, top + 0.012, percentile(seeds, PLACES), color=orange, ha="center")
     middles = [statistics.median(arms[PLACES] for arms in seeds) for seeds in strips.values()]
     ax.plot(range(len(strips)), middles, color=orange, lw=1.2, label="their median")
     for marker, color, label in (("D", orange, "dora's places, a dot per seed"),
-                                 ("o", grey, "random places"), ("v", grey, "below the axis")):
-        ax.plot([], [], marker, color=color, ms=4, mew=0, label=label)
+                                 ("o", grey, "random places"), ("v", grey, "below the axis"),
+                                 (r"$\%$", orange, "share of the random places that they beat")):
+        ax.plot([], [], ls="", marker=marker, color=color, ms=4 + 3 * ("%" in marker), mew=0,
+                label=label)
     ax.set_xticks(range(len(strips)), list(strips))
-    ax.set(xlim=(-0.6, len(strips) - 0.4), ylim=(floor - 0.01, top + 0.02))
+    ax.set(xlim=(-0.6, max(4, len(strips)) - 0.4), ylim=(floor - 0.01, top + 0.03))
 
 
 def short() -> None:
@@ -460,16 +452,5 @@ def short() -> None:
         assert 0 < found["parameters"] <= 6 * 1152
 
 
-def main() -> None:
-    """Run the command line."""
-    args = report.parser(__doc__).parse_args()
-    torch.set_num_threads(1)
-    if args.short:
-        return short()
-    if not args.report:
-        make_all(LOG, to_do, make, float32_by_onednn())
-    write_report()
-
-
 if __name__ == "__main__":
-    main()
+    report.command_line(str(__doc__), LOG, to_do, make, write_report, short)

@@ -10,22 +10,20 @@ and prunes itself to exactly the teacher's budget. Two figures per run:
                 than the teacher's.
     loss        expected squared error on noisy targets / noise^2: the teacher itself gets 1
 
-    python benchmarks/rank_recovery.py           # all, 20 seeds; continues where it was stopped
-    python benchmarks/rank_recovery.py --only Methods --seeds 5    # tables by their titles
-    python benchmarks/rank_recovery.py --short   # about 20 s, with assertions: what CI runs
+    python benchmarks/rank_recovery.py                     # all, 20 seeds
+    python benchmarks/rank_recovery.py --only dora mixed   # runs of one row and pattern
+    python benchmarks/rank_recovery.py --short             # about 20 s: what CI runs
 
 A row is a set of DoRAConfig values. The seed fixes teacher, data and start, so all rows meet the
-same problems. A finished run is a line of
-results/rank_recovery.jsonl and is never repeated; several processes may run at once.
+same problems. A finished run is a line of results/rank_recovery.jsonl and is never repeated.
+Several processes may run at once.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import math
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -191,27 +189,17 @@ def run(settings: dict[str, Any], pattern: Pattern, seed: int) -> Line:
     torch.manual_seed(seed)  # the start of A and B
     config = make_config(settings, pattern)
     pruner = Pruner(inject(student, config), config, pattern.steps)
-    params = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=0.01, fused=True)
-    steps, warm = pattern.steps, max(1, round(0.06 * pattern.steps))  # warm-up as in the paper
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min((t + 1) / warm, (steps - t) / (steps - warm)))
-    g, began = torch.Generator().manual_seed(seed + 1_000_000), time.perf_counter()
-    for _ in range(steps):
+    g = torch.Generator().manual_seed(seed + 1_000_000)
+
+    def loss_of() -> Tensor:
         x = torch.randn(pattern.batch, pattern.width, generator=g)  # (batch, width)
         with torch.no_grad():
             y = teacher(x) + NOISE * torch.randn(x.shape, generator=g)
-        loss = (student(x) - y).square().mean() + pruner.penalty()
-        optimizer.zero_grad()
-        loss.backward()
-        pruner.observe()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        pruner.step()
-        rate.step()
+        return (student(x) - y).square().mean()
+
+    report.fit(student, loss_of, pattern.steps, LR, pruner, compacts=False)
     over = loss_over_floor(student, teacher, torch.randn(4096, pattern.width, generator=g))
-    return dict(kept=list(pruner.ranks().values()), loss=round(over, 4),
-                seconds=round(time.perf_counter() - began, 1))
+    return dict(kept=list(pruner.ranks().values()), loss=round(over, 4))
 
 
 def to_do(titles: Sequence[str], seeds: int) -> Iterator[Line]:
@@ -299,7 +287,11 @@ def plot() -> None:
     report.save_figure(figure, report.RESULTS / "rank_recovery.svg")
 
 
-# ---- the command line ----------------------------------------------------------------------------
+def write_report() -> None:
+    """Write this script's part of README.md, and its figure."""
+    report.write_part("rank_recovery", f"{markdown()}\n![the methods as two maps]"
+                                       f"(results/rank_recovery.svg)")
+    plot()
 
 
 def short() -> None:
@@ -316,25 +308,6 @@ def short() -> None:
     assert figures["paper"][0] >= 0.10, "Eq. 7 used to misplace a quarter; what changed?"
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description="Share of components in a wrong matrix.")
-    parser.add_argument("--seeds", type=int, default=20, help="runs per cell (default: 20)")
-    parser.add_argument("--only", nargs="+", default=[*tables()], metavar="TITLE",
-                        choices=[*tables()], help=f"only these tables, of {', '.join(tables())}")
-    parser.add_argument("--report", action="store_true", help="only write the tables")
-    parser.add_argument("--short", action="store_true", help="6 runs, two assertions, no files")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # matrices this small only wait for other threads
-    if args.short:
-        short()
-        return
-    if not args.report:
-        report.make_all(LOG, lambda: to_do(args.only, args.seeds), run_cell)
-    report.write_part("rank_recovery", f"{markdown()}\n![the methods as two maps]"
-                                       f"(results/rank_recovery.svg)")
-    plot()
-
-
 if __name__ == "__main__":
-    main()
+    report.command_line(str(__doc__), LOG, lambda: to_do([*tables()], 20), run_cell, write_report,
+                        short)

@@ -1,5 +1,5 @@
-"""What the benchmarks share: runs that are logged, resumed and divided among processes, the machine
-in words, tables, and how a figure looks.
+"""What the benchmarks share: their command line, runs that are logged, resumed and divided among
+processes, the choice of a learning rate, a training loop, the machine in words, tables, figures.
 
 Importing this puts the project's root on the path, so that a script can import dora.py next.
 """
@@ -17,7 +17,9 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -33,24 +37,50 @@ GLUE, MINILM = ROOT / "../shared/data/glue", ROOT / "../shared/models/minilm-l6-
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from dora import METHODS, DoRAConfig, DoRAError, DoRALinear, Pruner, compact_  # noqa: E402
+
 Line = dict[str, Any]  # of a log: what tells a run from others, and what was found
 
 # One colour per method in every figure: Okabe and Ito's set, which the colour-blind can tell apart.
 COLORS = {"dora": "#D55E00", "paper": "#CC79A7", "adalora": "#009E73", "lora": "#0072B2",
           "lora qv": "#56B4E9", "full": "#000000", "bitfit": "#E69F00", "head": "#999999"}
+NOISE = 0.002  # of a score on held-out data: rates whose scores are as close are alike
 
 
 def parser(text: str) -> argparse.ArgumentParser:
-    """Return a command line with what most scripts have in common."""
+    """Return a command line with what all scripts have in common."""
     found = argparse.ArgumentParser(description=text,
                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--short", action="store_true", help="check the machinery only, for CI")
     found.add_argument("--report", action="store_true", help="only write the tables")
-    found.add_argument("--data-dir", type=Path, default=GLUE)
-    found.add_argument("--model-dir", type=Path, default=MINILM)
-    found.add_argument("--device", default="cpu")
     found.add_argument("--threads", type=int, default=1)
     return found
+
+
+def command_line(text: str, log: Path, to_do: Callable[[], Iterable[Line]],
+                 run: Callable[[Line], Line], write_report: Callable[[], None],
+                 short: Callable[[], None]) -> None:
+    """Make the runs that are missing and write the report, or do what the flags say."""
+    arguments = parser(text)
+    arguments.add_argument("--only", nargs="+", default=[], metavar="VALUE",
+                           help='only runs with all of these values, such as mrpc "dora 2"')
+    args = arguments.parse_args()
+    torch.set_num_threads(args.threads)
+
+    def wanted() -> Iterator[Line]:
+        for cell in to_do():
+            if {*args.only} <= {*map(str, cell.values())}:
+                yield cell
+
+    try:
+        if args.short:
+            short()
+        elif not args.report:
+            make_all(log, wanted, run)
+    except DoRAError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    if not args.short:
+        write_report()
 
 
 # ---- runs and their logs -------------------------------------------------------------------------
@@ -90,8 +120,11 @@ def make_all(log: Path, to_do: Callable[[], Iterable[Line]],
 
     to_do() yields the runs that can be made now, in their order. It is asked again after each run,
     since some runs can be made only when others are finished. run() makes one and returns what the
-    log is to hold besides what tells the run from others.
+    log is to hold besides what tells the run from others, what made it, and its seconds.
     """
+    git = ["git", "-C", str(ROOT), "log", "-1", "--format=%h"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
     def next_one() -> bool:
         done = finished(log)
         for cell in (cell for cell in to_do() if key_of(cell) not in done):
@@ -99,7 +132,11 @@ def make_all(log: Path, to_do: Callable[[], Iterable[Line]],
             with claimed(key) as mine:
                 if mine and key not in finished(log):  # another process may just have made it
                     print("---", *cell.values(), flush=True)
-                    add_to_log(log, {"key": key, **cell, **run(cell)})
+                    started = time.monotonic()
+                    found = run(cell)
+                    seconds = round(time.monotonic() - started, 1)
+                    add_to_log(log, {"key": key, **cell, "seconds": seconds, "commit": commit,
+                                     "machine": machine(), **found})
                     return True
         return False
 
@@ -120,16 +157,88 @@ def claimed(key: str) -> Iterator[bool]:
             yield True
 
 
+# ---- learning rates and training -----------------------------------------------------------------
+
+
+def mean_by_rate(log: Path, trials: dict[float, list[Line]], name: str) -> dict[float, float]:
+    """Return the mean of a figure by learning rate; {} until all runs of the trials are made."""
+    done = finished(log)
+    found = {lr: [done.get(key_of(run)) for run in runs] for lr, runs in trials.items()}
+    if not all(all(lines) for lines in found.values()):
+        return {}
+    return {lr: statistics.mean(line[name] for line in lines if line)
+            for lr, lines in found.items()}
+
+
+def next_rate(tried: dict[float, float], middle: float = 2e-3) -> float | None:
+    """Return the next learning rate to try, given the score by rate: three around the middle, then
+    on until the best one and the one that best_rate() chooses lie inside of what was tried. None
+    once they do, or after eight rates: where none learns, all score alike."""
+    for rate in (middle, middle / 2, middle * 2):
+        if rate not in tried:
+            return rate
+
+    if len(tried) == 8:
+        return None
+    chosen = best_rate(tried)
+    if chosen == min(tried):
+        return chosen / 2
+    best = max(tried, key=lambda rate: (tried[rate], rate))  # of several, the highest
+    return best * 2 if best == max(tried) else None
+
+
+def best_rate(tried: dict[float, float]) -> float:
+    """Return the lowest of the rates whose scores are within NOISE of the best one."""
+    best = max(tried.values())
+    return min(rate for rate, score in tried.items() if score >= best - NOISE)
+
+
+def place(model: nn.Module, ranks: dict[str, int], scale: float, dropout: float) -> None:
+    """Freeze a model and give matrices plain LoRA of these ranks, at one scale."""
+    model.requires_grad_(False)
+    for name, rank in ranks.items():
+        if rank:
+            config = DoRAConfig(**{**METHODS["lora"], "dropout_on": "components"}, rank=rank,
+                                alpha=scale * rank, dropout=dropout)
+            base: Any = model.get_submodule(name)
+            model.set_submodule(name, DoRALinear(base, config))
+
+
+def fit(model: nn.Module, loss_of: Callable[[], Tensor], steps: int, lr: float,
+        pruner: Pruner | None, after: Callable[[int], None] = lambda step: None, *,
+        warm: float = 0.06, compacts: bool = True) -> None:
+    """Train for some steps with AdamW, whose rate rises for a share of them, then falls to 0.
+    loss_of() returns the loss of the next batch."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01, fused=True)
+    rising = round(warm * steps)
+    for step in range(steps):
+        model.train()
+        loss = loss_of() + (pruner.penalty() if pruner else 0)
+        loss.backward()
+        if pruner:
+            pruner.observe()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        share = (step + 1) / rising if step < rising else (steps - step) / (steps - rising)
+        optimizer.param_groups[0]["lr"] = lr * share
+        optimizer.step()
+        optimizer.zero_grad()
+        if pruner:
+            pruner.step()
+            if compacts and pruner.t == pruner.last:
+                compact_(model, optimizer)
+        after(step + 1)
+
+
 # ---- machines ------------------------------------------------------------------------------------
 
 
-def machine(threads: int = 1, device: str = "cpu") -> str:
+def machine(device: str = "cpu") -> str:
     """Return the machine and the versions in one line."""
-    import torch
     if device != "cpu":
         name = torch.cuda.get_device_name(device)
     else:
-        info = Path("/proc/cpuinfo")
+        info, threads = Path("/proc/cpuinfo"), torch.get_num_threads()
         found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
         name = f"{found[1] if found else platform.processor()} ({os.cpu_count()} cores, " \
                f"{torch.backends.cpu.get_cpu_capability()}), {threads} thread{'s' * (threads > 1)}"

@@ -52,11 +52,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from dora import METHODS, DoRAConfig, Pruner, inject
-from places import SCALE, choose, fit, make_all, place
 from report import Line
 
 LOG = report.RESULTS / "surgical.jsonl"
-STEPS, BATCH, COMPONENTS, START = 600, 32, 6, 6
+STEPS, BATCH, COMPONENTS, START, SCALE = 600, 32, 6, 6, 8.0
 SHIFTS = ("mirrored", "renamed", "placebo", "swapped")
 NAMES = tuple("1234567")  # of the matrices, and of the modules
 SINGLE = tuple(f"matrix {name}" for name in NAMES)
@@ -104,7 +103,7 @@ def train(net: nn.Module, x: Tensor, y: Tensor, lr: float, seed: int,
         rows = torch.randint(len(x), (BATCH,), generator=rng)
         return F.cross_entropy(net(x[rows]), y[rows])
 
-    fit(net, loss_of, STEPS, lr, pruner)
+    report.fit(net, loss_of, STEPS, lr, pruner)
 
 
 @functools.lru_cache(maxsize=1)
@@ -163,7 +162,7 @@ def make(run: Line, ranks: list[int] | None = None) -> Line:
         pruner = Pruner(inject(net, config), config, STEPS)
     else:
         ranks = ranks or ranks_of(run)
-        place(net, dict(zip(NAMES, ranks)), dropout=0.0)
+        report.place(net, dict(zip(NAMES, ranks)), SCALE, dropout=0.0)
     train(net, x[trained], y[trained], run["lr"], seed, pruner)
 
     net.eval()
@@ -209,7 +208,7 @@ def trials(shift: str, arm: str) -> dict[float, list[Line]]:
 
 def rate_of(shift: str, arm: str) -> float | None:
     """Return the rate that was chosen for an arm, None until it is known."""
-    means = choose(LOG, trials(shift, arm), "loss")
+    means = report.mean_by_rate(LOG, trials(shift, arm), "loss")
     return min(means, key=means.__getitem__, default=None)
 
 
@@ -238,7 +237,7 @@ def lines_of(shift: str, arm: str) -> list[Line]:
 
 def best_matrix(shift: str) -> str:
     """Return the single matrix with the lowest mean loss on the seeds that choose the rates."""
-    losses = {arm: choose(LOG, trials(shift, arm), "loss") for arm in SINGLE}
+    losses = {arm: report.mean_by_rate(LOG, trials(shift, arm), "loss") for arm in SINGLE}
     return min(SINGLE, key=lambda arm: min(losses[arm].values(), default=math.inf))
 
 
@@ -363,16 +362,5 @@ def short() -> None:
         assert own < other
 
 
-def main() -> None:
-    """Run the command line."""
-    args = report.parser(__doc__).parse_args()
-    torch.set_num_threads(1)
-    if args.short:
-        return short()
-    if not args.report:
-        make_all(LOG, to_do, make, onednn=False)  # which is slower with matrices this small
-    write_report()
-
-
 if __name__ == "__main__":
-    main()
+    report.command_line(str(__doc__), LOG, to_do, make, write_report, short)
