@@ -1,15 +1,12 @@
 """The methods side by side on GLUE, score against stored parameters.
 
-    python benchmarks/glue.py                 # everything, in the order of the stages
-    python benchmarks/glue.py --stages 1 2    # learning rates; STS-B and MRPC
-    python benchmarks/glue.py --report        # write the tables from the runs that there are
+    python benchmarks/glue.py                      # all runs that are missing, then the tables
+    python benchmarks/glue.py --only mrpc "dora 2" # runs with these values only
+    python benchmarks/glue.py --report             # the tables from the runs that there are
 
-    stage 1   learning rates on tenths of the train sets of STS-B and MRPC, held out
-    stage 2   STS-B and MRPC, three seeds, every row
-    stage 3   learning rates on a tenth of CoLA's train set, then CoLA
-    stage 4   controls: is it the choice of the components, the pruning, or neither?
-    stage 5   from LoRA to dora in steps, MRPC and STS-B, three seeds
-    stage 6   ten seeds of four of these steps on MRPC
+In this order: learning rates on tenths of the train sets of STS-B and MRPC, held out. Both tasks,
+three seeds, every row. Rates and runs on CoLA. Controls: is it the choice of the components, the
+pruning, or neither? From LoRA to dora in steps. Ten seeds of four of these steps on MRPC.
 
 A finished run is a line of results/budget_curve.jsonl, with its predictions on dev, and is never
 repeated. A run that was stopped continues from its checkpoint. Several of these processes may run
@@ -18,10 +15,8 @@ at once, with one thread each: they take different runs. Everything is float32.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import functools
-import json
 import math
 import re
 import statistics
@@ -39,18 +34,17 @@ from torch import Tensor, nn
 
 import data
 import train_glue
-from dora import DoRAConfig, DoRAError, DoRALinear, Pruner, inject
-from report import Line
+from dora import DoRAConfig, DoRALinear, Pruner, inject
+from report import Line, best_rate, next_rate
 
 LOG = report.RESULTS / "budget_curve.jsonl"
 CODE = 1  # raise it when a change of the program changes what these runs compute
 EPOCHS = {"stsb": 4, "mrpc": 6, "cola": 5}
 DEV = {"stsb": 1500, "mrpc": 408, "cola": 1043}  # examples
 TENTH = {"stsb": 574, "mrpc": 366, "cola": 855}  # examples that held_out() holds out
-SEEDS, TEN, STAGES = (1, 2, 3), tuple(range(1, 11)), range(1, 7)
-BOTH = ("stsb", "mrpc")  # the tasks of stages 1, 2, 4 and 5
+SEEDS, TEN = (1, 2, 3), tuple(range(1, 11))
+BOTH = ("stsb", "mrpc")
 T_QUANTILE = {3: 4.303, 6: 2.571, 10: 2.262}  # Student's, 97.5 %, by the number of differences
-NOISE = 0.002  # of a score on a held-out tenth: rates whose scores are as close are alike
 # the middle of the first three rates on STS-B; others 2e-3. The other tasks start at half of it
 START_LR = {"full": 1e-4, "lora 2": 4e-3, "lora qv 1": 4e-3, "adalora 2": 4e-3, "paper 2": 4e-3}
 
@@ -151,7 +145,7 @@ def cell(row: str, split: str, task: str, seed: int, lr: float) -> Line:
     return dict(code=CODE, row=row, split=split, task=task, seed=seed, lr=lr)
 
 
-def run(c: Line, args: argparse.Namespace) -> Line:
+def run(c: Line) -> Line:
     """Make a run. Return what the log is to hold of it."""
     row, out = ALL[c["row"]], report.RUNS / "budget-curve" / report.key_of(c)
     settings = row.settings
@@ -159,16 +153,18 @@ def run(c: Line, args: argparse.Namespace) -> Line:
     if ranks:  # plain LoRA of the highest rank, of which FixedRanks leaves a part
         top = float(max(ranks))
         settings = dict(rank=top, alpha=8.0 * top / max(1, settings["rank"]))
-    data_dir = held_out(args.data_dir) if c["split"] == "held out" else args.data_dir
     config = train_glue.make_config(
-        c["task"], row.method, seed=c["seed"], lr=c["lr"], epochs=EPOCHS[c["task"]],
-        batch_size=32, data_dir=str(data_dir), model_dir=str(args.model_dir),
-        out=str(out), device=args.device, save_every=100,
+        c["task"], row.method, seed=c["seed"], lr=c["lr"], epochs=EPOCHS[c["task"]], batch_size=32,
+        data_dir=str(held_out() if c["split"] == "held out" else report.GLUE),
+        model_dir=str(report.MINILM), out=str(out), save_every=100,
         resume=any(out.glob("checkpoints/*.pt")), **settings)
 
     pruner = functools.partial(FixedRanks, ranks=ranks, shuffle=c["seed"] if row.shuffled else None)
     with mock.patch.multiple(train_glue, Pruner=pruner if ranks else Pruner, **watching(out)):
-        result = train_glue.train(config)
+        try:
+            result = train_glue.train(config)
+        except train_glue.Interrupted as stop:
+            sys.exit(f"glue.py: {stop.args[0]}; the same command continues")
 
     metric = data.TASKS[c["task"]].metrics[0]
     best = result["best"][metric]
@@ -180,9 +176,7 @@ def run(c: Line, args: argparse.Namespace) -> Line:
         "collapsed": result.get("collapsed"), "head": result["head_parameters"],
         "adapter": result["adapter_parameters_after_pruning"],
         "trainable": result["trainable_parameters"], "seconds": result["seconds"],
-        "ranks": list(result["ranks"].values()), "torch": torch.__version__,
-        "device": json.loads((out / "run.json").read_text("utf-8"))["device"],
-        "machine": report.machine(args.threads, args.device), "predictions": predictions[-1]}
+        "ranks": list(result["ranks"].values()), "predictions": predictions[-1]}
 
 
 def watching(out: Path) -> Line:
@@ -224,11 +218,11 @@ def ranks_of(row: str, task: str, seed: int) -> list[int]:
     return next(line["ranks"] for line in on(row, task) if line["seed"] == seed)
 
 
-def held_out(data_dir: Path) -> Path:
+def held_out() -> Path:
     """Return a data folder whose dev sets are tenths of the train sets of STS-B, MRPC and CoLA."""
     folder = report.RUNS / "held-out"
     for name, head in (("STS-B", 1), ("MRPC", 1), ("CoLA", 0)):  # CoLA has no header line
-        lines = (data_dir / name / "train.tsv").read_text("utf-8").rstrip("\n").split("\n")
+        lines = (report.GLUE / name / "train.tsv").read_text("utf-8").rstrip("\n").split("\n")
         rows = np.random.default_rng(0).permutation(len(lines) - head) + head
         tenth = len(rows) // 10
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -244,29 +238,6 @@ def held_out(data_dir: Path) -> Path:
 # ---- learning rates ------------------------------------------------------------------------------
 
 
-def next_rate(tried: dict[float, float], middle: float = 2e-3) -> float | None:
-    """Return the next learning rate to try, given the score by rate: three around the middle, then
-    on until the best one and the one that best_rate() chooses lie inside of what was tried. None
-    once they do, or after eight rates: where none learns, all score alike."""
-    for rate in (middle, middle / 2, middle * 2):
-        if rate not in tried:
-            return rate
-
-    if len(tried) == 8:
-        return None
-    chosen = best_rate(tried)
-    if chosen == min(tried):
-        return chosen / 2
-    best = max(tried, key=lambda rate: (tried[rate], rate))  # of several, the highest
-    return best * 2 if best == max(tried) else None
-
-
-def best_rate(tried: dict[float, float]) -> float:
-    """Return the lowest of the rates whose scores are within NOISE of the best one."""
-    best = max(tried.values())
-    return min(rate for rate, score in tried.items() if score >= best - NOISE)
-
-
 def tried_rates(row: str, task: str, score: str = "best") -> dict[float, float]:
     """Return the score on a task's held-out tenth by learning rate: that of the best epoch, which
     is also what the tables report. One seed chooses."""
@@ -274,16 +245,15 @@ def tried_rates(row: str, task: str, score: str = "best") -> dict[float, float]:
         line["row"], line["split"], line["task"], line["seed"]) == (row, "held out", task, 1)}
 
 
-def rate_to_try(row: str, task: str) -> float | None:
-    """Return the next learning rate to try for a row on a task; None if the choice is finished."""
-    middle = START_LR.get(row, 2e-3)
-    return next_rate(tried_rates(row, task), middle if task == "stsb" else middle / 2)
+def middle_of(row: str, task: str) -> float:
+    """Return the learning rate around which the search of a row on a task begins."""
+    return START_LR.get(row, 2e-3) * (1.0 if task == "stsb" else 0.5)
 
 
 def rate_of(row: str, task: str) -> float | None:
     """Return the learning rate that was chosen for a row; None if the choice is not finished."""
     source = ALL[row].rate
-    return None if rate_to_try(source, task) else best_rate(tried_rates(source, task))
+    return report.chosen_rate(tried_rates(source, task), middle_of(source, task))
 
 
 def on(row: str, task: str) -> list[Line]:
@@ -302,32 +272,26 @@ def on(row: str, task: str) -> list[Line]:
     return sorted(found, key=lambda line: line["seed"])
 
 
-# ---- stages --------------------------------------------------------------------------------------
+# ---- the order of the runs -----------------------------------------------------------------------
 
 
-def to_do(stages: Iterable[int]) -> Iterator[Line]:
+def to_do() -> Iterator[Line]:
     """Yield the runs that can be made now, in their order; those that depend on others follow as
     soon as these are finished."""
-    if 1 in stages:
-        for task in BOTH:
-            yield from rates(TUNED, task)
-    if 2 in stages:
-        yield from on_dev(ROWS, BOTH)
-    if 3 in stages:
-        yield from rates(dict.fromkeys(ROWS[row].rate for row in ON_COLA), "cola")
-        yield from on_dev(ON_COLA, ("cola",))
-    if 4 in stages:
-        yield from on_dev(CONTROLS, BOTH)
-    if 5 in stages:
-        yield from on_dev(STEPS, BOTH[::-1])  # MRPC first: there dora leads by more
-    if 6 in stages:
-        yield from on_dev(FOUR, ("mrpc",), TEN)
+    for task in BOTH:
+        yield from rates(TUNED, task)
+    yield from on_dev(ROWS, BOTH)
+    yield from rates(dict.fromkeys(ROWS[row].rate for row in ON_COLA), "cola")
+    yield from on_dev(ON_COLA, ("cola",))
+    yield from on_dev(CONTROLS, BOTH)
+    yield from on_dev(STEPS, BOTH[::-1])  # MRPC first: there dora leads by more
+    yield from on_dev(FOUR, ("mrpc",), TEN)
 
 
 def rates(rows: Iterable[str], task: str) -> Iterator[Line]:
     """Yield the next run of each row that looks for its learning rate."""
     for row in rows:
-        if rate := rate_to_try(row, task):
+        if rate := next_rate(tried_rates(row, task), middle_of(row, task)):
             yield cell(row, "held out", task, 1, rate)
 
 
@@ -385,7 +349,7 @@ def fact(kind: str, rows: str, tasks: str) -> str:
 # ---- report --------------------------------------------------------------------------------------
 
 
-def write_report(data_dir: Path) -> None:
+def write_report() -> None:
     """Write RESULTS.md, its figure and the README's table from the log: only what was run."""
     lines = report.read_log(LOG)
     hours = sum(line["seconds"] for line in lines) / 3600
@@ -400,8 +364,11 @@ def write_report(data_dir: Path) -> None:
         "CONTROL_PAIRS": differences_table(CONTROL_PAIRS, BOTH),
         "STEPS": scores_table(("lora 2", *STEPS, "dora 2"), BOTH),
         "STEP_PAIRS": differences_table(STEP_PAIRS, BOTH),
-        "BY_EXAMPLE": by_example(data_dir),
-        "RATES": "\n\n".join(map(rates_table, EPOCHS))}
+        "BY_EXAMPLE": by_example(),
+        "RATES": "\n\n".join(
+            report.rates_table(f"{task}, {TENTH[task]} examples", {
+                row: tried for row in TUNED if (tried := tried_rates(row, task))},
+                functools.partial(middle_of, task=task)) for task in EPOCHS)}
     parts = [tables.get(part) or textwrap.fill(part, 120, break_on_hyphens=False,
                                                break_long_words=False)
              for part in words.split("\n\n")]
@@ -441,9 +408,9 @@ def differences_table(pairs: Pairs, tasks: Iterable[str]) -> str:
     return report.table(["by rising seed", *tasks], body)
 
 
-def by_example(data_dir: Path) -> str:
+def by_example() -> str:
     """Return the comparisons on MRPC by example, of the runs whose predictions are stored."""
-    _, *rows = (data_dir / "MRPC/dev.tsv").read_text("utf-8").rstrip("\n").split("\n")
+    _, *rows = (report.GLUE / "MRPC/dev.tsv").read_text("utf-8").rstrip("\n").split("\n")
     labels, body = np.array([int(row.split("\t")[0]) for row in rows]), []
     for pair in STEP_PAIRS:
         first, second = ({line["seed"]: unpacked(line["predictions"]) == labels
@@ -458,19 +425,6 @@ def by_example(data_dir: Path) -> str:
                                    for row in values)])
     head = ["rows", "seeds", "mean difference", "by seed"]
     return report.table(head, body) if body else "No such run is stored yet."
-
-
-def rates_table(task: str) -> str:
-    """Return the scores on a held-out tenth by learning rate, the chosen ones in bold."""
-    tried = {row: found for row in TUNED if (found := tried_rates(row, task))}
-    grid = sorted({rate for found in tried.values() for rate in found})
-    body = []
-    for row, found in tried.items():
-        cells = {rate: f"{score:.4f}" for rate, score in found.items()}
-        if chosen := rate_of(row, task):
-            cells[chosen] = f"**{cells[chosen]}**"
-        body.append([row, *(cells.get(rate, "") for rate in grid)])
-    return report.table([f"{task}, {TENTH[task]} examples", *(f"{rate:g}" for rate in grid)], body)
 
 
 # what README's table and figure show: (words, row, colour)
@@ -526,30 +480,9 @@ def plot() -> None:
     report.save_figure(figure, report.RESULTS / "glue.svg")
 
 
-# ---- the command line ----------------------------------------------------------------------------
-
-
-def main() -> None:
-    """Run the command line."""
-    parser = report.parser(str(__doc__))
-    parser.add_argument("--stages", type=int, nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--rows", nargs="+", choices=ALL, metavar="ROW",
-                        help='only these rows of the tables, such as "dora 2"')
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.short:
-        short(args)
-        return
-    if not args.report:
-        rows = args.rows or ALL
-        report.make_all(LOG, lambda: (c for c in to_do(args.stages) if c["row"] in rows),
-                        lambda c: run(c, args))
-    write_report(args.data_dir)
-
-
-def short(args: argparse.Namespace) -> None:
+def short() -> None:
     """Check the held-out tenths, the search for a rate, predictions and fixed ranks."""
-    folder = held_out(args.data_dir)
+    folder = held_out()
     for task, name, total in (("stsb", "STS-B", 5750), ("mrpc", "MRPC", 3668),
                               ("cola", "CoLA", 8551)):  # with header lines
         train, dev = ((folder / name / f"{split}.tsv").read_text("utf-8").count("\n")
@@ -585,14 +518,9 @@ def short(args: argparse.Namespace) -> None:
         assert shuffle or shared == [2, 0]
         assert [int(layer.c.sum()) for layer in layers.values()] == [*shared, last]
     done = report.finished(LOG)
-    left = sum(report.key_of(c) not in done for c in to_do(STAGES))
+    left = sum(report.key_of(c) not in done for c in to_do())
     print(f"{len(done)} finished runs on record, {left} can start")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DoRAError as error:
-        sys.exit(f"glue.py: error: {error}")
-    except train_glue.Interrupted as stop:
-        sys.exit(f"glue.py: {stop.args[0]}; the same command continues")
+    report.command_line(str(__doc__), LOG, to_do, run, write_report, short)

@@ -23,12 +23,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import report
@@ -38,7 +37,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora import METHODS, DoRAConfig, DoRAError, NotFiniteError, Pruner, compact_, inject, merge_
-from glue import NOISE, best_rate, next_rate
 from report import Line
 
 CODE = 1  # raise it when a change of the program changes what these runs compute
@@ -64,21 +62,11 @@ MEANINGS = None  # representations to evaluate on; None = all
 MAX_TOKENS = 96  # of a generated sentence; the longest in the test file has 90
 
 
-Texts = list[tuple[str, str]]  # (meaning, sentence)
+Pair = tuple[str, str]  # a meaning representation and one of its sentences
+Ids = tuple[list[int], list[int]]  # the same as tokens; the sentence ends with the last of a text
 
 
 # ---- data ----------------------------------------------------------------------------------------
-
-
-class Pair(NamedTuple):
-    """A meaning representation and one of its sentences, as token ids."""
-
-    prompt: list[int]
-    sentence: list[int]  # ends with the token that ends a text
-
-    def length(self) -> int:
-        """Return the number of tokens."""
-        return len(self.prompt) + len(self.sentence)
 
 
 def read(path: Path) -> dict[str, list[str]]:
@@ -90,7 +78,7 @@ def read(path: Path) -> dict[str, list[str]]:
     return found
 
 
-def sets() -> tuple[Texts, Texts, dict[str, list[str]]]:
+def sets() -> tuple[list[Pair], list[Pair], dict[str, list[str]]]:
     """Return the train set and the held-out set as (meaning, sentence), and the test set by
     meaning. The first two share no meaning and are the same for all seeds."""
     valid = read(DATA / "valid.txt")
@@ -106,36 +94,40 @@ def sets() -> tuple[Texts, Texts, dict[str, list[str]]]:
     return [rest[i] for i in chosen], held_out, test
 
 
-def encode(tokenizer: Any, pairs: Texts) -> list[Pair]:
-    """Return the tokens of (meaning, sentence) pairs."""
+def encode(tokenizer: Any, pairs: list[Pair]) -> list[Ids]:
+    """Return the tokens of pairs."""
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    return [Pair(ids(f"{meaning} =>"), [*ids(f" {sentence}"), tokenizer.eos_token_id])
+    return [(ids(f"{meaning} =>"), [*ids(f" {sentence}"), tokenizer.eos_token_id])
             for meaning, sentence in pairs]
 
 
-def batches(pairs: list[Pair], seed: int, size: int = 16) -> list[list[Pair]]:
+def length(pair: Ids) -> int:
+    """Return the number of tokens."""
+    return len(pair[0]) + len(pair[1])
+
+
+def batches(pairs: list[Ids], seed: int, size: int = 16) -> list[list[Ids]]:
     """Return the pairs in random batches of similar length: eight batches at a time are sorted by
     length before they are cut."""
     rng = np.random.default_rng(seed)
     order = [pairs[i] for i in rng.permutation(len(pairs))]
     found = []
     for i in range(0, len(order), 8 * size):
-        part = sorted(order[i:i + 8 * size], key=Pair.length)
+        part = sorted(order[i:i + 8 * size], key=length)
         found += [part[j:j + size] for j in range(0, len(part), size)]
     return [found[i] for i in rng.permutation(len(found))]
 
 
-def collate(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
-    """Return ids (B, T), padded on the right, and where a sentence stands in them, (B, T) bool."""
-    width = max(map(Pair.length, pairs))
+def collate(pairs: list[Ids]) -> tuple[Tensor, Tensor]:
+    """Return ids (B, T), padded on the right, and where a sentence is in them, (B, T) bool."""
+    width = max(map(length, pairs))
     ids = torch.zeros(len(pairs), width, dtype=torch.long)
     wanted = torch.zeros(len(pairs), width, dtype=torch.bool)
-    for i, (prompt, sentence) in enumerate(pairs):
-        end = len(prompt) + len(sentence)
-        ids[i, :end] = torch.tensor(prompt + sentence)
-        wanted[i, len(prompt):end] = True
+    for i, pair in enumerate(pairs):
+        ids[i, :length(pair)] = torch.tensor(sum(pair, []))
+        wanted[i, len(pair[0]):length(pair)] = True
     return ids, wanted
 
 
@@ -151,53 +143,32 @@ def token_nll(model: Any, ids: Tensor, wanted: Tensor) -> Tensor:
     return F.cross_entropy(logits, ids[:, 1:][wanted], reduction="none")
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Return the rate of step 0..T-1: it rises for a tenth of the steps, then falls to 0."""
-    warm = max(1, steps // 10)
-    return peak * min((step + 1) / warm, (steps - step) / (steps - warm))
-
-
-def train(model: Any, pairs: list[Pair], config: DoRAConfig, c: Line) -> Line:
-    """Adapt the model to the pairs. Return the losses per token, CPU seconds, the peak of the
-    memory in MB and the live components per matrix.
-
-    Raises NotFiniteError if the loss is not finite.
-    """
+def train(model: Any, pairs: list[Ids], config: DoRAConfig, c: Line) -> Line:
+    """Adapt the model to the pairs. Return CPU seconds, the peak of the memory in MB and the live
+    components per matrix. Raises NotFiniteError if the loss is not finite."""
     torch.manual_seed(c["seed"])
-    layers = inject(model, config)
-    pruner = Pruner(layers, config, total_steps=c["steps"])
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=c["lr"], fused=True)
-    losses: list[float] = []
+    pruner = Pruner(inject(model, config), config, total_steps=c["steps"])
+    stream = iter(batches(pairs, c["seed"]))
+
+    def loss_of() -> Tensor:
+        loss = token_nll(model, *collate(next(stream))).mean()
+        if not loss.isfinite():
+            raise NotFiniteError(f"the loss is {loss.item()}")
+        return loss
+
     report.forget_peak()
     started = time.process_time()
-    model.train()
-    for step, batch in enumerate(batches(pairs, c["seed"])[:c["steps"]]):
-        ids, wanted = collate(batch)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, c["steps"], c["lr"])
-
-        loss = token_nll(model, ids, wanted).mean()
-        optimizer.zero_grad()
-        (loss + pruner.penalty()).backward()  # Eq. 10
-        pruner.observe()  # Eq. 7, 8: before clipping and stepping
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        pruner.step()  # Eq. 9: zeroes the gates of the lowest-scoring components
-
-        if not loss.isfinite():
-            raise NotFiniteError(f"step {step + 1}: the loss is {loss.item()}")
-        losses.append(round(loss.item(), 4))
-    compact_(model, optimizer)
-    return {"losses": losses, "seconds": round(time.process_time() - started, 1),
-            "memory": report.resident("VmHWM"), "ranks": pruner.ranks()}
+    report.fit(model, loss_of, c["steps"], c["lr"], pruner, warm=0.1, compacts=False)
+    seconds = round(time.process_time() - started, 1)
+    compact_(model)
+    return {"seconds": seconds, "memory": report.resident("VmHWM"), "ranks": pruner.ranks()}
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def mean_nll(model: Any, pairs: list[Pair]) -> float:
+def mean_nll(model: Any, pairs: list[Ids]) -> float:
     """Return the negative log-likelihood per token of the sentences, in nats. Raises NotFiniteError
     if it is not finite."""
     model.eval()
@@ -209,22 +180,20 @@ def mean_nll(model: Any, pairs: list[Pair]) -> float:
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, pairs: list[Pair], max_tokens: int) -> list[str]:
+def generate(model: Any, tokenizer: Any, pairs: list[Ids]) -> list[str]:
     """Return a sentence for each prompt, by greedy decoding in batches of 64."""
     model.eval()
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt))
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
     found = {}
     for k in range(0, len(order), 64):
-        prompts = [pairs[i].prompt for i in order[k:k + 64]]
-        width = max(map(len, prompts))
+        prompts = [torch.tensor(pairs[i][0]) for i in order[k:k + 64]]
         # padding is on the left, so that every row continues at the same place
-        pads = [[0] * (width - len(p)) for p in prompts]
-        ids = torch.tensor([pad + p for pad, p in zip(pads, prompts)])
-        mask = torch.tensor([pad + [1] * len(p) for pad, p in zip(pads, prompts)])
+        ids = nn.utils.rnn.pad_sequence(prompts, True, -1, padding_side="left")
         out = model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_tokens,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
-        for i, row in zip(order[k:k + 64], out[:, width:].tolist(), strict=True):
+            input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), do_sample=False,
+            max_new_tokens=MAX_TOKENS, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id)
+        for i, row in zip(order[k:k + 64], out[:, ids.shape[1]:].tolist(), strict=True):
             found[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
     return [found[i] for i in range(len(pairs))]
 
@@ -256,22 +225,18 @@ def load() -> tuple[Any, Any]:
         folder, gguf_file=GGUF, dtype=torch.float32), tokenizer
 
 
-def cell(row: str, split: str, steps: int, seed: int, lr: float) -> Line:
-    """Return what tells a run from others."""
-    return dict(code=CODE, row=row, split=split, steps=steps, seed=seed, lr=lr)
-
-
 def to_do() -> Iterator[Line]:
     """Yield the runs that can be made now: first the search for learning rates, then the rows whose
     rate is known, seed by seed."""
     for row in ROWS:
-        rate = next_rate(tried_rates(row))
+        rate = report.next_rate(tried_rates(row))
         if rate is not None:
-            yield cell(row, "held out", CHOICE_STEPS, 1, rate)
+            yield dict(code=CODE, row=row, split="held out", steps=CHOICE_STEPS, seed=1, lr=rate)
     for seed in SEEDS:
         for row in ROWS:
-            if (rate := rate_of(row)) is not None:
-                yield cell(row, "test", TRAINED // 16, seed, rate)
+            if rate := report.chosen_rate(tried_rates(row)):
+                yield dict(code=CODE, row=row, split="test", steps=TRAINED // 16, seed=seed,
+                           lr=rate)
 
 
 def tried_rates(row: str) -> dict[float, float]:
@@ -281,34 +246,26 @@ def tried_rates(row: str) -> dict[float, float]:
     return {line["lr"]: -(math.inf if line["nll"] is None else line["nll"]) for line in lines}
 
 
-def rate_of(row: str) -> float | None:
-    """Return the learning rate that was chosen for a row; None if the choice is not finished."""
-    tried = tried_rates(row)
-    return None if next_rate(tried) is not None else best_rate(tried)
-
-
 def run(c: Line) -> Line:
     """Make a run. Return what the log is to hold of it."""
-    line: Line = {"nll": None, "torch": torch.__version__, "machine": report.machine()}
     model, tokenizer = load()
-    pairs, held_out, test = sets()
+    pairs, scored, test = sets()
     if c["split"] == "test":
-        held_out = [(meaning, references[0]) for meaning, references in test.items()]
-    scored = encode(tokenizer, held_out)
+        scored = [(meaning, references[0]) for meaning, references in test.items()]
+    scored_ids, config = encode(tokenizer, scored), DoRAConfig(**ROWS[c["row"]], targets=MATRICES)
     try:
-        line |= train(model, encode(tokenizer, pairs), DoRAConfig(
-            **ROWS[c["row"]], targets=MATRICES), c)
-        ranks = line["ranks"]
+        line = train(model, encode(tokenizer, pairs), config, c)
         line["parameters"] = sum(rank * sum(model.get_submodule(name).weight.shape)
-                                 for name, rank in ranks.items())
-        line["ranks"] = np.reshape([*ranks.values()], (-1, len(MATRICES))).tolist()
+                                 for name, rank in line["ranks"].items())
+        line["ranks"] = np.reshape([*line["ranks"].values()], (-1, len(MATRICES))).tolist()
         merge_(model)
-        line["nll"] = mean_nll(model, scored)
-        if c["split"] == "test":
-            sentences = generate(model, tokenizer, scored, MAX_TOKENS)
-            line["bleu"], line["signature"] = bleu(sentences, list(test.values()))
+        line["nll"] = mean_nll(model, scored_ids)
     except NotFiniteError as error:
-        line["diverged"] = str(error)
+        return {"nll": None, "diverged": str(error)}
+
+    if c["split"] == "test":
+        sentences = generate(model, tokenizer, scored_ids)
+        line["bleu"], line["signature"] = bleu(sentences, list(test.values()))
     return line
 
 
@@ -344,14 +301,6 @@ def difference(first: str, second: str) -> list[str]:
     return [f"{first} minus {second}", *cells]
 
 
-def choice(row: str) -> list[str]:
-    """Return a row of the table of learning rates, the chosen one in bold."""
-    best = rate_of(row)
-    words = [f"{rate:g}: {-score:.4f}" for rate, score in sorted(tried_rates(row).items())]
-    return [row, ", ".join(f"**{text}**" if best and text.startswith(f"{best:g}:") else text
-                           for text in words) or "not run"]
-
-
 def write_report() -> None:
     """Put the tables into benchmarks/README.md and draw the figure: only what was run."""
     report.write_part("language_model", "\n\n".join([
@@ -371,8 +320,8 @@ def write_report() -> None:
             difference(*pair) for pair in PAIRS if {*pair} <= {*ROWS}]),
         f"The NLL on the held-out representations after {CHOICE_STEPS} steps, with one seed, "
         "chose the learning rates. A row tries further rates until its best one lies between two "
-        f"others. Chosen, in bold, is the lowest rate within {NOISE} of the best.",
-        report.table(["row", "learning rate: NLL"], [choice(row) for row in ROWS]),
+        f"others. Chosen, in bold, is the lowest rate within {report.NOISE} of the best.",
+        report.rates_table("minus the NLL", {row: tried_rates(row) for row in ROWS}),
         "![NLL by seed, and the live components per layer and matrix](results/language_model.svg)",
         "`python benchmarks/language_model.py`, runs: "
         f"{report.machines(report.read_log(LOG))}."]))
@@ -405,30 +354,17 @@ def plot() -> None:
     report.save_figure(figure, LOG.with_suffix(".svg"))
 
 
-# ---- the short form, and the command line --------------------------------------------------------
-
-
-class Bytes:
-    """A tokenizer whose tokens are the bytes of a text. 256 ends it."""
-
-    eos_token_id = 256
-
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Return the bytes of a text."""
-        return list(text.encode())
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Return the text of bytes, with a mark where they are not UTF-8."""
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
+# ---- the short form ------------------------------------------------------------------------------
 
 
 def tiny() -> tuple[Any, Any]:
-    """Return a random Llama of two layers, the same in each call, and a tokenizer."""
+    """Return a random Llama of two layers, the same in each call, and a tokenizer of bytes."""
     import transformers
     torch.manual_seed(0)
+    tokenizer = transformers.ByT5Tokenizer()
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=257, tie_word_embeddings=True)), Bytes()
+        num_key_value_heads=2, vocab_size=len(tokenizer), tie_word_embeddings=True)), tokenizer
 
 
 def short() -> None:
@@ -455,23 +391,5 @@ def short() -> None:
     print(f"{len(lines)} runs of a tiny model")
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = report.parser(str(__doc__))
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=tuple(ROWS), metavar="ROW",
-                        help='only these rows of the table, such as "dora 2"')
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.short:
-        short()
-        return
-    if not args.report:
-        report.make_all(LOG, lambda: (c for c in to_do() if c["row"] in args.rows), run)
-    write_report()
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except DoRAError as error:
-        sys.exit(f"language_model.py: error: {error}")
+    report.command_line(str(__doc__), LOG, to_do, run, write_report, short)

@@ -193,6 +193,11 @@ def best_rate(tried: dict[float, float]) -> float:
     return min(rate for rate, score in tried.items() if score >= best - NOISE)
 
 
+def chosen_rate(tried: dict[float, float], middle: float = 2e-3) -> float | None:
+    """Return the learning rate that a search chose, None while it is not finished."""
+    return None if next_rate(tried, middle) else best_rate(tried)
+
+
 def place(model: nn.Module, ranks: dict[str, int], scale: float, dropout: float) -> None:
     """Freeze a model and give matrices plain LoRA of these ranks, at one scale."""
     model.requires_grad_(False)
@@ -284,6 +289,20 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
     """Return a Markdown table. The first column is text, the others are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def rates_table(title: str, tried: dict[str, dict[float, float]],
+                middle: Callable[[str], float] = lambda row: 2e-3) -> str:
+    """Return the scores of each row by learning rate, the chosen ones in bold. middle() is the rate
+    around which a row's search began."""
+    grid = sorted({rate for found in tried.values() for rate in found})
+    body = []
+    for row, found in tried.items():
+        cells = {rate: f"{score:.4f}" for rate, score in found.items()}
+        if chosen := chosen_rate(found, middle(row)):
+            cells[chosen] = f"**{cells[chosen]}**"
+        body.append([row, *(cells.get(rate, "") for rate in grid)])
+    return table([title, *(f"{rate:g}" for rate in grid)], body)
 
 
 def spread(values: Iterable[float], digits: int = 4) -> str:
