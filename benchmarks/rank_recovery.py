@@ -1,14 +1,6 @@
 """Does pruning put the rank where it is needed? A test whose answer is known.
 
-A frozen teacher y = net(x; W0 + Delta W*) + noise has a Delta W* whose rank differs from matrix to
-matrix. A student starts from W0 with r' components in every matrix, sees fresh data in every step,
-and prunes itself to exactly the teacher's budget. Two figures per run:
-
-    misplaced   sum over matrices of max(0, kept - true) / sum of kept: share of the components in
-                a matrix which already has all the rank it needs. The share is of the run's own
-                adapter, so that it cannot exceed 100 %, even for LoRA, whose adapter is larger
-                than the teacher's.
-    loss        expected squared error on noisy targets / noise^2: the teacher itself gets 1
+README.md says what the figures are.
 
     python benchmarks/rank_recovery.py                     # all, 20 seeds
     python benchmarks/rank_recovery.py --only dora mixed   # runs of one row and pattern
@@ -39,9 +31,6 @@ LOG = report.RESULTS / "rank_recovery.jsonl"
 CODE = 1  # raise it when a change of dora.py changes what these runs compute
 NOISE = 0.5  # standard deviation of the noise on each output; a lost component costs 0.2 to 0.6
 LR = 1e-2  # every row converges here: half and twice as much gave the same picture
-
-
-Cells = dict[tuple[str, str], list[Line]]  # runs by row and pattern
 
 
 @dataclass(frozen=True)
@@ -100,9 +89,6 @@ CHANGES: tuple[dict[str, Any], ...] = (
     dict(penalty="orthogonal", eta=0.5), dict(interval=50), dict(final_phase=0.3),
     dict(final_phase=0.7), LATE, dict(LATE, beta2=None),
     dict(LATE, importance="frobenius", beta1=0.9, beta2=None), dict(LATE, schedule="slow_first"))
-
-
-# ---- tables, problems, runs ----------------------------------------------------------------------
 
 
 def tables() -> dict[str, dict[str, dict[str, Any]]]:
@@ -221,13 +207,13 @@ def run_cell(c: Line) -> Line:
 # ---- report --------------------------------------------------------------------------------------
 
 
-def cells_of(title: str) -> Cells:
+def cells_of(title: str) -> dict[tuple[str, str], list[Line]]:
     """Return the finished runs of a table by row and pattern, of the seeds that every row has."""
     rows, patterns = tables()[title], patterns_of(title)
     runs = [line for line in report.read_log(LOG)
             if line["row"] in rows and line["pattern"] in patterns]
     met = collections.Counter((run["pattern"], run["seed"]) for run in runs)
-    found: Cells = {
+    found: dict[tuple[str, str], list[Line]] = {
         (row, name): [] for row in rows for name in patterns}
     for run in runs:
         if met[run["pattern"], run["seed"]] == len(rows):
@@ -241,13 +227,6 @@ def mean(runs: list[Line], field: str) -> float:
     return statistics.mean(run[field] for run in runs) if runs else math.nan
 
 
-def right(cells: Cells, row: str) -> str:
-    """Return in how many runs of a row nothing is misplaced, patterns of STRESS left out."""
-    found = [run["misplaced"] == 0 for (name, pattern), runs in cells.items() for run in runs
-             if name == row and pattern not in STRESS]
-    return f"{sum(found)} of {len(found)}"
-
-
 def markdown() -> str:
     """Return the tables: misplaced % / loss over the floor, and the runs without a mistake."""
     text = (f"Misplaced, % of the run's own adapter / loss over the floor, means over the seeds. "
@@ -258,8 +237,10 @@ def markdown() -> str:
         for row in rows:
             means = [(mean(cells[row, name], "misplaced"), mean(cells[row, name], "loss"))
                      for name in patterns_of(title)]
+            right = [run["misplaced"] == 0 for name in patterns_of(title) if name not in STRESS
+                     for run in cells[row, name]]
             body.append([row, *(f"{share:.1f} / {loss:.3f}" for share, loss in means),
-                         right(cells, row)])
+                         f"{sum(right)} of {len(right)}"])
         seeds = len(cells[next(iter(cells))])
         text += "\n" + report.table(
             [f"{title} ({seeds} seeds)", *patterns_of(title), "right"], body) + "\n"
@@ -270,20 +251,14 @@ def plot() -> None:
     """Draw results/rank_recovery.svg: two maps of methods by patterns, share misplaced and loss."""
     rows, names, cells = list(METHODS), list(PATTERNS), cells_of("Methods")
     figure = report.figure(8, 3.6)
-    scales = (("misplaced", 0, 50, "{:.1f}", "misplaced, % of the run's own adapter"),
-              ("loss", 1, 1.5, "{:.2f}", "loss over the noise floor (1 is perfect)"))
+    scales = (("misplaced", 0, 50, ".1f", "misplaced, % of the run's own adapter"),
+              ("loss", 1, 1.5, ".2f", "loss over the noise floor (1 is perfect)"))
     axes = figure.subplots(2, 1, sharex=True)
     for ax, (field, low, high, digits, title) in zip(axes, scales):
         means = [[mean(cells[row, name], field) for name in names] for row in rows]
-        ax.imshow(means, aspect="auto", cmap="YlOrRd", vmin=low, vmax=high)
-        for y, values in enumerate(means):
-            for x, value in enumerate(values):
-                dark = (value - low) / (high - low) > 0.6
-                ax.text(x, y, digits.format(value), ha="center", va="center", fontsize=7,
-                        color="white" if dark else "black")
-        ax.set_yticks(range(len(rows)), rows)
+        report.heat_map(ax, means, rows, names, low, high, digits)
         ax.set_title(title)
-    ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    ax.tick_params("x", rotation=45)
     report.save_figure(figure, report.RESULTS / "rank_recovery.svg")
 
 

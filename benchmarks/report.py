@@ -53,7 +53,6 @@ def parser(text: str) -> argparse.ArgumentParser:
                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--short", action="store_true", help="check the machinery only, for CI")
     found.add_argument("--report", action="store_true", help="only write the tables")
-    found.add_argument("--threads", type=int, default=1)
     return found
 
 
@@ -65,7 +64,7 @@ def command_line(text: str, log: Path, to_do: Callable[[], Iterable[Line]],
     arguments.add_argument("--only", nargs="+", default=[], metavar="VALUE",
                            help='only runs with all of these values, such as mrpc "dora 2"')
     args = arguments.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
 
     def wanted() -> Iterator[Line]:
         for cell in to_do():
@@ -100,6 +99,12 @@ def read_log(path: Path) -> list[Line]:
 def parse(text: str) -> list[Line]:
     """Return the lines of a log; one that was cut off is left out, so that its run is repeated."""
     return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def lines_of(path: Path, **values: Any) -> list[Line]:
+    """Return the finished runs of a log with these values, by rising seed."""
+    found = [line for line in read_log(path) if values.items() <= line.items()]
+    return sorted(found, key=lambda line: line["seed"])
 
 
 def finished(path: Path) -> dict[str, Line]:
@@ -243,10 +248,10 @@ def machine(device: str = "cpu") -> str:
     if device != "cpu":
         name = torch.cuda.get_device_name(device)
     else:
-        info, threads = Path("/proc/cpuinfo"), torch.get_num_threads()
+        info = Path("/proc/cpuinfo")
         found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
         name = f"{found[1] if found else platform.processor()} ({os.cpu_count()} cores, " \
-               f"{torch.backends.cpu.get_cpu_capability()}), {threads} thread{'s' * (threads > 1)}"
+               f"{torch.backends.cpu.get_cpu_capability()}), 1 thread"
         if torch.backends.mkldnn.matmul.fp32_precision == "bf16":  # means so only with AMX
             name += ", products by oneDNN"
     versions = [f"Python {platform.python_version()}"]
@@ -315,11 +320,6 @@ def spread(values: Iterable[float], digits: int = 4) -> str:
     return f"{middle} ({low} to {high}, {len(found)})"
 
 
-def ahead(differences: list[float]) -> str:
-    """Return in how many runs one row is ahead of another, as "15 of 18"."""
-    return f"{sum(d > 0 for d in differences)} of {len(differences)}"
-
-
 def coin(differences: Iterable[float]) -> float:
     """Return the two-sided p of a sign test. By example, of 1, 0 and -1, this is McNemar's."""
     signs = [d > 0 for d in differences if d]
@@ -346,6 +346,25 @@ def by_seed(first: list[Line], second: list[Line], name: str) -> list[float]:
     return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
 
 
+def differences_table(title: str, columns: Iterable[str], pairs: Iterable[tuple[str, str]],
+                      runs: Callable[[str, str], list[Line]], name: str = "",
+                      say: Callable[[list[float]], str] | None = None) -> str:
+    """Return a table of the differences between two rows with the same seed. runs(row, column)
+    gives their lines, name is the figure, or else the column is, and say() puts the differences of
+    a cell into words. Without it they are listed."""
+    def listed(found: list[float]) -> str:
+        return ", ".join(f"{difference:+.4f}" for difference in found)
+
+    body = []
+    for pair in pairs:
+        cells = []
+        for column in columns:
+            found = by_seed(*(runs(row, column) for row in pair), name or column)
+            cells.append((say or listed)(found) if found else "not run")
+        body.append([" minus ".join(pair), *cells])
+    return table([title, *columns], body)
+
+
 def figure(width: float, height: float) -> Any:
     """Return an empty figure of matplotlib, at most 8 inches wide: 800 pixels on a page."""
     import matplotlib
@@ -353,6 +372,17 @@ def figure(width: float, height: float) -> Any:
     matplotlib.rcParams.update({
         "font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False})
     return Figure(figsize=(min(width, 8), height), layout="constrained")
+
+
+def heat_map(ax: Any, grid: list[list[float]], rows: Iterable[str], columns: Iterable[str],
+             low: float, high: float, digits: str = ".1f") -> None:
+    """Draw a table of coloured numbers."""
+    ax.imshow(grid, aspect="auto", cmap="Oranges", vmin=low, vmax=high)
+    for (y, x), value in np.ndenumerate(grid):
+        color = "white" if value > low + 0.6 * (high - low) else "black"
+        ax.text(x, y, f"{value:{digits}}", ha="center", va="center", fontsize=7, color=color)
+    ax.set_yticks(range(len(grid)), rows)
+    ax.set_xticks(range(len(grid[0])), columns)
 
 
 def save_figure(drawn: Any, path: Path) -> None:

@@ -1,37 +1,26 @@
 """What does a training step cost over a frozen backbone? Time, memory, evaluation, launches.
 
-The floor is the least that training below the head needs: weights frozen, head trained, and the
-outputs of query, key and value of the first layer requiring gradients, so that backward crosses
-every layer and computes nothing below. transformers' floor is the same with its model. All rows
-train with the same loss, clipping and fused AdamW on the same random batches (rows of 90 to 100 %
-of the width).
+README.md says what the rows are. Here is how they are measured. Rows take turns in one process, in
+random order. A ratio is the median over rounds of (row / other row of the same round), and a time
+is the shortest of all rounds. On the CPU it is the process's CPU time, which depends little on
+other load, and on a GPU wall-clock time. Memory is measured in one process per row: the largest
+resident size (Linux) in three steps, less that of the loaded model.
 
     python benchmarks/step_time.py            # all; about an hour on a shared machine
     python benchmarks/step_time.py --short    # MiniLM's shape, 60 s: what CI runs
     python benchmarks/step_time.py --shape host    # operations and host time only, a minute
-    python benchmarks/step_time.py --device cuda   # a GPU: float32, TF32, bf16, compile
-
-Rows take turns in one process, in random order. A ratio is the median over rounds of (row / other
-row of the same round), and a time is the shortest of all rounds. On the CPU with one thread it is
-the process's CPU time, which depends little on other load; otherwise it is wall-clock time. Memory
-is measured in one process per row: the largest resident size (Linux) in three steps, less that of
-the loaded model.
-
-On the CPU every table is measured twice: with torch's default for products of float32 (MKL), and
-with oneDNN, which is as exact and on some CPUs faster.
-
-A GPU that is faster than the host waits for it. Two figures show this without a GPU, for 12 layers:
-the operations (not views) that a step dispatches, the mean of ten steps, one of which prunes, and
-the time of a step whose matrices are so small that all of it is the host's. They are taken on the
-CPU, where attention with dropout is several operations. On a GPU it is one.
+    python benchmarks/step_time.py --device cuda   # a GPU: float32 and bf16
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import ctypes
 import importlib.util
+import itertools
 import json
+import operator
 import os
 import random
 import statistics
@@ -41,7 +30,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import report
 import torch
@@ -59,17 +48,29 @@ SHAPES = {"minilm": RobertaConfig(hidden_size=384, num_hidden_layers=6, intermed
 WORDS = {"minilm": "MiniLM (6 layers of 384)", "base": "RoBERTa-base's shape, random weights",
          "host": "12 layers of 48, so that kernels are almost free"}
 CPU_MODES = ("MKL", "oneDNN")
-MODES = ("float32", "tf32", "bf16", "compile")  # on CUDA; bf16 and compile use TF32 as well
-TARGETS = list(DoRAConfig().targets)
+MODES = ("float32", "bf16")  # on CUDA
 RESULTS = report.HERE / "results" / "step_time.json"
 FLOOR, TF_FLOOR, OURS, COMPACTED = "our floor", "transformers' floor", "dora", "dora, compacted"
 PAPER, FULL = "paper, scores of Eq. 7", "full fine-tuning"
 ENTRIES = "adalora, scores of every entry"
 LORA, ADALORA = "PEFT LoRA", "PEFT AdaLoRA"
+PEERS = (TF_FLOOR, LORA, ADALORA)  # the rows that need transformers and PEFT
 EVALUATED = (FLOOR, OURS, COMPACTED, LORA)  # in batches of 64, as train_glue.predict
 SHORT = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, LORA)
-HOST = CUDA = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, ENTRIES, LORA, ADALORA)
+ALL = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, FULL, LORA, ADALORA)
+HOST = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, ENTRIES, LORA, ADALORA)
 Batch = tuple[Tensor, Tensor, Tensor]  # ids (B, T), mask (B, T) bool, labels (B,)
+
+
+class Case(NamedTuple):
+    """What one table measures."""
+
+    shape: str
+    size: int  # examples
+    width: int  # tokens
+    mode: str
+    names: tuple[str, ...]  # rows
+    device: str
 
 
 @dataclass
@@ -99,10 +100,7 @@ def step(row: Row, batch: Batch) -> None:
     row.pruner.step()
 
 
-# ---- the rows ----------------------------------------------------------------------------------
-
-
-def build(name: str, model: nn.Module, mode: str = "MKL") -> Row:
+def build(name: str, model: nn.Module) -> Row:
     """Turn a loaded model, ours or transformers', into the row of this name."""
     config, layers, after = DoRAConfig(**METHODS["lora"]), {}, lambda: None
     ours = isinstance(model, RobertaForSequenceClassification)
@@ -133,15 +131,13 @@ def build(name: str, model: nn.Module, mode: str = "MKL") -> Row:
         for _ in range(3):
             step(row, make_batch(2, 16, next(model.parameters()).device))
         compact_(model, row.optimizer)
-    if mode == "compile":
-        model = torch.compile(model)  # loss calls this name; the modules stay those of row.model
     return row
 
 
 def peft_model(name: str, model: nn.Module) -> tuple[nn.Module, Callable[[], None]]:
     """Return PEFT's model, and what it does after optimizer.step()."""
     import peft
-    more = dict(lora_alpha=8, lora_dropout=0.1, target_modules=TARGETS,
+    more = dict(lora_alpha=8, lora_dropout=0.1, target_modules=list(DoRAConfig().targets),
                 task_type=peft.TaskType.SEQ_CLS)
     if name == LORA:
         return peft.get_peft_model(model, peft.LoraConfig(r=2, **more)), lambda: None
@@ -151,27 +147,24 @@ def peft_model(name: str, model: nn.Module) -> tuple[nn.Module, Callable[[], Non
     return model, lambda: model.base_model.update_and_allocate(next(steps))
 
 
-def load(shape: str, peer: bool, device: str, mode: str = "MKL") -> nn.Module:
+def load(case: Case, peer: bool) -> nn.Module:
     """Load the shared MiniLM if it exists; otherwise make random weights of the shape."""
-    if device == "cpu":
-        set_products(mode)
-    else:
-        torch.set_float32_matmul_precision("highest" if mode == "float32" else "high")
+    if case.device == "cpu":
+        set_products(case.mode)
     torch.manual_seed(0)
-    real = shape == "minilm" and report.MINILM.exists()
-    if not peer:
-        model = RobertaForSequenceClassification(SHAPES[shape], 2)
-        if real:
-            model.load_state_dict(train_glue.load_roberta(report.MINILM, 2).state_dict())
-        if mode == "bf16":
-            model.roberta.to(torch.bfloat16)  # the head stays float32, as in train_glue
-        return model.to(device)
-    import transformers
-    transformers.logging.set_verbosity_error()
-    config = transformers.RobertaConfig(**vars(SHAPES[shape]), num_labels=2)
-    model = transformers.RobertaForSequenceClassification(config)
-    model.load_state_dict(load(shape, False, device, mode).state_dict(), strict=False)
-    return model.to(device, torch.bfloat16 if mode == "bf16" else torch.float32)
+    model: nn.Module = RobertaForSequenceClassification(SHAPES[case.shape], 2)
+    if case.shape == "minilm" and report.MINILM.exists():
+        model.load_state_dict(train_glue.load_roberta(report.MINILM, 2).state_dict())
+    if peer:
+        import transformers
+        transformers.logging.set_verbosity_error()
+        config = transformers.RobertaConfig(**vars(SHAPES[case.shape]), num_labels=2)
+        weights = model.state_dict()
+        model = transformers.RobertaForSequenceClassification(config)
+        model.load_state_dict(weights, strict=False)
+    if case.mode == "bf16":  # our head stays float32, as in train_glue
+        (model if peer else model.roberta).to(torch.bfloat16)
+    return model.to(case.device)
 
 
 def set_products(mode: str) -> None:
@@ -186,22 +179,13 @@ def products() -> dict[str, Any]:
     torch.manual_seed(0)
     x, W = torch.randn(256, 384), torch.randn(1536, 384)
     exact = x.double() @ W.double().T
-    found: dict[str, Any] = {"ms": {}, "error": {}}
-    for _ in range(200):
-        for mode in CPU_MODES:
-            set_products(mode)
-            took = timed(torch.nn.functional.linear, x, W, device="cpu")
-            found["ms"][mode] = min(took, found["ms"].get(mode, took))
-    for mode in CPU_MODES:
+    times, errors = collections.defaultdict(list), {}
+    for mode in 200 * CPU_MODES:
         set_products(mode)
-        error = ((x @ W.T).double() - exact).abs().max() / exact.abs().max()
-        found["error"][mode] = error.item()
-    return found
-
-
-def is_peer(name: str) -> bool:
-    """Return True for the rows that need transformers and PEFT."""
-    return name in (TF_FLOOR, LORA, ADALORA)
+        times[mode].append(timed(nn.functional.linear, x, W, device="cpu"))
+        error = (nn.functional.linear(x, W).double() - exact).abs().max() / exact.abs().max()
+        errors[mode] = error.item()
+    return {"ms": {mode: min(took) for mode, took in times.items()}, "error": errors}
 
 
 def make_batch(size: int, width: int, device: Any = "cpu") -> Batch:
@@ -216,19 +200,16 @@ def make_batch(size: int, width: int, device: Any = "cpu") -> Batch:
 # ---- measuring ---------------------------------------------------------------------------------
 
 
-def clock(device: str) -> float:
-    """Return seconds: CPU time where this is all the work there is, wall-clock time elsewhere."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 \
-        else time.perf_counter()
-
-
 def timed(run: Callable[..., Any], *args: Any, device: str) -> float:
-    """Return the milliseconds of a call."""
-    start = clock(device)
+    """Return the milliseconds of a call: CPU time, or on a GPU wall-clock time."""
+    def clock() -> float:
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.process_time() if device == "cpu" else time.perf_counter()
+
+    start = clock()
     run(*args)
-    return 1e3 * (clock(device) - start)
+    return 1e3 * (clock() - start)
 
 
 def method(row: Row) -> None:
@@ -247,11 +228,8 @@ def evaluate(row: Row, batch: Batch) -> None:
 
 
 def keep_memory() -> None:
-    """Let the process keep the memory that it frees (glibc).
-
-    Otherwise, with many models in turn, steps of the larger rows would pay for pages that they
-    keep when they are alone in a process.
-    """
+    """Let the process keep the memory that it frees (glibc). Otherwise, with many models in turn,
+    the larger rows would pay for pages that they keep when they are alone in a process."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
         libc.mallopt(-4, 0)  # M_MMAP_MAX: none
@@ -283,115 +261,110 @@ def operations(row: Row, batch: Batch) -> float:
     return found.count / 10
 
 
-def gflops(run: Callable[[Row, Batch], None], row: Row, batch: Batch) -> float:
-    """Return the floating-point operations of the matrix products in a call, in billions."""
-    with FlopCounterMode(display=False) as found:
-        run(row, batch)
-    return found.get_total_flops() / 1e9
-
-
-def measure(shape: str, size: int, width: int, names: tuple[str, ...], seconds: float,
-            device: str, mode: str, counted: bool = False) -> dict[str, Any]:
+def measure(case: Case, seconds: float, counted: bool = False) -> dict[str, Any]:
     """Time rounds of all rows in turn, for so many seconds: at least three, or one if operations
     are counted too."""
     keep_memory()
-    rows = {name: build(name, load(shape, is_peer(name), device, mode), mode) for name in names}
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    passes: dict[str, list[float]] = {name: [] for name in rows if name in EVALUATED}
-    shares = []
-    counts = {}
+    rows = {name: build(name, load(case, name in PEERS)) for name in case.names}
+    result: dict[str, Any] = {"rows": {name: {} for name in rows}}
     for name, row in rows.items():
-        step(row, make_batch(size, width, device))  # the first step of a compiled model compiles
-        if shape == "host" or counted:
+        batch = make_batch(case.size, case.width, case.device)
+        step(row, batch)
+        if case.shape == "host" or counted:
             # of our rows the count does not depend on the size of the batch
-            counts[name] = operations(row, make_batch(2, 8, device))
-    end = time.monotonic() + seconds
-    while time.monotonic() < end or len(shares) < (1 if counted else 3):
-        batch = make_batch(size, width, device)
-        for name in random.sample(list(rows), len(rows)):
-            times[name].append(timed(step, rows[name], batch, device=device))
-        batch = make_batch(64, width, device)
-        for name in random.sample(list(passes), len(passes)):
-            passes[name].append(timed(evaluate, rows[name], batch, device=device))
-            rows[name].model.train()
-        ours = rows[OURS]
-        ours.loss(batch).backward()  # gradients for observe()
-        shares.append(timed(method, ours, device=device) / 10 / times[OURS][-1])
-        ours.optimizer.zero_grad()
-    middle = statistics.median
-
-    def ratio(of: list[float], to: list[float]) -> float:
-        return middle(a / b for a, b in zip(of, to))
-
-    result: dict[str, Any] = {"rounds": len(shares), "method": middle(shares), "rows": {}}
-    for name in rows:
-        result["rows"][name] = {"ms": min(times[name])}
-        if counts:
-            result["rows"][name]["operations"] = counts[name]
-        for key, other in (("floor", FLOOR), ("tf", TF_FLOOR), ("lora", LORA)):
-            if other in rows:
-                result["rows"][name][key] = ratio(times[name], times[other])
-            if name in passes and other in passes:
-                result["rows"][name][f"eval {key}"] = ratio(passes[name], passes[other])
+            result["rows"][name]["operations"] = operations(row, make_batch(2, 8, case.device))
         if counted:
-            batch = make_batch(size, width, device)
-            for key, run in (("gflops", step), ("eval gflops", evaluate)):
-                result["rows"][name][key] = gflops(run, rows[name], batch)
+            with FlopCounterMode(display=False) as products_of:
+                step(row, batch)
+            result["rows"][name]["gflops"] = products_of.get_total_flops() / 1e9
+
+    times, shares = rounds(case, rows, seconds, 1 if counted else 3)
+    result.update(rounds=len(shares), method=statistics.median(shares))
+    for name, found in result["rows"].items():
+        found["ms"] = min(times["", name])
+        for kind, (key, other) in itertools.product(("", "eval "), (
+                ("floor", FLOOR), ("tf", TF_FLOOR), ("lora", LORA))):
+            if (kind, name) in times and (kind, other) in times:
+                found[kind + key] = statistics.median(
+                    a / b for a, b in zip(times[kind, name], times[kind, other]))
     return result
 
 
-def memory(shape: str, size: int, width: int, name: str, device: str, mode: str) -> float:
+Times = dict[tuple[str, str], list[float]]  # of a step ("") or an evaluation ("eval ") of a row
+
+
+def rounds(case: Case, rows: dict[str, Row], seconds: float,
+           least: int) -> tuple[Times, list[float]]:
+    """Return the milliseconds of every round by row, and which share of dora's step is its method's
+    part."""
+    times: Times = collections.defaultdict(list)
+    shares: list[float] = []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or len(shares) < least:
+        batch = make_batch(case.size, case.width, case.device)
+        for name in random.sample(list(rows), len(rows)):
+            times["", name].append(timed(step, rows[name], batch, device=case.device))
+
+        batch = make_batch(64, case.width, case.device)
+        evaluated = [name for name in rows if name in EVALUATED]
+        for name in random.sample(evaluated, len(evaluated)):
+            times["eval ", name].append(timed(evaluate, rows[name], batch, device=case.device))
+            rows[name].model.train()
+
+        ours = rows[OURS]
+        ours.loss(batch).backward()  # gradients for observe()
+        took = timed(method, ours, device=case.device) / 10
+        shares.append(took / times["", OURS][-1])
+        ours.optimizer.zero_grad()
+    return times, shares
+
+
+def memory(case: Case, name: str) -> float:
     """Return the MB that three steps need at most, beyond the loaded model. Runs in a process of
     its own."""
-    if is_peer(name):
+    if name in PEERS:
         import peft  # noqa: F401
-    model = load(shape, is_peer(name), device, mode)
-    if device != "cpu":
+    model = load(case, name in PEERS)
+    if case.device != "cpu":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
         ctypes.CDLL(None).malloc_trim(0)  # gives back what loading has freed
         report.forget_peak()
         before = report.resident("VmRSS")
-    row = build(name, model, mode)
+    row = build(name, model)
     for _ in range(3):
-        step(row, make_batch(size, width, device))
-    if device != "cpu":
+        step(row, make_batch(case.size, case.width, case.device))
+    if case.device != "cpu":
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     return report.resident("VmHWM") - before
 
 
-def measure_memory(case: tuple[str, int, int], name: str, mode: str,
-                   args: argparse.Namespace) -> float:
+def measure_memory(case: Case, name: str) -> float:
     """Return memory() of a fresh process."""
-    command = [sys.executable, __file__, "--memory", json.dumps([*case, name]),
-               "--device", args.device, "--threads", str(args.threads), "--modes", mode]
+    command = [sys.executable, __file__, "--memory", json.dumps([case, name])]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 # ---- the report --------------------------------------------------------------------------------
 
 
-NOT_RUN = ("`--device cuda` was not run: RoBERTa-base's shape at 16×64 and 32×128 in float32, "
-           "TF32, bf16 and compiled, with PEFT LoRA and AdaLoRA, time and memory.")
+NUMBERS = (("a training step", OURS, "lora"), ("a step after pruning", COMPACTED, "lora"),
+           ("evaluation", COMPACTED, "eval lora"), ("memory of a step", OURS, "memory"))
 
 
 def against_lora(cases: list[dict[str, Any]]) -> str:
     """Return the table of four numbers that people ask for: dora over PEFT LoRA."""
-    cases = [case for case in cases if "eval lora" in case["rows"].get(OURS, {})]
-    numbers = (("a training step", OURS, "lora"), ("a step after pruning", COMPACTED, "lora"),
-               ("evaluation", COMPACTED, "eval lora"), ("memory of a step", OURS, "memory"))
-    body = []
-    for words, name, key in numbers:
-        cells = []
-        for case in cases:
-            value = case["rows"][name].get(key)
-            if key == "memory" and value:
-                value /= case["rows"][LORA]["memory"]
-            cells.append(f"{value:.2f}" if value else "")
-        body.append([words, *cells])
+    cases = [case for case in cases if "eval lora" in case["rows"][OURS]]
     heads = [f"{case['model'].split(' (')[0].split(',')[0]}, {case['size']}×{case['width']}, "
              f"{case['mode']}" for case in cases]
+    body = []
+    for words, name, key in NUMBERS:
+        values = [case["rows"][name].get(key) for case in cases]
+        if key == "memory":
+            values = [value and value / case["rows"][LORA]["memory"]
+                      for value, case in zip(values, cases)]
+        body.append([words, *(f"{value:.2f}" if value else "" for value in values)])
     return report.table(["`dora` over PEFT LoRA, both at rank 2", *heads], body)
 
 
@@ -412,22 +385,17 @@ def table(case: dict[str, Any]) -> str:
 
 def write(cases: list[dict[str, Any]]) -> None:
     """Write results/step_time.json and this script's part of README.md."""
-    paragraphs = str(__doc__).split("\n\n")
-    parts = ["## step_time.py: time of a step relative to the frozen model's", paragraphs[1],
-             *paragraphs[3:5], paragraphs[5].strip()]
-    if not any(case["device"] != "cpu" for case in cases):
-        parts.append(NOT_RUN)
-    parts += ["**Speed and memory against PEFT LoRA**", against_lora(cases)]
+    parts = ["**Speed and memory against PEFT LoRA**", against_lora(cases)]
     for case in cases:
-        if "products" in case:
-            ms, error = case["products"]["ms"], case["products"]["error"]
-            parts.append("One product of (256, 384) by (384, 1536): " + ", ".join(
-                f"{mode} {1e3 * ms[mode]:,.0f} µs, largest error against float64 "
-                f"{error[mode]:.1e}" for mode in ms) + f" ({case['machine']}).")
         parts += [f"**{case['model']}, {case['size']}×{case['width']}, {case['mode']}**",
                   table(case), f"{case['rounds']} rounds. Penalty, scores and pruning of dora "
                   f"together: {case['method']:.1%} of its step. `{case['command']}`, "
                   f"{case['machine']}."]
+        if "products" in case:
+            ms, error = case["products"]["ms"], case["products"]["error"]
+            parts.append("One product of (256, 384) by (384, 1536): " + ", ".join(
+                f"{mode} {1e3 * ms[mode]:,.0f} µs, largest error against float64 "
+                f"{error[mode]:.1e}" for mode in ms) + ".")
     RESULTS.write_text(json.dumps(cases, indent=1) + "\n")
     report.write_part("step_time", "\n\n".join(parts))
 
@@ -437,7 +405,6 @@ def check(case: dict[str, Any]) -> None:
     rows = case["rows"]
     ours, floor = rows[OURS], rows[FLOOR]
     assert ours["gflops"] < 1.02 * floor["gflops"], rows
-    assert ours["eval gflops"] < 1.05 * floor["eval gflops"], rows
     assert ours["operations"] < 3.2 * floor["operations"], rows
     assert rows[COMPACTED]["operations"] < 0.9 * ours["operations"], rows
     assert rows[PAPER]["operations"] < 1.3 * ours["operations"], rows
@@ -447,78 +414,66 @@ def check(case: dict[str, Any]) -> None:
         assert ours["memory"] < 2 * floor["memory"], rows
 
 
+def chosen_cases(args: argparse.Namespace) -> list[Case]:
+    """Return the tables to measure."""
+    if args.short:
+        peft = importlib.util.find_spec("peft")
+        names = tuple(name for name in SHORT if peft or name not in PEERS)
+        cases = [Case("minilm", 16, width, "MKL", names, "cpu") for width in (16, 64)]
+    elif args.device == "cpu":
+        cases = [Case(shape, 16, width, mode, ALL, "cpu") for shape in ("minilm", "base")
+                 for width in (16, 64) for mode in CPU_MODES]
+        cases.append(Case("host", 2, 8, "MKL", HOST, "cpu"))
+    else:
+        cases = [Case("base", size, width, mode, HOST, args.device)
+                 for size, width in ((16, 64), (32, 128)) for mode in MODES]
+    return [case for case in cases
+            if args.shape in (None, case.shape) and args.width in (None, case.width)]
+
+
+def run_case(case: Case, seconds: float, is_short: bool) -> None:
+    """Measure one table and write it, or with --short check it."""
+    found = measure(case, 0 if is_short else seconds, is_short)
+    found.update(model=WORDS[case.shape], size=case.size, width=case.width, device=case.device,
+                 mode=case.mode, machine=report.machine(case.device),
+                 command=f"python benchmarks/step_time.py {' '.join(sys.argv[1:])}".strip())
+    measured = EVALUATED if not is_short else () if case.width == 16 else (FLOOR, OURS)
+    linux = Path("/proc/self/clear_refs").exists()
+    if case.shape != "host" and case.mode != "oneDNN" and (linux or case.device != "cpu"):
+        for name in measured:
+            found["rows"][name]["memory"] = measure_memory(case, name)
+    if (case.shape, case.width, case.mode) == ("minilm", 16, "oneDNN"):
+        found["products"] = products()
+
+    print(case, table(found), sep="\n", flush=True)
+    if is_short:
+        check(found)
+        return
+    same = operator.itemgetter("machine", "model", "size", "width", "mode")
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    write([*(other for other in known if same(other) != same(found)), found])
+
+
 def main() -> None:
     """Run the command line."""
     parser = report.parser(str(__doc__))
     parser.add_argument("--shape", choices=SHAPES, help="one shape only")
     parser.add_argument("--width", type=int, help="one width only (tokens)")
     parser.add_argument("--seconds", type=float, default=150, help="of each table (default: 150)")
-    parser.add_argument("--modes", nargs="+", choices=[*CPU_MODES, *MODES], help="default: all")
-    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device != "cpu" and not torch.cuda.is_available():
         sys.exit(f"step_time.py: --device {args.device}: torch finds no CUDA device here")
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     if args.memory:
-        print(memory(*json.loads(args.memory), args.device, args.modes[0]))
+        case, name = args.memory
+        print(memory(Case(*case), name))
     elif args.report:
         write(json.loads(RESULTS.read_text()))
     else:
         for case in chosen_cases(args):
-            run_case(case, args)
-
-
-Case = tuple[str, int, int, tuple[str, ...], str]  # shape, examples, tokens, rows, mode
-
-
-def chosen_cases(args: argparse.Namespace) -> list[Case]:
-    """Return the tables to measure."""
-    names = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, FULL, LORA, ADALORA)
-    modes = args.modes or (CPU_MODES if args.device == "cpu" else MODES)
-    if args.short:
-        args.seconds, peft = 0, importlib.util.find_spec("peft")
-        names = tuple(name for name in SHORT if peft or not is_peer(name))
-        cases: list[Case] = [("minilm", 16, width, names, "MKL") for width in (16, 64)]
-    elif args.device == "cpu":
-        cases = [(shape, 16, width, names, mode) for shape in ("minilm", "base")
-                 for width in (16, 64) for mode in modes]
-        cases.append(("host", 2, 8, HOST, "MKL"))
-    else:
-        cases = [("base", size, width, CUDA, mode) for size, width in ((16, 64), (32, 128))
-                 for mode in modes]
-    return [c for c in cases if args.shape in (None, c[0]) and args.width in (None, c[2])]
-
-
-def run_case(case: Case, args: argparse.Namespace) -> None:
-    """Measure one table and write it, or with --short check it."""
-    shape, size, width, names, mode = case
-    found = measure(shape, size, width, names, args.seconds, args.device, mode, args.short)
-    found.update(model=WORDS[shape], size=size, width=width, device=args.device, mode=mode,
-                 machine=report.machine(args.threads, args.device),
-                 command=f"python benchmarks/step_time.py {' '.join(sys.argv[1:])}".strip())
-    measured = EVALUATED if not args.short else () if width == 16 else (FLOOR, OURS)
-    linux = Path("/proc/self/clear_refs").exists()
-    if shape != "host" and mode != "oneDNN" and (linux or args.device != "cpu"):
-        for name in measured:
-            found["rows"][name]["memory"] = measure_memory((shape, size, width), name, mode, args)
-
-    title = f"{shape:7}{size}x{width:<4}{mode:8}"
-    for name, r in found["rows"].items():
-        print(f"{title}{name:24}", "  ".join(f"{k} {v:.3f}" for k, v in r.items()), flush=True)
-    print(f"{title}method's share {found['method']:.4f}, {found['rounds']} rounds", flush=True)
-    if args.short:
-        check(found)
-        return
-
-    def identity(case: dict[str, Any]) -> tuple[Any, ...]:
-        return (case["machine"], [*WORDS.values()].index(case["model"]), case["size"],
-                case["width"], case["mode"])
-
-    if (shape, width, mode) == ("minilm", 16, "oneDNN"):
-        found["products"] = products()
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    known = [case for case in known if identity(case) != identity(found)]
-    write(sorted([*known, found], key=identity))
+            run_case(case, args.seconds, args.short)
 
 
 if __name__ == "__main__":

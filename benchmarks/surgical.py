@@ -4,37 +4,7 @@
     python benchmarks/surgical.py --report   # only tables and figure, from the runs there are
     python benchmarks/surgical.py --short    # half a minute: what CI runs
 
-The protocol, fixed before the first run that is reported
----------------------------------------------------------
-A change of the input needs the first matrices of a network, a change of the labels the last one
-(Lee et al. 2023, "Surgical fine-tuning", arXiv 2210.11466). So here the right place is known.
-
-scikit-learn has 1,797 digits of 8 x 8 pixels. A network of seven matrices (the first without a
-residual connection, five with one, the last to ten classes) learns 800 of them. Then the task
-shifts, 500 others train with six components in all, and the remaining 497 test:
-
-    mirrored   left and right change sides: the first matrix must change
-    swapped    three pairs of pixels change places: rank 3 in the first matrix repairs it exactly
-    renamed    every class gets the next one's name: the last matrix must change
-    placebo    new examples, nothing has changed: no place is right
-
-600 steps of batch 32, AdamW with warm-up, then linear to 0, scale 8, no dropout. Arms:
-
-    dora           six components of 42 (r' = 6) remain
-    its places     plain LoRA from the start, with as many components in each matrix as dora kept
-    shuffled       these numbers shuffled over all matrices, so that at least half of them move
-    one each       plain LoRA with one component in each of the seven matrices
-    matrix 1 to 7  plain LoRA with six components in one matrix; the best of these is an oracle
-    adalora        with the same r'; Eq. 7 is dora with the paper's score, smoothing and curve
-
-Each arm takes, for each shift, the rate with the lowest mean loss on seeds 100 to 103, which train
-on 350 of the 500 and are scored on the other 150. The best single matrix is chosen there, too.
-Reported are seeds 1 to 20, on the test set; a seed fixes split, start and order of the data.
-
-Primary quantity: test loss of its places minus that of shuffled, seed by seed, with a sign test.
-Expected: lower with 15 of 20 seeds or more when mirrored, and with about 10 on the placebo. If it
-is lower as often on the placebo, the benefit is not that of the right place. If it is about 10 when
-mirrored, the method does not find a known place, and the README must not say that it does.
+The protocol, which was fixed before the runs, is in README.md.
 """
 
 from __future__ import annotations
@@ -139,9 +109,6 @@ def shifted(shift: str, seed: int) -> tuple[Tensor, Tensor]:
     return x, (y + 1) % 10 if shift == "renamed" else y
 
 
-# ---- one run -------------------------------------------------------------------------------------
-
-
 def make(run: Line, ranks: list[int] | None = None) -> Line:
     """Train one arm and return its loss, its error and the components of each matrix."""
     arm, seed = run["arm"], run["seed"]
@@ -229,88 +196,57 @@ def to_do() -> Iterator[Line]:
 
 
 def lines_of(shift: str, arm: str) -> list[Line]:
-    """Return the reported runs of an arm, by rising seed."""
-    arm = best_matrix(shift) if arm == BEST else arm
-    found = [line for line in report.read_log(LOG) if (line["shift"], line["arm"]) == (shift, arm)]
-    return sorted((line for line in found if line["seed"] in SEEDS), key=lambda line: line["seed"])
-
-
-def best_matrix(shift: str) -> str:
-    """Return the single matrix with the lowest mean loss on the seeds that choose the rates."""
-    losses = {arm: report.mean_by_rate(LOG, trials(shift, arm), "loss") for arm in SINGLE}
-    return min(SINGLE, key=lambda arm: min(losses[arm].values(), default=math.inf))
-
-
-def results_table() -> str:
-    """Return error and loss of every arm on every shift."""
-    body = []
-    for arm in (*ROWS, *SINGLE):
-        cells = []
-        for shift in SHIFTS:
-            lines = lines_of(shift, arm)
-            if not lines:
-                cells.append("not run")
-                continue
-            error, loss = (statistics.median(line[name] for line in lines)
-                           for name in ("error", "loss"))
-            cells.append(f"{100 * error:.1f} / {loss:.3f}"
-                         + f" ({lines[0]['arm']})" * (arm == BEST))
-        body.append([arm, *cells])
-    return report.table(["error in % / loss, medians", *SHIFTS], body)
-
-
-def differences_table() -> str:
-    """Return the primary quantity and other pairs of arms: with how many seeds the first has the
-    lower loss, the median difference, and p of a sign test."""
-    body = []
-    for first, second in PAIRS:
-        cells = []
-        for shift in SHIFTS:
-            found = report.by_seed(lines_of(shift, second), lines_of(shift, first), "loss")
-            cells.append(f"{report.ahead(found)}, {-statistics.median(found):+.3f}, "
-                         f"p {report.coin(found):.2g}" if found else "not run")
-        body.append([f"{first} minus {second}", *cells])
-    return report.table(["loss: lower in, median, sign test", *SHIFTS], body)
-
-
-def components_table() -> str:
-    """Return the mean number of components in each matrix."""
-    body = [[f"{shift}, {arm}", *(f"{mean:.1f}" for mean in means(shift, arm))]
-            for shift in SHIFTS for arm in FOUND if lines_of(shift, arm)]
-    return report.table(["components kept", *(f"matrix {name}" for name in NAMES)], body)
-
-
-def means(shift: str, arm: str) -> list[float]:
-    """Return the mean number of components of each matrix."""
-    return [statistics.mean(kept) for kept in zip(*(
-        line["ranks"] for line in lines_of(shift, arm)))]
+    """Return the reported runs of an arm, by rising seed. The best matrix is the one with the
+    lowest mean loss on the seeds that choose the rates."""
+    if arm == BEST:
+        losses = {arm: report.mean_by_rate(LOG, trials(shift, arm), "loss") for arm in SINGLE}
+        arm = min(SINGLE, key=lambda arm: min(losses[arm].values(), default=math.inf))
+    lines = report.lines_of(LOG, shift=shift, arm=arm)
+    return [line for line in lines if line["seed"] in SEEDS]
 
 
 def write_report() -> None:
     """Write surgical.md and surgical.svg from the log."""
     lines = report.read_log(LOG)
-    seeds = sorted({line["seed"] for line in lines} - {*CHOOSE})
+    seeds = {line["seed"] for line in lines} - {*CHOOSE}
+    minutes = sum(line["seconds"] for line in lines) / 60
+    commits = ", ".join(sorted({line["commit"] for line in lines}))
+    kept = [[f"{shift}, {arm}", *(f"{mean:.1f}" for mean in means(shift, arm))]
+            for shift in SHIFTS for arm in FOUND]
     rates = [[arm, *(str(rate_of(shift, arm)) for shift in SHIFTS)] for arm in ARMS]
-    text = f"""# Digits whose right place is known
+    parts = [
+        "# Digits whose right place is known",
+        f"Written by `python benchmarks/surgical.py` from {len(lines)} runs, whose protocol is in "
+        f"[README.md](../README.md): {minutes:.0f} minutes of one core, {len(seeds)} of "
+        f"{len(SEEDS)} seeds, with dora.py of af50a13 (surgical.py: {commits}).",
+        report.differences_table("loss: lower in, median, sign test", SHIFTS, PAIRS,
+                                 lambda arm, shift: lines_of(shift, arm), "loss", compared),
+        report.table(["error in % / loss, medians", *SHIFTS], [
+            [arm, *(medians(shift, arm) for shift in SHIFTS)] for arm in (*ROWS, *SINGLE)]),
+        report.table(["components kept", *(f"matrix {name}" for name in NAMES)], kept),
+        "Rates:", report.table(["arm", *SHIFTS], rates)]
+    (report.RESULTS / "surgical.md").write_text("\n\n".join(parts) + "\n", "utf-8")
+    plot()
 
-Written by `python benchmarks/surgical.py`, which has the protocol: {len(lines)} runs
-({sum(line["seconds"] for line in lines) / 60:.0f} minutes of one core), {len(seeds)} of {
-    len(SEEDS)} seeds, with dora.py of af50a13 (surgical.py: {
-    ", ".join(sorted({line["commit"] for line in lines}))}).
 
-{differences_table()}
+def compared(differences: list[float]) -> str:
+    """Return with how many seeds a loss is lower, the median difference, and p of a sign test."""
+    lower = sum(difference < 0 for difference in differences)
+    return (f"{lower} of {len(differences)}, {statistics.median(differences):+.3f}, "
+            f"p {report.coin(differences):.2g}")
 
-{results_table()}
 
-{components_table()}
+def medians(shift: str, arm: str) -> str:
+    """Return error and loss of an arm."""
+    lines = lines_of(shift, arm)
+    error, loss = (statistics.median(line[name] for line in lines) for name in ("error", "loss"))
+    return f"{100 * error:.1f} / {loss:.3f}" + f" ({lines[0]['arm']})" * (arm == BEST)
 
-Rates:
 
-{report.table(["arm", *SHIFTS], rates)}
-"""
-    (report.RESULTS / "surgical.md").write_text(text, "utf-8")
-    if seeds:
-        plot()
+def means(shift: str, arm: str) -> list[float]:
+    """Return the mean number of components of each matrix."""
+    kept = [line["ranks"] for line in lines_of(shift, arm)]
+    return [statistics.mean(ranks) for ranks in zip(*kept)]
 
 
 def plot() -> None:
@@ -319,14 +255,8 @@ def plot() -> None:
     axes = figure.subplots(2, len(SHOWN), height_ratios=[1, 1.7], sharey="row")
     for (top, bottom), (shift, text) in zip(axes.T, SHOWN.items()):
         grid = [means(shift, arm) for arm in FOUND]
-        top.imshow(grid, cmap="Oranges", vmin=0, vmax=COMPONENTS, aspect="auto")
-        for (y, row), x in itertools.product(enumerate(grid), range(len(NAMES))):
-            color = "white" if row[x] > 4 else "black"
-            top.text(x, y, f"{row[x]:.1f}", ha="center", va="center", color=color, fontsize=7)
-        top.set_xticks(range(len(NAMES)), NAMES)
-        top.set_yticks(range(len(FOUND)), FOUND)
-        top.set_xlabel("matrix")
-        top.set_title(f"{shift}: {text}")
+        report.heat_map(top, grid, FOUND, NAMES, 0, COMPONENTS)
+        top.set(xlabel="matrix", title=f"{shift}: {text}")
 
         for x, (arm, color) in enumerate(DOTS.items()):
             errors = [100 * line["error"] for line in lines_of(shift, arm)]
@@ -335,11 +265,10 @@ def plot() -> None:
             middle = statistics.median(errors)
             bottom.hlines(middle, x - 0.35, x + 0.35, color="black", lw=1.2)
         bottom.set_xticks(range(len(DOTS)), [arm.replace(" ", "\n") for arm in DOTS])
-    seeds = len(lines_of("mirrored", "dora"))
+    seeds, ticks = len(lines_of("mirrored", "dora")), (2, 5, 10, 20, 50)
     axes[0, 0].set_ylabel("components kept\n"f"(mean of {seeds} seeds)")
-    axes[1, 0].set_ylabel("test error in %: seeds, median")
-    axes[1, 0].set_yscale("log")
-    axes[1, 0].set_yticks((2, 5, 10, 20, 50), ("2", "5", "10", "20", "50"))
+    axes[1, 0].set(ylabel="test error in %: seeds, median", yscale="log")
+    axes[1, 0].set_yticks(ticks, ticks)
     axes[1, 0].minorticks_off()
     report.save_figure(figure, report.RESULTS / "surgical.svg")
 
