@@ -466,9 +466,8 @@ def short() -> None:
         assert last == 1 and sorted(shared) == [0, 2]
         assert shuffle or shared == [2, 0]
         assert [int(layer.c.sum()) for layer in layers.values()] == [*shared, last]
-    done = report.finished(LOG)
-    left = sum(report.key_of(c) not in done for c in to_do())
-    print(f"{len(done)} finished runs on record, {left} can start")
+    left = {report.key_of(cell) for cell in to_do()} - report.finished(LOG).keys()
+    print(f"{len(left)} runs can start")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ processes may run at once, with one thread each: they take different runs.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import tempfile
@@ -84,9 +85,7 @@ def sets() -> tuple[list[Pair], list[Pair], dict[str, list[str]]]:
 
 def encode(tokenizer: Any, pairs: list[Pair]) -> list[Ids]:
     """Return the tokens of pairs."""
-    def ids(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
+    ids = functools.partial(tokenizer.encode, add_special_tokens=False)
     return [(ids(f"{meaning} =>"), [*ids(f" {sentence}"), tokenizer.eos_token_id])
             for meaning, sentence in pairs]
 

@@ -49,8 +49,8 @@ NOISE = 0.002  # of a score on held-out data: rates whose scores are as close ar
 
 def parser(text: str) -> argparse.ArgumentParser:
     """Return a command line with what all scripts have in common."""
-    found = argparse.ArgumentParser(description=text,
-                                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    found = argparse.ArgumentParser(description=text, formatter_class=raw)
     found.add_argument("--short", action="store_true", help="check the machinery only, for CI")
     found.add_argument("--report", action="store_true", help="only write the tables")
     return found
@@ -91,7 +91,7 @@ def key_of(cell: Line) -> str:
 
 
 def read_log(path: Path) -> list[Line]:
-    """Return the finished runs of a log, a line each. They are shared: do not change them."""
+    """Return the finished runs of a log. They are shared: do not change them."""
     return parse(path.read_text("utf-8")) if path.exists() else []
 
 
