@@ -355,7 +355,7 @@ NUMBERS = (("a training step", OURS, "lora"), ("a step after pruning", COMPACTED
 
 def against_lora(cases: list[dict[str, Any]]) -> str:
     """Return the table of four numbers that people ask for: dora over PEFT LoRA."""
-    cases = [case for case in cases if "eval lora" in case["rows"][OURS]]
+    cases = [case for case in cases if case["model"] != WORDS["host"]]
     heads = [f"{case['model'].split(' (')[0].split(',')[0]}, {case['size']}×{case['width']}, "
              f"{case['mode']}" for case in cases]
     body = []

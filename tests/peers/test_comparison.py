@@ -1,6 +1,5 @@
 """The comparison with others in benchmarks/README.md: each cell about PEFT, tried with PEFT."""
 import json
-import re
 from pathlib import Path
 
 import peft
@@ -171,11 +170,14 @@ def test_adapter_files(table, tmp_path):
 
 
 def test_step_times(table):
-    """The row of step times against the stored results of benchmarks/step_time.py."""
-    found = json.loads((BENCHMARKS / "results/step_time.json").read_text())
-    rows = next(f for f in found if f["model"].startswith("MiniLM") and f["width"] == 64)["rows"]
+    """The row of step times against the stored results of benchmarks/step_time.py, with MKL and
+    with oneDNN."""
+    cases = json.loads((BENCHMARKS / "results/step_time.json").read_text())
+    found = [case["rows"] for case in cases
+             if case["model"].startswith("MiniLM") and case["width"] == 64]
     row = next(cells for name, cells in table.items() if name.startswith("time of a"))
-    names = {"here": ("dora", "floor"), "authors": ("paper, naive scores", "floor"),
-             "AdaLoRA": ("PEFT AdaLoRA", "tf"), "LoRA": ("PEFT LoRA", "tf")}
+    names = {"here": ("dora", "floor"), "AdaLoRA": ("PEFT AdaLoRA", "tf"),
+             "LoRA": ("PEFT LoRA", "tf")}
     for column, (name, floor) in names.items():  # each over its own framework's frozen model
-        assert re.match(r"[\d.]+", row[column])[0] == f"{rows[name][floor]:.2f}"
+        low, high = sorted(rows[name][floor] for rows in found)
+        assert row[column] == f"{low:.2f} to {high:.2f}"
