@@ -13,8 +13,6 @@ repeated. A run that was stopped continues from its checkpoint. Several of these
 at once, with one thread each: they take different runs. Everything is float32.
 """
 
-from __future__ import annotations
-
 import base64
 import functools
 import itertools
@@ -23,20 +21,18 @@ import re
 import statistics
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import report
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import data
 import train_glue
-from dora import DoRAConfig, DoRALinear, Pruner, inject
-from report import Line, best_rate, next_rate
+from dora import DoRAConfig, Pruner, inject
+from report import best_rate, next_rate
 
 LOG = report.RESULTS / "budget_curve.jsonl"
 CODE = 1  # raise it when a change of the program changes what these runs compute
@@ -54,8 +50,7 @@ class FixedRanks(Pruner):
     """Leaves each layer of plain LoRA a given number of components, from the start: the gates of
     the others stay 0. With a seed the numbers are shuffled over the matrices of equal shape."""
 
-    def __init__(self, layers: dict[str, DoRALinear], config: DoRAConfig, total_steps: int,
-                 ranks: list[int], shuffle: int | None = None):
+    def __init__(self, layers, config, total_steps, ranks, shuffle=None):
         super().__init__(layers, config, total_steps)
         given = dict(zip(layers, ranks, strict=True))
         if shuffle is not None:
@@ -135,7 +130,7 @@ FOUR = (AT_RATE, NO_DROPOUT, ON_AX, "dora 2")  # ten seeds each on MRPC
 ALL = {**ROWS, **CONTROLS, **RECORDED, **STEPS}
 
 
-def run(c: Line) -> Line:
+def run(c):
     """Make a run. Return what the log is to hold of it."""
     row, out = ALL[c["row"]], report.RUNS / "budget-curve" / report.key_of(c)
     settings, ranks = row.settings, []
@@ -170,17 +165,17 @@ def run(c: Line) -> Line:
         "ranks": list(result["ranks"].values()), "predictions": predictions[-1]}
 
 
-def watching(out: Path) -> Line:
+def watching(out):
     """Return two functions of train_glue that write the predictions of each evaluation of a run
     into its folder, beside the score that they have."""
     choose, evaluate = train_glue.choose, train_glue.evaluate
-    latest: list[np.ndarray] = []
+    latest = []
 
-    def choosing(logits: Tensor) -> np.ndarray:
+    def choosing(logits):
         latest[:] = [choose(logits)]
         return latest[0]
 
-    def evaluating(model: Any, examples: Any, task: data.Task, *more: Any) -> dict[str, float]:
+    def evaluating(model, examples, task, *more):
         scores = evaluate(model, examples, task, *more)
         report.add_to_log(out / "predictions.jsonl", {
             "score": scores[task.metrics[0]], "predictions": packed(latest[0])})
@@ -189,7 +184,7 @@ def watching(out: Path) -> Line:
     return dict(choose=choosing, evaluate=evaluating)
 
 
-def packed(predictions: np.ndarray) -> str:
+def packed(predictions):
     """Return classes as digits, or scores in 0..1 as base64 of 16 bits each."""
     if (predictions == predictions.astype(int)).all():
         return "".join(map(str, predictions.astype(int)))
@@ -197,7 +192,7 @@ def packed(predictions: np.ndarray) -> str:
     return base64.b64encode(numbers.tobytes()).decode()
 
 
-def held_out() -> Path:
+def held_out():
     """Return a data folder whose dev sets are tenths of the train sets of STS-B, MRPC and CoLA."""
     folder = report.RUNS / "held-out"
     for name, head in (("STS-B", 1), ("MRPC", 1), ("CoLA", 0)):  # CoLA has no header line
@@ -212,25 +207,25 @@ def held_out() -> Path:
     return folder
 
 
-def tried_rates(row: str, task: str, score: str = "best") -> dict[float, float]:
+def tried_rates(row, task, score="best"):
     """Return the score on a task's held-out tenth by learning rate: that of the best epoch, which
     is also what the tables report. One seed chooses."""
     lines = report.lines_of(LOG, row=row, split="held out", task=task, seed=1)
     return {line["lr"]: line[score] for line in lines}
 
 
-def middle_of(row: str, task: str) -> float:
+def middle_of(row, task):
     """Return the learning rate around which the search of a row on a task begins."""
     return START_LR.get(row, 2e-3) * (1.0 if task == "stsb" else 0.5)
 
 
-def rate_of(row: str, task: str) -> float | None:
+def rate_of(row, task):
     """Return the learning rate that was chosen for a row; None if the choice is not finished."""
     source = ALL[row].rate
     return report.chosen_rate(tried_rates(source, task), middle_of(source, task))
 
 
-def on(row: str, task: str) -> list[Line]:
+def on(row, task):
     """Return the finished runs of a row on a task's dev set at its learning rate, by seed. Until
     every seed has been run there, these are the runs at the rate that an earlier rule chose, by the
     score of the last epoch."""
@@ -245,7 +240,7 @@ def on(row: str, task: str) -> list[Line]:
 # ---- the order of the runs -----------------------------------------------------------------------
 
 
-def to_do() -> Iterator[Line]:
+def to_do():
     """Yield the runs that can be made now, in their order; those that depend on others follow as
     soon as these are finished."""
     for task in BOTH:
@@ -258,15 +253,14 @@ def to_do() -> Iterator[Line]:
     yield from on_dev(FOUR, ("mrpc",), TEN)
 
 
-def rates(rows: Iterable[str], task: str) -> Iterator[Line]:
+def rates(rows, task):
     """Yield the next run of each row that looks for its learning rate."""
     for row in rows:
         if rate := next_rate(tried_rates(row, task), middle_of(row, task)):
             yield dict(code=CODE, row=row, split="held out", task=task, seed=1, lr=rate)
 
 
-def on_dev(rows: Iterable[str], tasks: tuple[str, ...],
-           seeds: tuple[int, ...] = SEEDS) -> Iterator[Line]:
+def on_dev(rows, tasks, seeds=SEEDS):
     """Yield the runs of the rows whose learning rate and places are known, seed by seed."""
     for task in tasks:
         for seed in seeds:
@@ -277,12 +271,12 @@ def on_dev(rows: Iterable[str], tasks: tuple[str, ...],
                     yield dict(code=CODE, row=row, split="dev", task=task, seed=seed, lr=rate)
 
 
-def size(line: Line) -> int:
+def size(line):
     """Return the stored parameters of a run, without its head."""
     return line["adapter"] or line["trainable"] - line["head"]
 
 
-def standard_error(task: str) -> float:
+def standard_error(task):
     """Return how uncertain one score is, since the dev set has so few examples: at the median of
     dora at rank 2, by the formula for a share or for a correlation (Matthews' is one of classes).
     """
@@ -292,7 +286,7 @@ def standard_error(task: str) -> float:
     return (1 - score**2) / math.sqrt(DEV[task])
 
 
-def fact(kind: str, rows: str, tasks: str) -> str:
+def fact(kind, rows, tasks):
     """Return a number of results/findings.md, which asks for it as {kind: a > b; c > d on tasks}:
     in how many runs the first row of a pair is ahead, the p of a sign test on that, the mean
     difference with its interval or in examples; or {median: row on task}."""
@@ -312,7 +306,7 @@ def fact(kind: str, rows: str, tasks: str) -> str:
 # ---- report --------------------------------------------------------------------------------------
 
 
-def write_report() -> None:
+def write_report():
     """Write RESULTS.md, its figure and the README's table from the log: only what was run."""
     lines = report.read_log(LOG)
     hours = sum(line["seconds"] for line in lines) / 3600
@@ -341,7 +335,7 @@ def write_report() -> None:
     plot()
 
 
-def scores_table(rows: Iterable[str], tasks: Iterable[str]) -> str:
+def scores_table(rows, tasks):
     """Return a table of rows by tasks, with parameters, learning rates and collapses. A star marks
     a rate that the earlier rule chose."""
     body = []
@@ -362,7 +356,7 @@ def scores_table(rows: Iterable[str], tasks: Iterable[str]) -> str:
     return report.table(["row", *(f"{task}: score; parameters; rate" for task in tasks)], body)
 
 
-def by_example() -> str:
+def by_example():
     """Return the comparisons on MRPC by example, of the runs whose predictions are stored."""
     _, *rows = (report.GLUE / "MRPC/dev.tsv").read_text("utf-8").rstrip("\n").split("\n")
     labels, body = np.array([int(row.split("\t")[0]) for row in rows]), []
@@ -389,7 +383,7 @@ SHOWN = (("LoRA, rank 2", "lora 2", "lora"),
          ("biases only", "bitfit", "bitfit"), ("all weights", "full", "full"))
 
 
-def readme_table() -> str:
+def readme_table():
     """Return the README's table: median (smallest–largest) of each row and task."""
     body = []
     for words, row, _ in SHOWN:
@@ -405,7 +399,7 @@ def readme_table() -> str:
     return report.table(["", "parameters, at most", "STS-B", "MRPC", "CoLA"], body) + "\n"
 
 
-def plot() -> None:
+def plot():
     """Write results/glue.svg: the README's rows, a dot for each seed and a bar for the median, a
     panel per task. Each axis is as wide as twelve standard errors of a score."""
     figure = report.figure(8, 2.9)
@@ -434,7 +428,7 @@ def plot() -> None:
     report.save_figure(figure, report.RESULTS / "glue.svg")
 
 
-def short() -> None:
+def short():
     """Check the held-out tenths, the search for a rate, predictions and fixed ranks."""
     folder = held_out()
     for task, total in (("stsb", 5751), ("mrpc", 3669), ("cola", 8551)):  # with header lines
@@ -442,7 +436,7 @@ def short() -> None:
                       for split in ("train", "dev"))
         assert (train + dev, dev) == (total, TENTH[task] + (task != "cola")), task
 
-    scores: dict[float, float] = {}  # of a method whose best rate is 1.6e-2
+    scores = {}  # of a method whose best rate is 1.6e-2
     while (rate := next_rate(scores)) is not None:
         scores[rate] = -abs(np.log(rate / 1.6e-2))
     assert max(scores, key=lambda rate: scores[rate]) == 1.6e-2 < max(scores)

@@ -12,32 +12,26 @@ A finished run is a line of results/language_model.jsonl and is never repeated. 
 processes may run at once, with one thread each: they take different runs.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import math
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import report
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dora import METHODS, DoRAConfig, DoRAError, NotFiniteError, Pruner, compact_, inject, merge_
-from report import Line
 
 CODE = 1  # raise it when a change of the program changes what these runs compute
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ROWS: dict[str, dict[str, Any]] = {
+ROWS = {
     "dora 2": dict(METHODS["dora"], rank=2.0),
     "dora 0.5": dict(METHODS["dora"], rank=0.5),
     "lora 2": dict(METHODS["lora"], rank=2.0),
@@ -54,20 +48,17 @@ CHOICE_STEPS = 60  # optimizer steps of a run that is to choose a learning rate
 MEANINGS = None  # representations to evaluate on; None = all
 MAX_TOKENS = 96  # of a generated sentence; the longest in the test file has 90
 
-Pair = tuple[str, str]  # a meaning representation and one of its sentences
-Ids = tuple[list[int], list[int]]  # the same as tokens; the sentence ends with the last of a text
 
-
-def read(path: Path) -> dict[str, list[str]]:
+def read(path):
     """Return the sentences of each meaning representation, in the order of the file."""
-    found: dict[str, list[str]] = {}
+    found = {}
     for line in path.read_text("utf-8").splitlines():
         meaning, _, sentence = line.partition("||")
         found.setdefault(meaning, []).append(sentence.strip())
     return found
 
 
-def sets() -> tuple[list[Pair], list[Pair], dict[str, list[str]]]:
+def sets():
     """Return the train set and the held-out set as (meaning, sentence), and the test set by
     meaning. The first two share no meaning and are the same for all seeds."""
     valid = read(DATA / "valid.txt")
@@ -83,33 +74,35 @@ def sets() -> tuple[list[Pair], list[Pair], dict[str, list[str]]]:
     return [rest[i] for i in chosen], held_out, test
 
 
-def encode(tokenizer: Any, pairs: list[Pair]) -> list[Ids]:
-    """Return the tokens of pairs."""
+def encode(tokenizer, pairs):
+    """Return (meaning, sentence) pairs as tokens. A sentence ends with the token of a text's end.
+    """
     ids = functools.partial(tokenizer.encode, add_special_tokens=False)
     return [(ids(f"{meaning} =>"), [*ids(f" {sentence}"), tokenizer.eos_token_id])
             for meaning, sentence in pairs]
 
 
-def batches(pairs: list[Ids], seed: int, size: int = 16) -> list[list[Ids]]:
+def batches(pairs, seed, size=16):
     """Return the pairs in random batches of similar length: eight batches at a time are sorted by
     length before they are cut."""
     rng = np.random.default_rng(seed)
     order = [pairs[i] for i in rng.permutation(len(pairs))]
     found = []
     for i in range(0, len(order), 8 * size):
-        part = sorted(order[i:i + 8 * size], key=lambda pair: len(pair[0]) + len(pair[1]))
+        part = order[i:i + 8 * size]
+        part.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         found += [part[j:j + size] for j in range(0, len(part), size)]
     return [found[i] for i in rng.permutation(len(found))]
 
 
-def collate(pairs: list[Ids]) -> tuple[Tensor, Tensor]:
+def collate(pairs):
     """Return ids (B, T), padded on the right, and where a sentence is in them, (B, T) bool."""
     ids = [torch.tensor(prompt + sentence) for prompt, sentence in pairs]
     wanted = [torch.arange(len(row)) >= len(prompt) for row, (prompt, _) in zip(ids, pairs)]
     return pad_sequence(ids, batch_first=True), pad_sequence(wanted, batch_first=True)
 
 
-def token_nll(model: Any, ids: Tensor, wanted: Tensor) -> Tensor:
+def token_nll(model, ids, wanted):
     """Return the negative log-likelihood of each wanted token, (N,), in nats."""
     # no attention mask: padding is on the right, and no position looks to its right
     states = model.model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, width)
@@ -118,7 +111,7 @@ def token_nll(model: Any, ids: Tensor, wanted: Tensor) -> Tensor:
     return F.cross_entropy(logits, ids[:, 1:][wanted], reduction="none")
 
 
-def train(model: Any, pairs: list[Ids], config: DoRAConfig, c: Line) -> Line:
+def train(model, pairs, config, c):
     """Adapt the model to the pairs. Return CPU seconds, the peak of the memory in MB and the live
     components per matrix. Raises NotFiniteError if training diverges."""
     torch.manual_seed(c["seed"])
@@ -126,15 +119,18 @@ def train(model: Any, pairs: list[Ids], config: DoRAConfig, c: Line) -> Line:
     stream = iter(batches(pairs, c["seed"]))
     report.forget_peak()
     started = time.process_time()
-    report.fit(model, lambda: token_nll(model, *collate(next(stream))).mean(), c["steps"], c["lr"],
-               pruner, warm=0.1, compacts=False)
+
+    def loss_of():
+        return token_nll(model, *collate(next(stream))).mean()
+
+    report.fit(model, loss_of, c["steps"], c["lr"], pruner, warm=0.1, compacts=False)
     seconds = round(time.process_time() - started, 1)
     compact_(model)
     return {"seconds": seconds, "memory": report.resident("VmHWM"), "ranks": pruner.ranks()}
 
 
 @torch.no_grad()
-def mean_nll(model: Any, pairs: list[Ids]) -> float:
+def mean_nll(model, pairs):
     """Return the negative log-likelihood per token of the sentences, in nats."""
     model.eval()
     found = [token_nll(model, *collate(batch)) for batch in batches(pairs, 0)]
@@ -142,7 +138,7 @@ def mean_nll(model: Any, pairs: list[Ids]) -> float:
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, pairs: list[Ids]) -> list[str]:
+def generate(model, tokenizer, pairs):
     """Return a sentence for each prompt, by greedy decoding in batches of 64."""
     model.eval()
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
@@ -155,12 +151,13 @@ def generate(model: Any, tokenizer: Any, pairs: list[Ids]) -> list[str]:
             input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), do_sample=False,
             max_new_tokens=MAX_TOKENS, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id)
-        for i, row in zip(order[k:k + 64], out[:, ids.shape[1]:].tolist(), strict=True):
+        sentences = out[:, ids.shape[1]:].tolist()
+        for i, row in zip(order[k:k + 64], sentences, strict=True):
             found[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
     return [found[i] for i in range(len(pairs))]
 
 
-def bleu(sentences: list[str], references: list[list[str]]) -> tuple[float, str]:
+def bleu(sentences, references):
     """Return BLEU in percent against all references of each sentence, and sacrebleu's signature."""
     import sacrebleu
     most = max(map(len, references))
@@ -170,7 +167,7 @@ def bleu(sentences: list[str], references: list[list[str]]) -> tuple[float, str]
     return metric.corpus_score(sentences, streams).score, str(metric.get_signature())
 
 
-def load() -> tuple[Any, Any]:
+def load():
     """Return SmolLM2-135M-Instruct in float32 and its tokenizer."""
     import transformers
     transformers.logging.set_verbosity_error()
@@ -184,7 +181,7 @@ def load() -> tuple[Any, Any]:
         folder, gguf_file=GGUF, dtype=torch.float32), tokenizer
 
 
-def to_do() -> Iterator[Line]:
+def to_do():
     """Yield the runs that can be made now: first the search for learning rates, then the rows whose
     rate is known, seed by seed."""
     for row in ROWS:
@@ -197,13 +194,13 @@ def to_do() -> Iterator[Line]:
                            lr=rate)
 
 
-def tried_rates(row: str) -> dict[float, float]:
+def tried_rates(row):
     """Return minus the held-out NLL by learning rate, -inf for a run that diverged."""
     lines = report.lines_of(LOG, row=row, split="held out")
     return {line["lr"]: -(math.inf if line["nll"] is None else line["nll"]) for line in lines}
 
 
-def run(c: Line) -> Line:
+def run(c):
     """Make a run. Return what the log is to hold of it; the NLL is None if it diverged."""
     model, tokenizer = load()
     pairs, scored, test = sets()
@@ -230,12 +227,12 @@ def run(c: Line) -> Line:
 # ---- report --------------------------------------------------------------------------------------
 
 
-def on_test(row: str) -> list[Line]:
+def on_test(row):
     """Return the finished runs of a row on the test file that did not diverge."""
     return [line for line in report.lines_of(LOG, row=row, split="test") if line["nll"] is not None]
 
 
-def results(row: str) -> list[str]:
+def results(row):
     """Return a row of the table of results."""
     lines = on_test(row)
     per_step = sum(line["seconds"] for line in lines) / sum(line["steps"] for line in lines)
@@ -246,7 +243,7 @@ def results(row: str) -> list[str]:
             f"{max(line['memory'] for line in lines) / 1e3:.1f}"]
 
 
-def write_report() -> None:
+def write_report():
     """Put the tables into benchmarks/README.md and draw the figure: only what was run."""
     report.write_part("language_model", "\n\n".join([
         report.table(["row", "parameters", "learning rate", "NLL", "BLEU", "s per step",
@@ -258,7 +255,7 @@ def write_report() -> None:
     plot()
 
 
-def plot() -> None:
+def plot():
     """Draw results/language_model.svg: the NLL, a dot per seed, and for the rows that choose their
     ranks the live components of layers by matrices, mean over the seeds."""
     found = {row: lines for row in ROWS if (lines := on_test(row))}
@@ -284,7 +281,7 @@ def plot() -> None:
     report.save_figure(figure, LOG.with_suffix(".svg"))
 
 
-def tiny() -> tuple[Any, Any]:
+def tiny():
     """Return a random Llama of two layers, the same in each call, and a tokenizer of bytes."""
     import transformers
     torch.manual_seed(0)
@@ -294,7 +291,7 @@ def tiny() -> tuple[Any, Any]:
         num_key_value_heads=2, vocab_size=len(tokenizer), tie_word_embeddings=True)), tokenizer
 
 
-def short() -> None:
+def short():
     """Run everything on a tiny random model: the loss, rates, evaluation and report."""
     if not (DATA / "valid.txt").exists():
         print(f"skipped: {DATA / 'valid.txt'} does not exist")

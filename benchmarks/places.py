@@ -7,24 +7,21 @@
 The protocol, which was fixed before the runs, is in README.md.
 """
 
-from __future__ import annotations
-
 import base64
 import functools
 import itertools
+import math
 import statistics
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import report
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import data
 import train_glue
 from dora import METHODS, DoRAConfig, Pruner, inject, keep_mask
-from report import Line
 
 LOG = report.RESULTS / "places.jsonl"
 SCALE, DROPOUT, BATCH, STEPS = 8.0, 0.1, 16, 300
@@ -40,7 +37,7 @@ OTHERS = ["adalora", "adalora's places", "paper", "paper's places",
 
 
 @functools.cache
-def float32_by_onednn() -> None:
+def float32_by_onednn():
     """Let oneDNN make products of float32 matrices, which on AMD is faster than MKL. The setting's
     name misleads: this checks that the results are float32."""
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
@@ -51,7 +48,7 @@ def float32_by_onednn() -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def examples(task: str, split: str) -> list[data.Example]:
+def examples(task, split):
     """Return examples: "train", "held out" (a tenth of the train set), "the rest" of it, "dev"."""
     bpe = data.BPE(report.MINILM)
     found = data.load_task(task, report.GLUE, "dev" if split == "dev" else "train", bpe, 64)
@@ -65,13 +62,13 @@ def examples(task: str, split: str) -> list[data.Example]:
     return [example for example in found if len(example.ids) <= longest]
 
 
-def costs_of(model: nn.Module) -> dict[str, int]:
+def costs_of(model):
     """Return what a component of each matrix of the encoder stores, d_in + d_out, by name."""
     return {name: sum(m.weight.shape) for name, m in model.named_modules()
             if isinstance(m, nn.Linear) and ".layer." in name}
 
 
-def places(run: Line, costs: dict[str, int]) -> dict[str, int]:
+def places(run, costs):
     """Return the number of components of each matrix, for an arm whose places are fixed."""
     kind, _, which = run["arm"].partition(" ")
     if which == "places":
@@ -86,7 +83,7 @@ def places(run: Line, costs: dict[str, int]) -> dict[str, int]:
     return dict(zip(costs, mask.long().tolist()))
 
 
-def method(run: Line) -> DoRAConfig:
+def method(run):
     """Return the settings of an arm that finds its places, at the scale that all arms have."""
     settings = {**METHODS[run["arm"]], "budget_unit": "parameters", "dropout_on": "components",
                 "rank": run["budget"] / 36, "dropout": DROPOUT}
@@ -95,7 +92,7 @@ def method(run: Line) -> DoRAConfig:
     return DoRAConfig(**settings, alpha=SCALE * divisor)
 
 
-def make(run: Line) -> Line:
+def make(run):
     """Train one arm with one seed and return its score, its places and its predictions."""
     float32_by_onednn()
     task, seed = data.TASKS[run["task"]], run["seed"]
@@ -116,11 +113,11 @@ def make(run: Line) -> Line:
 
     stream, curve = data.endless_batches(train, BATCH, seed), []
 
-    def loss_of() -> Tensor:
+    def loss_of():
         batch = next(stream)
         return train_glue.task_loss(model(batch.ids, batch.mask), batch.labels)
 
-    def after(step: int) -> None:
+    def after(step):
         if step % STEPS == 0 or step == run["steps"]:
             predictions = train_glue.predict(model, dev)
             scores = data.score(task, predictions, [example.label for example in dev])
@@ -132,13 +129,14 @@ def make(run: Line) -> Line:
         ranks = pruner.ranks()
     kept = [ranks.get(name, 0) for name in costs]
     stored = sum(rank * price for rank, price in zip(kept, costs.values()))
-    return dict(score=curve[-1][1], curve=[point[:2] for point in curve], ranks=kept,
-                parameters=stored, dev=curve[-1][2])
+    *_, (_, score, predictions) = curve
+    return dict(score=score, curve=[point[:2] for point in curve], ranks=kept,
+                parameters=stored, dev=predictions)
 
 
-def packed(predictions: np.ndarray, task: data.Task) -> str:
+def packed(predictions, task):
     """Return predictions in base64: 16-bit thousandths of a regression, or a bit for each class."""
-    values: np.ndarray = (1000 * predictions).round().astype("<u2")
+    values = (1000 * predictions).round().astype("<u2")
     if task.num_labels > 1:
         values = np.packbits(predictions.astype(bool))
     return base64.b64encode(values.tobytes()).decode()
@@ -147,7 +145,7 @@ def packed(predictions: np.ndarray, task: data.Task) -> str:
 # ---- the order of the runs -----------------------------------------------------------------------
 
 
-def to_do() -> Iterator[Line]:
+def to_do():
     """Yield the runs in their order. Those that need the result of another one follow it."""
     yield from block("stsb", (6,), [*MAIN, *MORE])
     yield from block("stsb", (6,), [*MAIN, *MORE], FRESH, factor=0.5)
@@ -167,8 +165,7 @@ def to_do() -> Iterator[Line]:
         yield from block(task, (budget,), MAIN)
 
 
-def block(task: str, budgets: Iterable[int], arms: Iterable[str], seeds: Iterable[int] = (1, 2, 3),
-          factor: float = 1.0, steps: int = STEPS, dtype: str = "bf16") -> Iterator[Line]:
+def block(task, budgets, arms, seeds=(1, 2, 3), factor=1.0, steps=STEPS, dtype="bf16"):
     """Yield the runs of some arms, and before them those that choose the task's rate."""
     if (rate := rate_of(task)) is None:
         yield from itertools.chain(*trials(task).values())
@@ -183,7 +180,7 @@ def block(task: str, budgets: Iterable[int], arms: Iterable[str], seeds: Iterabl
             yield run
 
 
-def trials(task: str) -> dict[float, list[Line]]:
+def trials(task):
     """Return by rate the runs that choose a task's rate. Where the best rate is the lowest or the
     highest, the next one is tried, too."""
     cell = dict(task=task, split="held out", steps=STEPS, budget=6, arm=FIRST[0], dtype="bf16")
@@ -197,7 +194,7 @@ def trials(task: str) -> dict[float, list[Line]]:
         rates.append(best / 2 if best == min(rates) else best * 2)
 
 
-def rate_of(task: str) -> float | None:
+def rate_of(task):
     """Return the rate that was chosen for a task, None until it is known."""
     means = report.mean_by_rate(LOG, trials(task), "score")
     return max(means, key=means.__getitem__, default=None)
@@ -217,19 +214,17 @@ class Setting(NamedTuple):
     fresh: bool  # the seeds that were fixed to test what was seen at half the rate
     after: int  # steps, of which a long run is scored several times
 
-    def __str__(self) -> str:
+    def __str__(self):
         words = f"{TITLES[self.task]}, {self.budget} components, "
         words += f"after {self.after} of " * (self.after < self.steps)
         return (f"{words}{self.steps} steps, rate {self.lr:g}" + ", seeds 4 to 8" * self.fresh
                 + f", {self.dtype}" * (self.dtype != "bf16"))
 
 
-Scores = dict[str, float]  # of one seed, by arm
-
-
-def settings() -> dict[Setting, list[Scores]]:
-    """Return the scores of the seeds for which dora's places and four random ones are there."""
-    found: dict[Setting, dict[int, Scores]] = {}
+def settings():
+    """Return by setting the scores of each seed by arm, {setting: [{arm: score}]}, of the seeds for
+    which dora's places and four random ones are there."""
+    found = {}
     for line in report.read_log(LOG):
         if line["split"] == "held out":
             continue
@@ -248,12 +243,12 @@ def settings() -> dict[Setting, list[Scores]]:
     return whole
 
 
-def randoms(arms: Scores) -> list[float]:
+def randoms(arms):
     """Return the scores of the random placements of a seed."""
     return [score for arm, score in arms.items() if arm.startswith("random ")]
 
 
-def beaten(seeds: list[Scores], arm: str) -> list[tuple[float, int]]:
+def beaten(seeds, arm):
     """Return by seed how many random placements an arm beats, where a tie counts half, and how many
     there are."""
     found = []
@@ -264,12 +259,12 @@ def beaten(seeds: list[Scores], arm: str) -> list[tuple[float, int]]:
     return found
 
 
-def percentile(seeds: list[Scores], arm: str) -> str:
+def percentile(seeds, arm):
     """Return the mean over the seeds of the share of random placements that an arm beats."""
     return f"{100 * statistics.mean(count / of for count, of in beaten(seeds, arm)):.0f} %"
 
 
-def chance(counts: list[tuple[float, int]]) -> float:
+def chance(counts):
     """Return the probability that random places beat at least as many: with k others each number
     from 0 to k is equally likely."""
     sums = np.ones(1)
@@ -278,7 +273,7 @@ def chance(counts: list[tuple[float, int]]) -> float:
     return float(sums[int(sum(count for count, _ in counts)):].sum())
 
 
-def write_report() -> None:
+def write_report():
     """Write places.md and places.svg from the log."""
     lines, found = report.read_log(LOG), settings()
     hours = sum(line["seconds"] for line in lines) / 3600
@@ -303,7 +298,7 @@ def write_report() -> None:
     plot(found)
 
 
-def row(setting: Setting, seeds: list[Scores]) -> list[str]:
+def row(setting, seeds):
     """Return a row of the table."""
     strips = [randoms(arms) for arms in seeds]
     sizes = sorted({len(strip) for strip in strips})
@@ -320,7 +315,7 @@ def row(setting: Setting, seeds: list[Scores]) -> list[str]:
         percentile(seeds, "dora")]
 
 
-def others_table(setting: Setting, seeds: list[Scores]) -> str:
+def others_table(setting, seeds):
     """Return the other arms of a setting beside dora's and random places."""
     every = [*itertools.chain(*map(randoms, seeds))]
     body = [["random places", report.spread(every, 3), "", ""]]
@@ -332,10 +327,10 @@ def others_table(setting: Setting, seeds: list[Scores]) -> str:
     return report.table([str(setting), "median (range, number)", "percentile", "p"], body)
 
 
-def plot(found: dict[Setting, list[Scores]]) -> None:
+def plot(found):
     """Draw random places over the budget, a panel per task and rate, or for long runs over the
     steps, with a line through dora's."""
-    panels: dict[str, dict[str, list[Scores]]] = {}
+    panels = {}
     for setting, seeds in found.items():
         title, label = f"{TITLES[setting.task]}, rate {setting.lr:g}", str(setting.budget)
         if setting.steps > STEPS:
@@ -347,7 +342,7 @@ def plot(found: dict[Setting, list[Scores]]) -> None:
         panels.setdefault(title, {})[label] = seeds
 
     columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
+    rows = math.ceil(len(panels) / columns)
     figure = report.figure(8, 0.4 + 2.6 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax, (title, strips) in zip(axes, panels.items()):
@@ -363,7 +358,7 @@ def plot(found: dict[Setting, list[Scores]]) -> None:
     report.save_figure(figure, report.RESULTS / "places.svg")
 
 
-def draw(ax: Any, strips: dict[str, list[Scores]]) -> None:
+def draw(ax, strips):
     """Draw strips, seed beside seed, and above each the percentile of dora's places. Scores that
     are lower than the axis are triangles on its floor."""
     orange, grey = report.COLORS["dora"], "#999999"
@@ -380,16 +375,16 @@ def draw(ax: Any, strips: dict[str, list[Scores]]) -> None:
         ax.text(x, top + 0.012, percentile(seeds, PLACES), color=orange, ha="center")
     middles = [statistics.median(arms[PLACES] for arms in seeds) for seeds in strips.values()]
     ax.plot(range(len(strips)), middles, color=orange, lw=1.2, label="their median")
-    for marker, color, label in (("D", orange, "dora's places, a dot per seed"),
-                                 ("o", grey, "random places"), ("v", grey, "below the axis"),
-                                 (r"$\%$", orange, "share of the random places that they beat")):
-        ax.plot([], [], ls="", marker=marker, color=color, ms=4 + 3 * ("%" in marker), mew=0,
-                label=label)
+    for marker, size, color, label in (
+            ("D", 4, orange, "dora's places, a dot per seed"), ("o", 4, grey, "random places"),
+            ("v", 4, grey, "below the axis"),
+            (r"$\%$", 7, orange, "share of the random places that they beat")):
+        ax.plot([], [], ls="", marker=marker, color=color, ms=size, mew=0, label=label)
     ax.set_xticks(range(len(strips)), list(strips))
     ax.set(xlim=(-0.6, max(4, len(strips)) - 0.4), ylim=(floor - 0.01, top + 0.03))
 
 
-def short() -> None:
+def short():
     """Check the test, the random placements, and a few steps of two arms."""
     assert round(1 / chance([(8, 8)] * 3)) == 9**3
     assert round(chance([(0, 8)]), 9) == 1

@@ -11,21 +11,16 @@ same problems. A finished run is a line of results/rank_recovery.jsonl and is ne
 Several processes may run at once.
 """
 
-from __future__ import annotations
-
 import collections
 import math
 import statistics
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import report
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dora import METHODS, DoRAConfig, Pruner, inject
-from report import Line
 
 LOG = report.RESULTS / "rank_recovery.jsonl"
 CODE = 1  # raise it when a change of dora.py changes what these runs compute
@@ -82,7 +77,7 @@ CURVES = {"slow": dict(schedule="slow_first"), "fast": dict(schedule="fast_first
 BASE = dict(**IU, **STARTS["B=0"], **CURVES["fast"], penalty=None, initial_phase=0.15,
             final_phase=0.5, interval=10, budget_unit="components")
 LATE = dict(initial_phase=0.3, final_phase=0.3)
-CHANGES: tuple[dict[str, Any], ...] = (
+CHANGES = (
     dict(scale="start_rank"), dict(init="gaussian", scale="start_rank"), dict(importance="triplet"),
     dict(beta2=None), dict(beta1=0.98, beta2=None), dict(beta1=0.7, beta2=0.7),
     dict(beta1=0.95, beta2=0.95), dict(penalty="dem", eta=0.3),
@@ -91,9 +86,9 @@ CHANGES: tuple[dict[str, Any], ...] = (
     dict(LATE, importance="frobenius", beta1=0.9, beta2=None), dict(LATE, schedule="slow_first"))
 
 
-def tables() -> dict[str, dict[str, dict[str, Any]]]:
+def tables():
     """Return {title: {row: settings}}."""
-    def label(change: dict[str, Any]) -> str:
+    def label(change):
         return ", ".join(f"{k} {str(v).lower()}" for k, v in change.items())
 
     grid = {f"{a}, {b}, {c}": {**BASE, **SCORES[a], **STARTS[b], **CURVES[c]}
@@ -103,7 +98,7 @@ def tables() -> dict[str, dict[str, dict[str, Any]]]:
             CHANGED: {label(change): {**BASE, **change} for change in CHANGES}}
 
 
-def patterns_of(title: str) -> dict[str, Pattern]:
+def patterns_of(title):
     """Return the columns of a table."""
     return PATTERNS if title == "Methods" else {name: PATTERNS[name] for name in TELLING}
 
@@ -111,23 +106,23 @@ def patterns_of(title: str) -> dict[str, Pattern]:
 class Residual(nn.Module):
     """h + tanh((W / gain) (gain h)): the gain cancels, but sets the size of the adapted matrix."""
 
-    def __init__(self, W: Tensor, gain: float):
+    def __init__(self, W, gain):
         super().__init__()
         self.gain = gain
         self.linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
         self.linear.weight = nn.Parameter(W / gain)
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h):
         return h + torch.tanh(self.linear(self.gain * h))  # (..., width)
 
 
-def network(pattern: Pattern, W: list[Tensor]) -> nn.Module:
+def network(pattern, W):
     """Return the residual network of these matrices."""
     gains = pattern.gains or (1.0,) * len(W)
     return nn.Sequential(*(Residual(*pair) for pair in zip(W, gains, strict=True)))
 
 
-def problem(pattern: Pattern, seed: int) -> tuple[nn.Module, nn.Module]:
+def problem(pattern, seed):
     """Return the teacher, W0 + Delta W*, and the student, W0.
 
     Delta W* = sum_i s_i u_i v_i^T with orthonormal u and v.
@@ -144,21 +139,21 @@ def problem(pattern: Pattern, seed: int) -> tuple[nn.Module, nn.Module]:
     return network(pattern, W), network(pattern, W0)
 
 
-def misplaced(kept: list[int], pattern: Pattern) -> float:
+def misplaced(kept, pattern):
     """Return the share of the components in a matrix which already has all it needs."""
     surplus = [max(0, k - t) for k, t in zip(kept, pattern.truth, strict=True)]
     return sum(surplus) / sum(kept)
 
 
 @torch.no_grad()
-def loss_over_floor(student: nn.Module, teacher: nn.Module, x: Tensor) -> float:
+def loss_over_floor(student, teacher, x):
     """Return E (student - teacher - noise)^2 / NOISE^2, noise integrated out: the teacher gets
     1."""
     distance = (student(x) - teacher(x)).square().mean()
     return 1 + distance.item() / NOISE**2
 
 
-def make_config(settings: dict[str, Any], pattern: Pattern) -> DoRAConfig:
+def make_config(settings, pattern):
     """Return the row's settings at the teacher's budget, exactly: r, the mean true rank, is a
     fraction. Without pruning every matrix gets this mean, rounded up."""
     rank = sum(pattern.truth) / len(pattern.truth)
@@ -169,7 +164,7 @@ def make_config(settings: dict[str, Any], pattern: Pattern) -> DoRAConfig:
     return DoRAConfig(**{**settings, **fixed})
 
 
-def run(settings: dict[str, Any], pattern: Pattern, seed: int) -> Line:
+def run(settings, pattern, seed):
     """Train one student, about 3 ms per step. Return what the log is to hold."""
     teacher, student = problem(pattern, seed)
     torch.manual_seed(seed)  # the start of A and B
@@ -177,7 +172,7 @@ def run(settings: dict[str, Any], pattern: Pattern, seed: int) -> Line:
     pruner = Pruner(inject(student, config), config, pattern.steps)
     g = torch.Generator().manual_seed(seed + 1_000_000)
 
-    def loss_of() -> Tensor:
+    def loss_of():
         x = torch.randn(pattern.batch, pattern.width, generator=g)  # (batch, width)
         with torch.no_grad():
             y = teacher(x) + NOISE * torch.randn(x.shape, generator=g)
@@ -188,7 +183,7 @@ def run(settings: dict[str, Any], pattern: Pattern, seed: int) -> Line:
     return dict(kept=list(pruner.ranks().values()), loss=round(over, 4))
 
 
-def to_do(titles: Sequence[str], seeds: int) -> Iterator[Line]:
+def to_do(titles, seeds):
     """Yield the runs of tables, seed by seed, so that a stopped sweep leaves whole tables."""
     for seed in range(seeds):
         for title in titles:
@@ -197,7 +192,7 @@ def to_do(titles: Sequence[str], seeds: int) -> Iterator[Line]:
                     yield dict(code=CODE, row=row, pattern=name, seed=seed)
 
 
-def run_cell(c: Line) -> Line:
+def run_cell(c):
     """Make the run of a row on a pattern."""
     title = next(title for title, rows in tables().items() if c["row"] in rows)
     pattern = patterns_of(title)[c["pattern"]]
@@ -207,13 +202,13 @@ def run_cell(c: Line) -> Line:
 # ---- report --------------------------------------------------------------------------------------
 
 
-def cells_of(title: str) -> dict[tuple[str, str], list[Line]]:
+def cells_of(title):
     """Return the finished runs of a table by row and pattern, of the seeds that every row has."""
     rows, patterns = tables()[title], patterns_of(title)
     runs = [line for line in report.read_log(LOG)
             if line["row"] in rows and line["pattern"] in patterns]
     met = collections.Counter((run["pattern"], run["seed"]) for run in runs)
-    found: dict[tuple[str, str], list[Line]] = {
+    found = {
         (row, name): [] for row in rows for name in patterns}
     for run in runs:
         if met[run["pattern"], run["seed"]] == len(rows):
@@ -222,12 +217,12 @@ def cells_of(title: str) -> dict[tuple[str, str], list[Line]]:
     return found
 
 
-def mean(runs: list[Line], field: str) -> float:
+def mean(runs, field):
     """Return the mean of a figure over runs, nan for none."""
     return statistics.mean(run[field] for run in runs) if runs else math.nan
 
 
-def markdown() -> str:
+def markdown():
     """Return the tables: misplaced % / loss over the floor, and the runs without a mistake."""
     text = (f"Misplaced, % of the run's own adapter / loss over the floor, means over the seeds. "
             f"\"Right\": the runs in which nothing is misplaced, {', '.join(STRESS)} left out. "
@@ -247,7 +242,7 @@ def markdown() -> str:
     return text
 
 
-def plot() -> None:
+def plot():
     """Draw results/rank_recovery.svg: two maps of methods by patterns, share misplaced and loss."""
     rows, names, cells = list(METHODS), list(PATTERNS), cells_of("Methods")
     figure = report.figure(8, 3.6)
@@ -262,14 +257,14 @@ def plot() -> None:
     report.save_figure(figure, report.RESULTS / "rank_recovery.svg")
 
 
-def write_report() -> None:
+def write_report():
     """Write this script's part of README.md, and its figure."""
     report.write_part("rank_recovery", f"{markdown()}\n![the methods as two maps]"
                                        f"(results/rank_recovery.svg)")
     plot()
 
 
-def short() -> None:
+def short():
     """Check the two claims that the default rests on, with wide margins: 3 seeds, 1,000 steps."""
     pattern, shares, losses = Pattern(MIXED, steps=1000), {}, {}
     for name in ("dora", "paper"):

@@ -4,8 +4,6 @@ processes, the choice of a learning rate, a training loop, the machine in words,
 Importing this puts the project's root on the path, so that a script can import dora.py next.
 """
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import functools
@@ -21,14 +19,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -37,9 +33,7 @@ GLUE, MINILM = ROOT / "../shared/data/glue", ROOT / "../shared/models/minilm-l6-
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from dora import METHODS, DoRAConfig, DoRAError, DoRALinear, Pruner, compact_  # noqa: E402
-
-Line = dict[str, Any]  # of a log: what tells a run from others, and what was found
+from dora import METHODS, DoRAConfig, DoRAError, DoRALinear, compact_  # noqa: E402
 
 # One colour per method in every figure: Okabe and Ito's set, which the colour-blind can tell apart.
 COLORS = {"dora": "#D55E00", "paper": "#CC79A7", "adalora": "#009E73", "lora": "#0072B2",
@@ -47,7 +41,7 @@ COLORS = {"dora": "#D55E00", "paper": "#CC79A7", "adalora": "#009E73", "lora": "
 NOISE = 0.002  # of a score on held-out data: rates whose scores are as close are alike
 
 
-def parser(text: str) -> argparse.ArgumentParser:
+def parser(text):
     """Return a command line with what all scripts have in common."""
     raw = argparse.RawDescriptionHelpFormatter
     found = argparse.ArgumentParser(description=text, formatter_class=raw)
@@ -56,9 +50,7 @@ def parser(text: str) -> argparse.ArgumentParser:
     return found
 
 
-def command_line(text: str, log: Path, to_do: Callable[[], Iterable[Line]],
-                 run: Callable[[Line], Line], write_report: Callable[[], None],
-                 short: Callable[[], None]) -> None:
+def command_line(text, log, to_do, run, write_report, short):
     """Make the runs that are missing and write the report, or do what the flags say."""
     arguments = parser(text)
     arguments.add_argument("--only", nargs="+", default=[], metavar="VALUE",
@@ -66,7 +58,7 @@ def command_line(text: str, log: Path, to_do: Callable[[], Iterable[Line]],
     args = arguments.parse_args()
     torch.set_num_threads(1)
 
-    def wanted() -> Iterator[Line]:
+    def wanted():
         for cell in to_do():
             if {*args.only} <= {*map(str, cell.values())}:
                 yield cell
@@ -85,42 +77,42 @@ def command_line(text: str, log: Path, to_do: Callable[[], Iterable[Line]],
 # ---- runs and their logs -------------------------------------------------------------------------
 
 
-def key_of(cell: Line) -> str:
+def key_of(cell):
     """Return a short name of what tells a run from others."""
     return hashlib.sha1(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def read_log(path: Path) -> list[Line]:
-    """Return the finished runs of a log. They are shared: do not change them."""
+def read_log(path):
+    """Return the finished runs of a log, a dict each: what tells it from others, and what was
+    found. They are shared: do not change them."""
     return parse(path.read_text("utf-8")) if path.exists() else []
 
 
 @functools.lru_cache(maxsize=4)  # a report asks for the same log in every cell of its tables
-def parse(text: str) -> list[Line]:
+def parse(text):
     """Return the lines of a log; one that was cut off is left out, so that its run is repeated."""
     return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
 
-def lines_of(path: Path, **values: Any) -> list[Line]:
+def lines_of(path, **values):
     """Return the finished runs of a log with these values, by rising seed."""
     found = [line for line in read_log(path) if values.items() <= line.items()]
     return sorted(found, key=lambda line: line["seed"])
 
 
-def finished(path: Path) -> dict[str, Line]:
+def finished(path):
     """Return the lines of a log by key."""
     return {line["key"]: line for line in read_log(path)}
 
 
-def add_to_log(path: Path, line: Line) -> None:
+def add_to_log(path, line):
     """Append a finished run to a log."""
     cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
     with open(path, "a", encoding="utf-8") as file:
         file.write("\n" * cut_off + json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def make_all(log: Path, to_do: Callable[[], Iterable[Line]],
-             run: Callable[[Line], Line]) -> None:
+def make_all(log, to_do, run):
     """Make one run after another until the only ones left are those that other processes are at.
 
     to_do() yields the runs that can be made now, in their order. It is asked again after each run,
@@ -130,7 +122,7 @@ def make_all(log: Path, to_do: Callable[[], Iterable[Line]],
     git = ["git", "-C", str(ROOT), "log", "-1", "--format=%h"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
-    def next_one() -> bool:
+    def next_one():
         done = finished(log)
         for cell in (cell for cell in to_do() if key_of(cell) not in done):
             key = key_of(cell)
@@ -150,7 +142,7 @@ def make_all(log: Path, to_do: Callable[[], Iterable[Line]],
 
 
 @contextmanager
-def claimed(key: str) -> Iterator[bool]:
+def claimed(key):
     """Claim a run, so that no other process makes it. Give False if one is at it."""
     (RUNS / "claims").mkdir(parents=True, exist_ok=True)
     with open(RUNS / "claims" / key, "w") as file:  # the system lets go when the process ends
@@ -165,7 +157,7 @@ def claimed(key: str) -> Iterator[bool]:
 # ---- learning rates and training -----------------------------------------------------------------
 
 
-def mean_by_rate(log: Path, trials: dict[float, list[Line]], name: str) -> dict[float, float]:
+def mean_by_rate(log, trials, name):
     """Return the mean of a figure by learning rate; {} until all runs of the trials are made."""
     done = finished(log)
     found = {lr: [done.get(key_of(run)) for run in runs] for lr, runs in trials.items()}
@@ -175,7 +167,7 @@ def mean_by_rate(log: Path, trials: dict[float, list[Line]], name: str) -> dict[
             for lr, lines in found.items()}
 
 
-def next_rate(tried: dict[float, float], middle: float = 2e-3) -> float | None:
+def next_rate(tried, middle=2e-3):
     """Return the next learning rate to try, given the score by rate: three around the middle, then
     on until the best one and the one that best_rate() chooses lie inside of what was tried. None
     once they do, or after eight rates: where none learns, all score alike."""
@@ -192,31 +184,29 @@ def next_rate(tried: dict[float, float], middle: float = 2e-3) -> float | None:
     return best * 2 if best == max(tried) else None
 
 
-def best_rate(tried: dict[float, float]) -> float:
+def best_rate(tried):
     """Return the lowest of the rates whose scores are within NOISE of the best one."""
     best = max(tried.values())
     return min(rate for rate, score in tried.items() if score >= best - NOISE)
 
 
-def chosen_rate(tried: dict[float, float], middle: float = 2e-3) -> float | None:
+def chosen_rate(tried, middle=2e-3):
     """Return the learning rate that a search chose, None while it is not finished."""
     return None if next_rate(tried, middle) else best_rate(tried)
 
 
-def place(model: nn.Module, ranks: dict[str, int], scale: float, dropout: float) -> None:
+def place(model, ranks, scale, dropout):
     """Freeze a model and give matrices plain LoRA of these ranks, at one scale."""
     model.requires_grad_(False)
     for name, rank in ranks.items():
         if rank:
             config = DoRAConfig(**{**METHODS["lora"], "dropout_on": "components"}, rank=rank,
                                 alpha=scale * rank, dropout=dropout)
-            base: Any = model.get_submodule(name)
+            base = model.get_submodule(name)
             model.set_submodule(name, DoRALinear(base, config))
 
 
-def fit(model: nn.Module, loss_of: Callable[[], Tensor], steps: int, lr: float,
-        pruner: Pruner | None, after: Callable[[int], None] = lambda step: None, *,
-        warm: float = 0.06, compacts: bool = True) -> None:
+def fit(model, loss_of, steps, lr, pruner, after=lambda step: None, *, warm=0.06, compacts=True):
     """Train for some steps with AdamW, whose rate rises for a share of them, then falls to 0.
     loss_of() returns the loss of the next batch."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -243,7 +233,7 @@ def fit(model: nn.Module, loss_of: Callable[[], Tensor], steps: int, lr: float,
 # ---- machines ------------------------------------------------------------------------------------
 
 
-def machine(device: str = "cpu") -> str:
+def machine(device="cpu"):
     """Return the machine and the versions in one line."""
     if device != "cpu":
         name = torch.cuda.get_device_name(device)
@@ -263,7 +253,7 @@ def machine(device: str = "cpu") -> str:
     return f"{name}; {platform.system()}; {', '.join(versions)}"
 
 
-def machines(lines: Iterable[Line]) -> str:
+def machines(lines):
     """Return the machine that the runs of a log were made on, or how many on each of several. The
     oldest runs did not note theirs."""
     counts = Counter(line.get("machine") or f"a machine that was not noted, torch {line['torch']}"
@@ -273,13 +263,13 @@ def machines(lines: Iterable[Line]) -> str:
     return "; ".join(f"{n} on {name}" for name, n in counts.items()) or "no run yet"
 
 
-def resident(key: str) -> float:
+def resident(key):
     """Return the process's memory in MB (Linux): VmRSS now, VmHWM at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1e3
 
 
-def forget_peak() -> None:
+def forget_peak():
     """Let the peak of the memory count from now on, where Linux allows it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -290,14 +280,13 @@ def forget_peak() -> None:
 # ---- tables and figures --------------------------------------------------------------------------
 
 
-def table(head: list[str], rows: Iterable[list[str]]) -> str:
+def table(head, rows):
     """Return a Markdown table. The first column is text, the others are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def rates_table(title: str, tried: dict[str, dict[float, float]],
-                middle: Callable[[str], float] = lambda row: 2e-3) -> str:
+def rates_table(title, tried, middle=lambda row: 2e-3):
     """Return the scores of each row by learning rate, the chosen ones in bold. middle() is the rate
     around which a row's search began."""
     grid = sorted({rate for found in tried.values() for rate in found})
@@ -310,7 +299,7 @@ def rates_table(title: str, tried: dict[str, dict[float, float]],
     return table([title, *(f"{rate:g}" for rate in grid)], body)
 
 
-def spread(values: Iterable[float], digits: int = 4) -> str:
+def spread(values, digits=4):
     """Return "median (smallest to largest, number)", or "not run"."""
     found = sorted(values)
     if not found:
@@ -320,7 +309,7 @@ def spread(values: Iterable[float], digits: int = 4) -> str:
     return f"{middle} ({low} to {high}, {len(found)})"
 
 
-def coin(differences: Iterable[float]) -> float:
+def coin(differences):
     """Return the two-sided p of a sign test. By example, of 1, 0 and -1, this is McNemar's."""
     signs = [d > 0 for d in differences if d]
     n, fewer = len(signs), min(signs.count(True), signs.count(False))
@@ -328,7 +317,7 @@ def coin(differences: Iterable[float]) -> float:
     return min(1.0, 2 * ways / 2**n)
 
 
-def bootstrap(values: np.ndarray) -> tuple[float, float]:
+def bootstrap(values):
     """Return a 95 % interval of the mean of values (seeds, examples): both are drawn again."""
     rng, (seeds, n) = np.random.default_rng(0), values.shape
     means = []
@@ -339,20 +328,18 @@ def bootstrap(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def by_seed(first: list[Line], second: list[Line], name: str) -> list[float]:
+def by_seed(first, second, name):
     """Return the differences of a figure between two rows, by rising seed, of the seeds that both
     rows have."""
     a, b = ({line["seed"]: line[name] for line in lines} for lines in (first, second))
     return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
 
 
-def differences_table(title: str, columns: Iterable[str], pairs: Iterable[tuple[str, str]],
-                      runs: Callable[[str, str], list[Line]], name: str = "",
-                      say: Callable[[list[float]], str] | None = None) -> str:
+def differences_table(title, columns, pairs, runs, name="", say=None):
     """Return a table of the differences between two rows with the same seed. runs(row, column)
     gives their lines, name is the figure, or else the column is, and say() puts the differences of
     a cell into words. Without it they are listed."""
-    def listed(found: list[float]) -> str:
+    def listed(found):
         return ", ".join(f"{difference:+.4f}" for difference in found)
 
     body = []
@@ -365,7 +352,7 @@ def differences_table(title: str, columns: Iterable[str], pairs: Iterable[tuple[
     return table([title, *columns], body)
 
 
-def figure(width: float, height: float) -> Any:
+def figure(width, height):
     """Return an empty figure of matplotlib, at most 8 inches wide: 800 pixels on a page."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -374,8 +361,7 @@ def figure(width: float, height: float) -> Any:
     return Figure(figsize=(min(width, 8), height), layout="constrained")
 
 
-def heat_map(ax: Any, grid: list[list[float]], rows: Iterable[str], columns: Iterable[str],
-             low: float, high: float, digits: str = ".1f") -> None:
+def heat_map(ax, grid, rows, columns, low, high, digits=".1f"):
     """Draw a table of coloured numbers."""
     ax.imshow(grid, aspect="auto", cmap="Oranges", vmin=low, vmax=high)
     for (y, x), value in np.ndenumerate(grid):
@@ -385,14 +371,14 @@ def heat_map(ax: Any, grid: list[list[float]], rows: Iterable[str], columns: Ite
     ax.set_xticks(range(len(grid[0])), columns)
 
 
-def save_figure(drawn: Any, path: Path) -> None:
+def save_figure(drawn, path):
     """Write a figure of matplotlib as SVG. The same figure is the same file, byte for byte."""
     from matplotlib import rc_context
     with rc_context({"svg.hashsalt": path.stem}):
         drawn.savefig(path, metadata={"Date": None})
 
 
-def write_part(name: str, text: str) -> None:
+def write_part(name, text):
     """Replace the part `name` of README.md, or append it."""
     old = README.read_text("utf-8") if README.exists() else ""
     first, last = f"<!-- {name}: written by {name}.py -->", f"<!-- end of {name} -->"

@@ -12,8 +12,6 @@ resident size (Linux) in three steps, less that of the loaded model.
     python benchmarks/step_time.py --device cuda   # a GPU: float32 and bf16
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import ctypes
@@ -30,7 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import report
 import torch
@@ -59,7 +57,6 @@ EVALUATED = (FLOOR, OURS, COMPACTED, LORA)  # in batches of 64, as train_glue.pr
 SHORT = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, LORA)
 ALL = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, FULL, LORA, ADALORA)
 HOST = (FLOOR, TF_FLOOR, OURS, COMPACTED, PAPER, ENTRIES, LORA, ADALORA)
-Batch = tuple[Tensor, Tensor, Tensor]  # ids (B, T), mask (B, T) bool, labels (B,)
 
 
 class Case(NamedTuple):
@@ -78,13 +75,13 @@ class Row:
     """A model, how to call it, and what it does besides a plain training step."""
 
     model: nn.Module
-    loss: Callable[[Batch], Tensor]
+    loss: Callable[..., Tensor]  # of a batch
     pruner: Pruner
     optimizer: torch.optim.Optimizer | None = None  # made in the first step
     after: Callable[[], None] = lambda: None  # after optimizer.step(), gradients still there
 
 
-def step(row: Row, batch: Batch) -> None:
+def step(row, batch):
     """Do one optimizer step, as in train_glue.train. The model is in training mode."""
     if row.optimizer is None:
         trained = [p for p in row.model.parameters() if p.requires_grad]
@@ -100,7 +97,7 @@ def step(row: Row, batch: Batch) -> None:
     row.pruner.step()
 
 
-def build(name: str, model: nn.Module) -> Row:
+def build(name, model):
     """Turn a loaded model, ours or transformers', into the row of this name."""
     config, layers, after = DoRAConfig(**METHODS["lora"]), {}, lambda: None
     ours = isinstance(model, RobertaForSequenceClassification)
@@ -120,7 +117,7 @@ def build(name: str, model: nn.Module) -> Row:
         model.classifier.requires_grad_(True)
     pruner = Pruner(layers, config, 4 if name == COMPACTED else 10_000)
 
-    def loss(batch: Batch) -> Tensor:
+    def loss(batch):
         ids, mask, labels = batch
         if ours:
             return train_glue.task_loss(model(ids, mask), labels)
@@ -134,7 +131,7 @@ def build(name: str, model: nn.Module) -> Row:
     return row
 
 
-def peft_model(name: str, model: nn.Module) -> tuple[nn.Module, Callable[[], None]]:
+def peft_model(name, model):
     """Return PEFT's model, and what it does after optimizer.step()."""
     import peft
     more = dict(lora_alpha=8, lora_dropout=0.1, target_modules=list(DoRAConfig().targets),
@@ -147,12 +144,12 @@ def peft_model(name: str, model: nn.Module) -> tuple[nn.Module, Callable[[], Non
     return model, lambda: model.base_model.update_and_allocate(next(steps))
 
 
-def load(case: Case, peer: bool) -> nn.Module:
+def load(case, peer):
     """Load the shared MiniLM if it exists; otherwise make random weights of the shape."""
     if case.device == "cpu":
         set_products(case.mode)
     torch.manual_seed(0)
-    model: nn.Module = RobertaForSequenceClassification(SHAPES[case.shape], 2)
+    model = RobertaForSequenceClassification(SHAPES[case.shape], 2)
     if case.shape == "minilm" and report.MINILM.exists():
         model.load_state_dict(train_glue.load_roberta(report.MINILM, 2).state_dict())
     if peer:
@@ -167,13 +164,13 @@ def load(case: Case, peer: bool) -> nn.Module:
     return model.to(case.device)
 
 
-def set_products(mode: str) -> None:
+def set_products(mode):
     """Choose who multiplies matrices of float32 on the CPU. The setting's name misleads: without
     AMX oneDNN computes in float32, which products() checks."""
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if mode == "oneDNN" else "none"
 
 
-def products() -> dict[str, Any]:
+def products():
     """Return the shortest time of one product by each library in milliseconds, and its largest
     error against float64. The product is that of MiniLM's feed-forward part for 256 tokens."""
     torch.manual_seed(0)
@@ -183,13 +180,13 @@ def products() -> dict[str, Any]:
     for mode in 200 * CPU_MODES:
         set_products(mode)
         times[mode].append(timed(nn.functional.linear, x, W, device="cpu"))
-        error = (nn.functional.linear(x, W).double() - exact).abs().max() / exact.abs().max()
-        errors[mode] = error.item()
+        error = nn.functional.linear(x, W).double() - exact
+        errors[mode] = (error.abs().max() / exact.abs().max()).item()
     return {"ms": {mode: min(took) for mode, took in times.items()}, "error": errors}
 
 
-def make_batch(size: int, width: int, device: Any = "cpu") -> Batch:
-    """Return random ids in rows of 90 to 100 % of the width."""
+def make_batch(size, width, device="cpu"):
+    """Return random ids (B, T) in rows of 90 to 100 % of the width, their mask and labels (B,)."""
     lengths = torch.randint(width - width // 10, width + 1, (size, 1))
     lengths[0] = width
     mask = torch.arange(width) < lengths
@@ -200,9 +197,9 @@ def make_batch(size: int, width: int, device: Any = "cpu") -> Batch:
 # ---- measuring ---------------------------------------------------------------------------------
 
 
-def timed(run: Callable[..., Any], *args: Any, device: str) -> float:
+def timed(run, *args, device):
     """Return the milliseconds of a call: CPU time, or on a GPU wall-clock time."""
-    def clock() -> float:
+    def clock():
         if device != "cpu":
             torch.cuda.synchronize()
         return time.process_time() if device == "cpu" else time.perf_counter()
@@ -212,7 +209,7 @@ def timed(run: Callable[..., Any], *args: Any, device: str) -> float:
     return 1e3 * (clock() - start)
 
 
-def method(row: Row) -> None:
+def method(row):
     """Do all that DoRA adds to ten steps besides its layers; one of them prunes."""
     for _ in range(10):
         row.pruner.penalty().backward()
@@ -221,13 +218,13 @@ def method(row: Row) -> None:
 
 
 @torch.no_grad()
-def evaluate(row: Row, batch: Batch) -> None:
+def evaluate(row, batch):
     """Do one forward pass without dropout."""
     row.model.eval()
     row.loss(batch)
 
 
-def keep_memory() -> None:
+def keep_memory():
     """Let the process keep the memory that it frees (glibc). Otherwise, with many models in turn,
     the larger rows would pay for pages that they keep when they are alone in a process."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -243,16 +240,16 @@ class Operations(TorchDispatchMode):
             "_unsafe_view", "_local_scalar_dense", "_record_function_enter_new",
             "_record_function_exit")
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += not (func.is_view or func.overloadpacket.__name__ in self.FREE)
         return func(*args, **(kwargs or {}))
 
 
-def operations(row: Row, batch: Batch) -> float:
+def operations(row, batch):
     """Return the operations of a step: forward, backward, observe, clip, optimizer, pruner."""
     step(row, batch)  # the optimizer's state exists from here on
     with Operations() as found:
@@ -261,12 +258,12 @@ def operations(row: Row, batch: Batch) -> float:
     return found.count / 10
 
 
-def measure(case: Case, seconds: float, counted: bool = False) -> dict[str, Any]:
+def measure(case, seconds, counted=False):
     """Time rounds of all rows in turn, for so many seconds: at least three, or one if operations
     are counted too."""
     keep_memory()
     rows = {name: build(name, load(case, name in PEERS)) for name in case.names}
-    result: dict[str, Any] = {"rows": {name: {} for name in rows}}
+    result = {"rows": {name: {} for name in rows}}
     for name, row in rows.items():
         batch = make_batch(case.size, case.width, case.device)
         step(row, batch)
@@ -290,15 +287,11 @@ def measure(case: Case, seconds: float, counted: bool = False) -> dict[str, Any]
     return result
 
 
-Times = dict[tuple[str, str], list[float]]  # of a step ("") or an evaluation ("eval ") of a row
-
-
-def rounds(case: Case, rows: dict[str, Row], seconds: float,
-           least: int) -> tuple[Times, list[float]]:
-    """Return the milliseconds of every round by row, and which share of dora's step is its method's
-    part."""
-    times: Times = collections.defaultdict(list)
-    shares: list[float] = []
+def rounds(case, rows, seconds, least):
+    """Return the milliseconds of every round, of a step ("", row) and of an evaluation ("eval ",
+    row), and the share of dora's step that its method's part takes."""
+    times = collections.defaultdict(list)
+    shares = []
     end = time.monotonic() + seconds
     while time.monotonic() < end or len(shares) < least:
         batch = make_batch(case.size, case.width, case.device)
@@ -319,7 +312,7 @@ def rounds(case: Case, rows: dict[str, Row], seconds: float,
     return times, shares
 
 
-def memory(case: Case, name: str) -> float:
+def memory(case, name):
     """Return the MB that three steps need at most, beyond the loaded model. Runs in a process of
     its own."""
     if name in PEERS:
@@ -340,7 +333,7 @@ def memory(case: Case, name: str) -> float:
     return report.resident("VmHWM") - before
 
 
-def measure_memory(case: Case, name: str) -> float:
+def measure_memory(case, name):
     """Return memory() of a fresh process."""
     command = [sys.executable, __file__, "--memory", json.dumps([case, name])]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -353,7 +346,7 @@ NUMBERS = (("a training step", OURS, "lora"), ("a step after pruning", COMPACTED
            ("evaluation", COMPACTED, "eval lora"), ("memory of a step", OURS, "memory"))
 
 
-def against_lora(cases: list[dict[str, Any]]) -> str:
+def against_lora(cases):
     """Return the table of four numbers that people ask for: dora over PEFT LoRA."""
     cases = [case for case in cases if case["model"] != WORDS["host"]]
     heads = [f"{case['model'].split(' (')[0].split(',')[0]}, {case['size']}×{case['width']}, "
@@ -374,7 +367,7 @@ COLUMNS = (("operations per step", "operations", "{:,.0f}"), ("ms, at least", "m
            ("over PEFT LoRA", "eval lora", "{:.2f}"), ("MB over the model", "memory", "{:.0f}"))
 
 
-def table(case: dict[str, Any]) -> str:
+def table(case):
     """Return a table with the columns that were measured."""
     rows = case["rows"]
     columns = [column for column in COLUMNS if any(column[1] in row for row in rows.values())]
@@ -383,7 +376,7 @@ def table(case: dict[str, Any]) -> str:
     return report.table(["", *(head for head, _, _ in columns)], body)
 
 
-def write(cases: list[dict[str, Any]]) -> None:
+def write(cases):
     """Write results/step_time.json and this script's part of README.md."""
     parts = ["**Speed and memory against PEFT LoRA**", against_lora(cases)]
     for case in cases:
@@ -400,7 +393,7 @@ def write(cases: list[dict[str, Any]]) -> None:
     report.write_part("step_time", "\n\n".join(parts))
 
 
-def check(case: dict[str, Any]) -> None:
+def check(case):
     """Check what does not depend on the machine's load."""
     rows = case["rows"]
     ours, floor = rows[OURS], rows[FLOOR]
@@ -414,7 +407,7 @@ def check(case: dict[str, Any]) -> None:
         assert ours["memory"] < 2 * floor["memory"], rows
 
 
-def chosen_cases(args: argparse.Namespace) -> list[Case]:
+def chosen_cases(args):
     """Return the tables to measure."""
     if args.short:
         peft = importlib.util.find_spec("peft")
@@ -431,7 +424,7 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
             if args.shape in (None, case.shape) and args.width in (None, case.width)]
 
 
-def run_case(case: Case, seconds: float, is_short: bool) -> None:
+def run_case(case, seconds, is_short):
     """Measure one table and write it, or with --short check it."""
     found = measure(case, 0 if is_short else seconds, is_short)
     found.update(model=WORDS[case.shape], size=case.size, width=case.width, device=case.device,
@@ -454,7 +447,7 @@ def run_case(case: Case, seconds: float, is_short: bool) -> None:
     write([*(other for other in known if same(other) != same(found)), found])
 
 
-def main() -> None:
+def main():
     """Run the command line."""
     parser = report.parser(str(__doc__))
     parser.add_argument("--shape", choices=SHAPES, help="one shape only")

@@ -7,22 +7,18 @@
 The protocol, which was fixed before the runs, is in README.md.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math
 import statistics
-from collections.abc import Iterator
 
 import report
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import nn
 
 from dora import METHODS, DoRAConfig, Pruner, inject
-from report import Line
 
 LOG = report.RESULTS / "surgical.jsonl"
 STEPS, BATCH, COMPONENTS, START, SCALE = 600, 32, 6, 6, 8.0
@@ -50,12 +46,12 @@ CHOOSE, SEEDS = range(100, 104), range(1, 21)
 class Network(nn.Module):
     """Seven matrices: 64 to 64, five residual ones, 64 to 10."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         for name in NAMES:
             self.add_module(name, nn.Linear(64, 64 if name != NAMES[-1] else 10))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         """Map pixels (B, 64) to logits (B, 10)."""
         first, *middle, last = (self.get_submodule(name) for name in NAMES)
         h = F.relu(first(x))
@@ -64,12 +60,11 @@ class Network(nn.Module):
         return last(h)
 
 
-def train(net: nn.Module, x: Tensor, y: Tensor, lr: float, seed: int,
-          pruner: Pruner | None = None) -> None:
+def train(net, x, y, lr, seed, pruner=None):
     """Train on random batches of the examples x (n, 64), y (n,)."""
     rng = torch.Generator().manual_seed(seed)
 
-    def loss_of() -> Tensor:
+    def loss_of():
         rows = torch.randint(len(x), (BATCH,), generator=rng)
         return F.cross_entropy(net(x[rows]), y[rows])
 
@@ -77,14 +72,14 @@ def train(net: nn.Module, x: Tensor, y: Tensor, lr: float, seed: int,
 
 
 @functools.lru_cache(maxsize=1)
-def digits() -> tuple[Tensor, Tensor]:
+def digits():
     """Return pixels from 0 to 1, (1797, 64), and classes (1797,)."""
     x, y = load_digits(return_X_y=True)
     return torch.tensor(x, dtype=torch.float32) / 16, torch.tensor(y)
 
 
 @functools.lru_cache(maxsize=len(CHOOSE))
-def pretrained(seed: int) -> tuple[dict[str, Tensor], Tensor]:
+def pretrained(seed):
     """Return the weights after training on 800 digits, and the other digits' rows."""
     rows = torch.randperm(1797, generator=torch.Generator().manual_seed(seed))
     x, y = digits()
@@ -95,7 +90,7 @@ def pretrained(seed: int) -> tuple[dict[str, Tensor], Tensor]:
     return net.state_dict(), others
 
 
-def shifted(shift: str, seed: int) -> tuple[Tensor, Tensor]:
+def shifted(shift, seed):
     """Return all digits after a shift."""
     x, y = digits()
     if shift == "mirrored":
@@ -109,7 +104,7 @@ def shifted(shift: str, seed: int) -> tuple[Tensor, Tensor]:
     return x, (y + 1) % 10 if shift == "renamed" else y
 
 
-def make(run: Line, ranks: list[int] | None = None) -> Line:
+def make(run, ranks=None):
     """Train one arm and return its loss, its error and the components of each matrix."""
     arm, seed = run["arm"], run["seed"]
     weights, others = pretrained(seed)
@@ -139,11 +134,11 @@ def make(run: Line, ranks: list[int] | None = None) -> Line:
     wrong = (logits.argmax(1) != y[scored]).nonzero()[:, 0].tolist()
     if pruner:
         ranks = [*pruner.ranks().values()]
-    return dict(loss=round(loss, 5), wrong=wrong, error=round(len(wrong) / len(scored), 5),
-                ranks=ranks)
+    error = len(wrong) / len(scored)
+    return dict(loss=round(loss, 5), wrong=wrong, error=round(error, 5), ranks=ranks)
 
 
-def ranks_of(run: Line) -> list[int]:
+def ranks_of(run):
     """Return the components of each matrix of an arm whose places are fixed."""
     if run["arm"] == "one each":
         return [1] * len(NAMES)
@@ -156,7 +151,7 @@ def ranks_of(run: Line) -> list[int]:
     return shuffled(ranks, run["seed"])
 
 
-def shuffled(ranks: list[int], seed: int) -> list[int]:
+def shuffled(ranks, seed):
     """Shuffle numbers of components over the matrices so that at least half of the components move,
     or as many as can where most matrices have the same number."""
     rng = torch.Generator().manual_seed(seed)
@@ -167,19 +162,19 @@ def shuffled(ranks: list[int], seed: int) -> list[int]:
     return next(enough, others[stay.index(min(stay))])
 
 
-def trials(shift: str, arm: str) -> dict[float, list[Line]]:
+def trials(shift, arm):
     """Return by rate the runs that choose an arm's rate."""
     cell = dict(shift=shift, arm=arm)
     return {lr: [{**cell, "seed": seed, "lr": lr} for seed in CHOOSE] for lr in RATES}
 
 
-def rate_of(shift: str, arm: str) -> float | None:
+def rate_of(shift, arm):
     """Return the rate that was chosen for an arm, None until it is known."""
     means = report.mean_by_rate(LOG, trials(shift, arm), "loss")
     return min(means, key=means.__getitem__, default=None)
 
 
-def to_do() -> Iterator[Line]:
+def to_do():
     """Yield the runs in their order: the rates, dora's first, then the reported seeds."""
     rates = {}
     for shift, arm in itertools.product(SHIFTS, ARMS):
@@ -195,7 +190,7 @@ def to_do() -> Iterator[Line]:
 # ---- report --------------------------------------------------------------------------------------
 
 
-def lines_of(shift: str, arm: str) -> list[Line]:
+def lines_of(shift, arm):
     """Return the reported runs of an arm, by rising seed. The best matrix is the one with the
     lowest mean loss on the seeds that choose the rates."""
     if arm == BEST:
@@ -205,7 +200,7 @@ def lines_of(shift: str, arm: str) -> list[Line]:
     return [line for line in lines if line["seed"] in SEEDS]
 
 
-def write_report() -> None:
+def write_report():
     """Write surgical.md and surgical.svg from the log."""
     lines = report.read_log(LOG)
     seeds = {line["seed"] for line in lines} - {*CHOOSE}
@@ -229,27 +224,27 @@ def write_report() -> None:
     plot()
 
 
-def compared(differences: list[float]) -> str:
+def compared(differences):
     """Return with how many seeds a loss is lower, the median difference, and p of a sign test."""
     lower = sum(difference < 0 for difference in differences)
     return (f"{lower} of {len(differences)}, {statistics.median(differences):+.3f}, "
             f"p {report.coin(differences):.2g}")
 
 
-def medians(shift: str, arm: str) -> str:
+def medians(shift, arm):
     """Return error and loss of an arm."""
     lines = lines_of(shift, arm)
     error, loss = (statistics.median(line[name] for line in lines) for name in ("error", "loss"))
     return f"{100 * error:.1f} / {loss:.3f}" + f" ({lines[0]['arm']})" * (arm == BEST)
 
 
-def means(shift: str, arm: str) -> list[float]:
+def means(shift, arm):
     """Return the mean number of components of each matrix."""
     kept = [line["ranks"] for line in lines_of(shift, arm)]
     return [statistics.mean(ranks) for ranks in zip(*kept)]
 
 
-def plot() -> None:
+def plot():
     """Draw where components end, as maps, and under each the errors by seed."""
     figure = report.figure(8, 4.2)
     axes = figure.subplots(2, len(SHOWN), height_ratios=[1, 1.7], sharey="row")
@@ -273,7 +268,7 @@ def plot() -> None:
     report.save_figure(figure, report.RESULTS / "surgical.svg")
 
 
-def short() -> None:
+def short():
     """Check that the first matrix can repair a swap, that shuffled components move, and that dora
     finds the first matrix after mirroring, and its places help, with two seeds."""
     x, _ = digits()
