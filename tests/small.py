@@ -1,15 +1,14 @@
 """Models, data and training loops small enough for a test; no test of its own.
 
-Net and net_config have numbers that can be worked out by hand; chain and cfg put any modules into a
-model of width 8, for tests of models that dora.py was not written for.
+Net, net_config and Training have numbers that can be worked out by hand. chain, cfg and fit are for
+any modules of width 8, in tests of models that dora.py was not written for.
 """
-from itertools import count
-
 import pytest
 import torch
 from torch import nn
 
-from dora import DoRAConfig, DoRAError, Pruner, inject, load_adapter, merge_, save_adapter
+from dora import (
+    DoRAConfig, DoRAError, Pruner, compact_, inject, load_adapter, merge_, save_adapter)
 
 TARGETS = ("query", "up", "down")
 
@@ -69,34 +68,53 @@ def randomize(layers, seed=1):
                 p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64))
 
 
-def trainer(model, pruner, lr=1e-2, optimizer=torch.optim.AdamW, start=0, **options):
-    """(optimizer, step): step() does one training step as the head of dora.py shows it, on a batch
-    that depends on the number of the step alone, counted from start."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optimizer(params, lr=lr, **options)
-    numbers = count(start)
+def trainable(model):
+    """The parameters that require a gradient."""
+    return [p for p in model.parameters() if p.requires_grad]
 
-    def step():
-        x = inputs(16, model.head.in_features, 1000 + next(numbers), params[0].dtype)
-        target = torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin()], dim=1)
-        loss = (model(x) - target).square().mean() + pruner.penalty()
+
+def adamw(model):
+    """AdamW of all that trains."""
+    return torch.optim.AdamW(trainable(model), lr=1e-2)
+
+
+def train_step(loss, pruner, *optimizers):
+    """One step as the head of dora.py shows it, where loss() computes the loss of the task."""
+    for optimizer in optimizers:
         optimizer.zero_grad()
-        loss.backward()
-        pruner.observe()
+    (loss() + pruner.penalty()).backward()
+    pruner.observe()
+    for optimizer in optimizers:
         optimizer.step()
-        pruner.step()
-
-    return optimizer, step
+    pruner.step()
 
 
-def trained(config, steps=40, dtype=torch.float64, seed=0, **options):
-    """(model, layers, pruner) after a whole run."""
-    model, layers = adapted(config, seed, dtype)
-    pruner = Pruner(layers, config, steps)
-    _, step = trainer(model, pruner, **options)
-    for _ in range(steps):
-        step()
-    return model, layers, pruner
+class Training:
+    """Net with a config's components, and step() to train it, on a batch that depends on the number
+    of the step alone."""
+
+    def __init__(self, config, total=40, optimizer=torch.optim.AdamW, **options):
+        self.model, self.layers = adapted(config)
+        self.pruner = Pruner(self.layers, config, total)
+        self.optimizer = optimizer(trainable(self.model), **{"lr": 1e-2, **options})
+        self.t = 0
+
+    def loss(self):
+        x = inputs(16, seed=1000 + self.t)
+        target = torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin()], dim=1)
+        return (self.model(x) - target).square().mean()
+
+    def step(self, count=1):
+        for _ in range(count):
+            train_step(self.loss, self.pruner, self.optimizer)
+            self.t += 1
+
+
+def trained(config, steps=40):
+    """The Training after a whole run."""
+    training = Training(config, steps)
+    training.step(steps)
+    return training
 
 
 def feed(pruner, scores, open_gates=True):
@@ -114,22 +132,25 @@ def feed(pruner, scores, open_gates=True):
     pruner.step()
 
 
+def masks(layers):
+    """The masks of all matrices, (n,)."""
+    return torch.cat([layer.mask for layer in layers.values()])
+
+
 def gates(layers):
     """c of all matrices, (n,)."""
     return torch.cat([layer.c.detach() for layer in layers.values()])
 
 
 def inputs(n=7, d=5, seed=3, dtype=torch.float64):
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
-        dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64).to(dtype)
 
 
 # ---- any modules of width 8 ----------------------------------------------------------------------
 
-X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
-Y = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
-
-
+X, Y = inputs(64, 8, seed=0, dtype=torch.float32), inputs(64, 8, seed=1, dtype=torch.float32)
+IDS = torch.arange(20).view(4, 5)
 FLAT = dict(importance=None, schedule=None)  # settings with which nothing is pruned
 
 
@@ -140,8 +161,9 @@ def cfg(*targets, **changes):
 
 def chain(*modules, seed=0):
     """nn.Sequential of modules (or their classes) that fit X and Y, with seeded weights."""
-    model = nn.Sequential(*(nn.Linear(8, 8) if module is nn.Linear else
-                            module() if isinstance(module, type) else module for module in modules))
+    made = [nn.Linear(8, 8) if module is nn.Linear else module() if isinstance(module, type)
+            else module for module in modules]
+    model = nn.Sequential(*made)
     torch.manual_seed(seed)
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
@@ -149,63 +171,78 @@ def chain(*modules, seed=0):
     return model
 
 
+def two_matrices():
+    """Matrices "0" and "2"."""
+    return chain(nn.Linear, nn.Tanh, nn.Linear)
+
+
+class Tied(nn.Module):
+    """Token ids (N, T) to (N, T, 20), the last matrix tied to the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.mid = nn.Embedding(20, 8), nn.Linear(8, 8)
+        self.proj = nn.Linear(8, 20, bias=False)
+        self.proj.weight = self.emb.weight
+
+    def forward(self, ids):
+        return self.proj(torch.tanh(self.mid(self.emb(ids))))
+
+
 def loss_of(model, x=X, y=Y):
     return (model(x) - y).square().mean()
 
 
-def fit(model, config, layers, steps=20, optimizers=(), after=lambda pruner: None):
-    """The README's loop, with after(pruner) behind each step; return the Pruner and the (first)
-    optimizer, which is AdamW if none is given."""
+def fit(model, layers, steps=20, optimizers=(), after=lambda pruner: None, loss=loss_of):
+    """Train the model with loss(model), and call after(pruner) behind each step; return the Pruner
+    and the (first) optimizer, which is AdamW if none is given."""
     torch.manual_seed(2)
-    pruner = Pruner(layers, config, steps)
-    optimizers = optimizers or [torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-2)]
+    pruner = Pruner(layers, next(iter(layers.values())).config, steps)
+    optimizers = optimizers or [adamw(model)]
     model.train()
     for _ in range(steps):
-        train_step(model, pruner, *optimizers)
+        train_step(lambda: loss(model), pruner, *optimizers)
         after(pruner)
     return pruner, optimizers[0]
 
 
-def train_step(model, pruner, *optimizers):
-    """One step as the head of dora.py shows it, on X and Y."""
-    def closure():
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss = loss_of(model) + pruner.penalty()
-        loss.backward()
-        return loss
-
-    closure()
-    pruner.observe()
-    for optimizer in optimizers:
-        optimizer.step(closure) if isinstance(optimizer, torch.optim.LBFGS) else optimizer.step()
-    pruner.step()
-
+# ---- what is compared ----------------------------------------------------------------------------
 
 def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def reloads(model, make, folder, call=lambda model: model(X), tolerance=1e-5):
-    """Save the model's adapter and load it into make(): the same output as before, and again after
-    merge_ of both."""
+    """Save the model's adapter and load it into make(), which is returned: the same output as
+    before, and again after merge_ of both."""
     expected = call(model.eval())
     save_adapter(model, folder)
     fresh = make().eval()
-    different = (call(fresh) - expected).abs().max()
+    assert (call(fresh) - expected).abs().max() > 1e-3  # the adapter does something
     load_adapter(fresh, folder)
     close(call(fresh.eval()), expected, tolerance)
-    assert different > 1e-3  # the adapter does something
     close(call(merge_(fresh)), expected, tolerance)
     close(call(merge_(model)), expected, tolerance)
+    return fresh
 
 
 def refused(names, call, *args, **options):
-    """The call raises a DoRAError of one line that matches."""
+    """The call raises a DoRAError of one line that matches; return it."""
     with pytest.raises(DoRAError, match=names) as error:
         call(*args, **options)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    return error.value
+
+
+def unfinished(names, model, folder):
+    """compact_, merge_ and save_adapter of the model are refused alike, and nothing is written;
+    return the last error."""
+    error = None
+    for call in (compact_, merge_, lambda model: save_adapter(model, folder)):
+        error = refused(names, call, model)
+    assert not folder.exists()
+    return error
 
 
 def untouched(names, call, model, *args):
