@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 import dora
 from dora import (
-    DoRALinear, Pruner, compact_, inject, load_adapter, merge_, save_adapter, write_safetensors)
+    DoRALinear, Pruner, compact_, inject, load_adapter, merge_, read_safetensors,
+    save_adapter)
 
 TESTS = Path(__file__).parent
 
@@ -512,26 +513,6 @@ def test_going_back_to_earlier_weights(tmp_path):
             unfinished("last pruning", model, tmp_path / "x")
     model.load_state_dict(states[25])
     reloads(model, two_matrices, tmp_path / "later")
-
-
-def test_a_copy_of_the_base_in_the_file(tmp_path):
-    """PEFT also stores lm_head.base_layer.weight. Equal to the model's, in any dtype, it is left
-    out; another one is refused by name."""
-    weight = Tied().proj.weight.detach().clone()
-    pair = {"proj.lora_A.weight": torch.ones(2, 8), "proj.lora_B.weight": torch.ones(20, 2)}
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
-
-    def load(base):
-        tensors = {f"base_model.model.{key}": tensor for key, tensor in pair.items()}
-        write_safetensors(tmp_path / "adapter_model.safetensors",
-                          {**tensors, "base_model.model.proj.base_layer.weight": base})
-        model = Tied()
-        load_adapter(model, tmp_path)
-        return model.proj.weight
-
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        close(load(weight.to(dtype)), weight + 2)
-    refused(r"proj\.weight", load, weight + 1)
 
 
 # ---- to change the method ------------------------------------------------------------------------
