@@ -3,107 +3,101 @@ import io
 
 import pytest
 import torch
-from small import adapted, feed, gates, inputs, net_config, randomize, trained, trainer
+from small import (
+    EXACT, Training, adapted, feed, gates, inputs, masks, net_config, randomize, refused, trained,
+    trainable, unfinished)
 from torch import nn
 
 from dora import (
-    METHODS, DoRAError, DoRALinear, NotFiniteError, Pruner, budget, compact_, dem_penalty, merge_,
-    save_adapter)
+    METHODS, DoRALinear, NotFiniteError, Pruner, budget, compact_, dem_penalty, save_adapter)
 
-EXACT = dict(beta1=0.0, beta2=None)        # the score of a step is that step's number
+HALF = dict(rank=1, start_rank=2)  # of twelve components six stay
 
 
 def pruner_of(total, **changes):
-    """(layers, pruner) of Net's six matrices."""
+    """(layers, Pruner) of Net's six matrices."""
     config = net_config(**changes)
     _, layers = adapted(config)
     return layers, Pruner(layers, config, total)
 
 
-def masks(layers):
-    return torch.cat([layer.mask for layer in layers.values()])
+def best(scores, k):
+    """True for the k best, the first of those that tie."""
+    kept = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
+    return [i in kept for i in range(len(scores))]
 
 
-# ---- exactly b(t) gates, at the right steps -----------------------------------------------------
+# ---- exactly b(t) gates, at the right steps ------------------------------------------------------
 
 @pytest.mark.parametrize("schedule", ["slow_first", "fast_first"])
 @pytest.mark.parametrize("equal", [False, True])
 def test_exactly_b_gates_after_every_prune(schedule, equal):
     """Through whole runs of several lengths and intervals, with random scores and with all scores
     equal: after every step due exactly b(t) gates are not 0, those of the b(t) best components; in
-    the steps between none is closed."""
+    the steps between none is closed; after the last pruning its mask is held."""
     g = torch.Generator().manual_seed(0)
     for total, interval in ((40, 3), (40, 1), (41, 4), (100, 7), (100, 50), (23, 100)):
-        layers, pruner = pruner_of(total, schedule=schedule, interval=interval,
-                                   rank=2, start_rank=4, **EXACT)
+        layers, pruner = pruner_of(total, schedule=schedule, interval=interval, rank=2,
+                                   start_rank=4, **EXACT)
         first, last = round(0.15 * total), total - round(0.5 * total)
+        expected = [True] * 24
         for t in range(1, total + 1):
             scores = torch.ones(24) if equal else torch.rand(24, generator=g)
-            feed(pruner, scores)
-            live = gates(layers).ne(0)
-            b = budget(t, total, pruner.config, 6)
-            due = first < t < last and (t - first) % interval == 0 or t == last
-            if due:
-                best = sorted(range(24), key=lambda i: (-scores[i].item(), i))[:b]
-                assert live.tolist() == [i in set(best) for i in range(24)]
-                assert torch.equal(masks(layers), live)
-            if t > last:
-                assert live.sum() == 12 and torch.equal(live, masks(layers))
-            elif not due:
-                assert live.all()                     # feed() opened them all, nobody closed one
-        assert sum(pruner.ranks().values()) == 12
-        assert [*pruner.ranks().values()] == [int(mask.sum()) for mask in pruner.mask.split(4)]
+            feed(pruner, scores)  # opens all gates before
+            if first < t < last and (t - first) % interval == 0 or t == last:
+                expected = best(scores.tolist(), budget(t, total, pruner.config, 6))
+                assert masks(layers).tolist() == pruner.mask.tolist() == expected
+            elif t < last:
+                expected = [True] * 24
+            assert gates(layers).ne(0).tolist() == expected
+        assert [*pruner.ranks().values()] == pruner.mask.view(6, 4).sum(1).tolist()
+        assert pruner.live == sum(expected) == 12
 
 
 @pytest.mark.parametrize("method", ["dora", "paper", "adalora"])
 def test_real_runs_end_on_budget(method):
     """Whole training runs with AdamW: at every step after a prune, and at every step from the last
     one on, exactly b(t) gates are open (the rest is 0, however much momentum it has)."""
-    total = 40
     for rank, start_rank in ((1, 2), (0.5, None), (1.5, 3), (2, 2)):
         config = net_config(**METHODS[method] | dict(
-            rank=rank, start_rank=start_rank, dropout=0.0, interval=4))
-        model, layers = adapted(config)
-        randomize(layers)                              # no gate is 0 by itself
-        pruner = Pruner(layers, config, total)
-        _, step = trainer(model, pruner)
-        for t in range(1, total + 1):
-            step()
-            if t > 6 and (t - 6) % 4 == 0 and t < 20 or t >= 20:
-                assert gates(layers).ne(0).sum() == budget(t, total, config, 6)
-        assert sum(layer.rank for layer in layers.values()) == pruner.live == round(rank * 6)
+            rank=rank, start_rank=start_rank, interval=4, budget_unit="components"))
+        training = Training(config)
+        randomize(training.layers)  # no gate is 0 by itself
+        for t in range(1, 41):
+            training.step()
+            if t in (10, 14, 18) or t >= 20:
+                assert gates(training.layers).ne(0).sum() == budget(t, 40, config, 6)
+        assert training.pruner.live == round(rank * 6)
 
 
 def test_pruning_is_global():
     """The budget is the whole model's: matrices end with differing ranks, some with none."""
-    layers, pruner = pruner_of(20, rank=1, start_rank=2, interval=2, **EXACT)
-    scores = torch.tensor([0., 0, 9, 8, 7, 1, 0, 0, 6, 5, 4, 1])
+    layers, pruner = pruner_of(20, **HALF, interval=2, **EXACT)
     for _ in range(20):
-        feed(pruner, scores)
+        feed(pruner, [0, 0, 9, 8, 7, 1, 0, 0, 6, 5, 4, 1])
     assert list(pruner.ranks().values()) == [0, 2, 1, 0, 2, 1]
     assert [layer.rank for layer in layers.values()] == [0, 2, 1, 0, 2, 1]
 
 
 def test_a_method_without_pruning_runs_through_the_same_calls():
     """`lora`: all gates stay open and 1 through a run of observe() and step(), penalty 0."""
-    config = net_config(**METHODS["lora"])
-    _model, layers, pruner = trained(config)
-    assert gates(layers).eq(1).all() and masks(layers).all()
-    assert pruner.penalty().item() == 0
-    assert sum(pruner.ranks().values()) == 12
+    training = trained(net_config(**METHODS["lora"]))
+    assert gates(training.layers).eq(1).all() and masks(training.layers).all()
+    assert training.pruner.penalty().item() == 0
+    assert sum(training.pruner.ranks().values()) == 12
 
 
-# ---- regrowth, and the end of it ----------------------------------------------------------------
+# ---- regrowth, and the end of it -----------------------------------------------------------------
 
 def test_a_pruned_component_comes_back_before_the_final_mask():
     """The pair closed by the first prunings is the better one from step 7 on, and comes back in the
     place of the other; from the final mask, of step 8, on nobody comes back, however good it
     becomes and whatever is written into its gate."""
-    layers, pruner = pruner_of(16, targets=("query",), rank=1, start_rank=2, interval=1,
-                               schedule="fast_first", initial_phase=0.25, final_phase=0.5, **EXACT)
+    layers, pruner = pruner_of(16, targets=("query",), **HALF, interval=1, initial_phase=0.25,
+                               **EXACT)
     history = []
     for t in range(1, 17):
-        feed(pruner, [1., 2, 3, 4] if t < 7 else [4., 3, 2, 1] if t < 9 else [0., 0, 9, 9])
+        feed(pruner, [1, 2, 3, 4] if t < 7 else [4, 3, 2, 1] if t < 9 else [0, 0, 9, 9])
         history.append(gates(layers).int().tolist())
     assert history == [[1] * 4] * 4 + [[0, 0, 1, 1]] * 2 + [[1, 1, 0, 0]] * 10
 
@@ -111,12 +105,10 @@ def test_a_pruned_component_comes_back_before_the_final_mask():
 def test_momentum_reopens_a_gate_until_the_final_mask():
     """In real training with AdamW every closed gate moves off 0 in the steps between two prunings
     and keeps its a and b; from the last pruning on it is 0 after every step."""
-    config = net_config(rank=1, start_rank=3, interval=4, schedule="fast_first")
-    model, layers = adapted(config)
-    pruner = Pruner(layers, config, 120)
-    _, step = trainer(model, pruner)
+    training = Training(net_config(rank=1, start_rank=3, interval=4), 120)
+    layers = training.layers
     for t in range(1, 121):
-        step()
+        training.step()
         live, closed = masks(layers), gates(layers)[~masks(layers)]
         pruned_now = t > 18 and (t - 18) % 4 == 0 or t >= 60
         assert (closed == 0).all() if pruned_now else (closed != 0).all()
@@ -124,46 +116,53 @@ def test_momentum_reopens_a_gate_until_the_final_mask():
     assert all((layer.A.abs().sum(1) > 0).all() for layer in layers.values())
 
 
-# ---- wrong use ----------------------------------------------------------------------------------
+# ---- wrong use -----------------------------------------------------------------------------------
+
+def averages(pruner):
+    """All that the Pruner has smoothed, in one tensor."""
+    return torch.cat([part.flatten() for part in (*pruner.I_bar, *pruner.U_bar)])
+
 
 def test_observe_once_in_every_step():
     """step() without observe(), at the start, twice in a row, and in the final phase, and a second
     observe() in a step, which would count the first micro-batch of two twice: an error that names
     the call and the step, and changes no average."""
-    _layers, pruner = pruner_of(20)
-    with pytest.raises(DoRAError, match=r"step 1\b.*observe\(\)"):
-        pruner.step()
+    _, pruner = pruner_of(20)
+    refused(r"step 1\b.*observe\(\)", pruner.step)
     for step in range(1, 17):
         feed(pruner, torch.ones(18))
         if step in (1, 14, 16):  # before the first pruning, before the last and after it
-            with pytest.raises(DoRAError, match=rf"step {step + 1}\b.*observe\(\)"):
-                pruner.step()
+            refused(rf"step {step + 1}\b.*observe\(\)", pruner.step)
     pruner.observe()
-    before = [part.clone() for part in (*pruner.I_bar, *pruner.U_bar)]
-    with pytest.raises(DoRAError, match=r"step 17\b.*observe\(\)"):
-        pruner.observe()
-    assert all(map(torch.equal, before, (*pruner.I_bar, *pruner.U_bar)))
+    before = averages(pruner)
+    refused(r"step 17\b.*observe\(\)", pruner.observe)
+    assert torch.equal(averages(pruner), before)
     pruner.step()
     assert pruner.t == 17
 
 
+def backward(model, pruner, factor=1.0):
+    """A step without an optimizer."""
+    model.zero_grad()
+    (model(inputs()).sum() * factor).backward()
+    pruner.observe()
+    pruner.step()
+
+
 @pytest.mark.parametrize("importance", ["sensitivity", "triplet", "norm", "frobenius"])
-def test_a_score_that_is_not_finite_stops_the_run(importance):
-    """One gate that is NaN or infinite: the next pruning stops and names its step, the masks as
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_names_the_layer(importance, bad):
+    """One weight that is NaN or infinite: the next pruning stops with step and layer, the masks as
     before."""
-    for bad in (float("nan"), float("inf")):
-        config = net_config(importance=importance, interval=4)
-        model, layers = adapted(config)
-        randomize(layers)
-        pruner = Pruner(layers, config, 40)
-        with pytest.raises(NotFiniteError, match=r"step 10\b"):
-            for _ in range(40):
-                model.zero_grad()
-                model(inputs()).sum().backward()
-                layers["layer.1.up"].c.data[0] = bad
-                pruner.observe()
-                pruner.step()
-        assert masks(layers).all()
+    config = net_config(importance=importance, interval=4)
+    model, layers = adapted(config)
+    randomize(layers)
+    pruner = Pruner(layers, config, 40)
+    layers["layer.1.up"].c.data[0] = bad
+    for _ in range(9):
+        backward(model, pruner)
+    error = refused(r"step 10\b.*layer\.1\.up", backward, model, pruner)
+    assert isinstance(error, NotFiniteError) and masks(layers).all()
 
 
 @pytest.mark.parametrize("importance", ["sensitivity", "triplet"])
@@ -174,18 +173,13 @@ def test_a_gradient_that_overflowed_is_not_observed(importance):
     model, layers = adapted(config)
     randomize(layers)
     pruner = Pruner(layers, config, 40)
-
-    def averages_after(factor):
-        model.zero_grad()
-        model(inputs()).sum().mul(factor).backward()
-        pruner.observe()
-        pruner.step()
-        return torch.cat([part.flatten() for part in (*pruner.I_bar, *pruner.U_bar)])
-
-    before = averages_after(1.0)
-    assert torch.equal(averages_after(float("nan")), before)
-    assert torch.equal(averages_after(float("inf")), before)
-    assert not torch.equal(averages_after(1.0), before) and pruner.scores().isfinite().all()
+    backward(model, pruner)
+    before = averages(pruner)
+    for factor in (float("nan"), float("inf")):
+        backward(model, pruner, factor)
+        assert torch.equal(averages(pruner), before)
+    backward(model, pruner)
+    assert not torch.equal(averages(pruner), before) and pruner.scores().isfinite().all()
 
 
 def test_pruner_counts_optimizer_steps():
@@ -193,10 +187,9 @@ def test_pruner_counts_optimizer_steps():
     quarter of the batch give the scores and masks of one pass."""
     results = []
     for pieces in (1, 4):
-        config = net_config(rank=1, start_rank=2)
-        model, layers = adapted(config)
-        pruner = Pruner(layers, config, 20)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        model, layers = adapted(net_config(**HALF))
+        pruner = Pruner(layers, net_config(**HALF), 20)
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
         for t in range(20):
             optimizer.zero_grad()
             for x in inputs(16, seed=t).chunk(pieces):
@@ -209,47 +202,7 @@ def test_pruner_counts_optimizer_steps():
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-9, atol=1e-12)
 
 
-# ---- the same run again, and in two parts -------------------------------------------------------
-
-@pytest.mark.parametrize("method", METHODS)
-def test_state_dict_continues_bit_for_bit(method):
-    """A run cut in any phase, its trained weights and states through torch.save and weights_only
-    load into a new model, optimizer and Pruner, in either order, ends bit for bit as the uncut
-    run does."""
-    rank = dict(rank=2) if method == "lora" else dict(rank=1, start_rank=2)
-    config = net_config(**METHODS[method] | dict(rank, dropout=0.0))
-    whole, _, _ = trained(config)
-    for stop, weights_first in ((3, True), (11, False), (11, True), (20, True), (27, False)):
-        model, layers = adapted(config)
-        pruner = Pruner(layers, config, 40)
-        optimizer, step = trainer(model, pruner)
-        for _ in range(stop):
-            step()
-        trains = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        weights, moments, memory = through_a_file(
-            [trains, optimizer.state_dict(), pruner.state_dict()])
-
-        second, new_layers = adapted(config)
-        for p in second.parameters():
-            if p.requires_grad:
-                nn.init.normal_(p)
-        resumed = Pruner(new_layers, config, 40)
-        if weights_first:
-            second.load_state_dict(weights, strict=False)
-            resumed.load_state_dict(memory)
-        else:
-            resumed.load_state_dict(memory)
-            second.load_state_dict(weights, strict=False)
-        assert resumed.ranks() == pruner.ranks() and resumed.live == pruner.live
-        assert torch.equal(masks(new_layers), masks(layers))
-
-        optimizer, step = trainer(second, resumed, start=stop)
-        optimizer.load_state_dict(moments)
-        for _ in range(stop, 40):
-            step()
-        assert all(torch.equal(a, b) for a, b in
-                   zip(whole.state_dict().values(), second.state_dict().values(), strict=True))
-
+# ---- the same run again, and in two parts --------------------------------------------------------
 
 def through_a_file(state):
     """The same content, saved by torch and loaded with weights_only."""
@@ -259,43 +212,70 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_state_dict_continues_bit_for_bit(method):
+    """A run cut in any phase, its trained weights and states through torch.save and weights_only
+    load into a new model, optimizer and Pruner, in either order, ends bit for bit as the uncut
+    run does."""
+    config = net_config(**METHODS[method], rank=1)
+    whole = trained(config).model
+    for stop, weights_first in ((3, True), (11, False), (11, True), (20, True), (27, False)):
+        first, second = Training(config), Training(config)
+        first.step(stop)
+        trains = {name: p for name, p in first.model.named_parameters() if p.requires_grad}
+        weights, moments, memory = through_a_file(
+            [trains, first.optimizer.state_dict(), first.pruner.state_dict()])
+
+        for p in trainable(second.model):
+            nn.init.normal_(p)
+        if weights_first:
+            second.model.load_state_dict(weights, strict=False)
+        second.pruner.load_state_dict(memory)
+        if not weights_first:
+            second.model.load_state_dict(weights, strict=False)
+        assert second.pruner.ranks() == first.pruner.ranks()
+        assert torch.equal(masks(second.layers), masks(first.layers))
+
+        second.optimizer.load_state_dict(moments)
+        second.t = stop
+        second.step(40 - stop)
+        assert all(map(torch.equal, whole.state_dict().values(),
+                       second.model.state_dict().values()))
+
+
 @pytest.mark.parametrize("changes, steps, names", [
     (dict(start_rank=4), 40, "start_rank = 2.*4"), ({}, 10, "total_steps = 40.*10"),
     (dict(importance="norm"), 40, "importance = sensitivity.*norm"),
-    (dict(alpha=16.0), 40, "alpha = 8.*16"), (dict(rank=0.8, start_rank=2), 40, "rank = 1.*0.8")])
+    (dict(targets=("up",)), 40, "targets = .*'query'.*'up'")])
 def test_a_state_of_other_settings(changes, steps, names):
     """A run that goes on with another number of components, of steps or another setting is neither
     of the two runs: refused by the setting and both values, and the Pruner is as it was."""
-    _, _, pruner = trained(net_config(rank=1, start_rank=2))
-    _, other = pruner_of(steps, **{"rank": 1, "start_rank": 2, **changes})
-    with pytest.raises(DoRAError, match=names):
-        other.load_state_dict(pruner.state_dict())
+    state = trained(net_config(**HALF)).pruner.state_dict()
+    _, other = pruner_of(steps, **HALF | changes)
+    refused(names, other.load_state_dict, state)
     assert other.t == 0 and not other.I_bar
 
 
 def test_a_state_of_another_model():
     """A state with another number of components is refused by both numbers."""
-    _, _, pruner = trained(net_config(rank=1, start_rank=2))
+    pruner = trained(net_config(**HALF)).pruner
     _, layers = adapted(pruner.config, blocks=1)
-    with pytest.raises(DoRAError, match="components = 12.* 6"):
-        Pruner(layers, pruner.config, 40).load_state_dict(pruner.state_dict())
+    other = Pruner(layers, pruner.config, 40)
+    refused("12 .* 6", other.load_state_dict, pruner.state_dict())
 
 
 def test_back_to_an_earlier_state():
     """After observe() of a bad step, the restored Pruner waits for observe() again."""
-    config = net_config()
-    model, layers = adapted(config)
-    pruner = Pruner(layers, config, 20)
-    _, step = trainer(model, pruner)
-    step()
-    state = through_a_file(pruner.state_dict())
-    pruner.observe()
-    pruner.load_state_dict(state)
-    step()
-    assert pruner.t == 2
+    training = Training(net_config())
+    training.step()
+    state = through_a_file(training.pruner.state_dict())
+    training.pruner.observe()
+    training.pruner.load_state_dict(state)
+    training.step()
+    assert training.pruner.t == 2
 
 
-# ---- compaction ---------------------------------------------------------------------------------
+# ---- compaction ----------------------------------------------------------------------------------
 
 OPTIMIZERS = [(torch.optim.AdamW, {}), (torch.optim.AdamW, dict(amsgrad=True, fused=True)),
               (torch.optim.SGD, dict(momentum=0.9)), (torch.optim.RMSprop, dict(centered=True)),
@@ -305,110 +285,92 @@ OPTIMIZERS = [(torch.optim.AdamW, {}), (torch.optim.AdamW, dict(amsgrad=True, fu
 @pytest.mark.parametrize("method", ["dora", "paper"])
 @pytest.mark.parametrize("optimizer, options", OPTIMIZERS)
 def test_compaction_keeps_the_trajectory(optimizer, options, method):
-    """Two equal runs, one compacted at the last pruning: 50 steps later all live components, the
+    """Two equal runs, one compacted at the last pruning: 30 steps later all live components, the
     head and the outputs are those of the masked run to 1e-9; matrices of rank 0 became
     nn.Linear."""
-    config = net_config(**METHODS[method] | dict(rank=0.5, start_rank=2, dropout=0.0, interval=2))
-    runs = []
-    for compact in (False, True):
-        model, layers = adapted(config)
-        pruner = Pruner(layers, config, 100)
-        opt, step = trainer(model, pruner, lr=1e-2, optimizer=optimizer, **options)
-        for _ in range(50):
-            step()
-        if compact:
-            compact_(model, opt)
-            assert sum(len(p) for p in opt.param_groups[0]["params"]) < 60
-            assert all(opt.state[p] for p in opt.param_groups[0]["params"])
-        for _ in range(50):
-            step()
-        runs.append((model, layers, pruner))
+    config = net_config(**METHODS[method] | dict(rank=0.5, start_rank=2, interval=2))
+    masked, small = (Training(config, 60, optimizer, **options) for _ in range(2))
+    for training in (masked, small):
+        training.step(30)
+    compact_(small.model, small.optimizer)
+    held = small.optimizer.param_groups[0]["params"]
+    assert sum(map(len, held)) < 60 and all(small.optimizer.state[p] for p in held)
+    for training in (masked, small):
+        training.step(30)
 
-    (masked, layers, pruner), (small, _, other) = runs
-    assert pruner.ranks() == other.ranks() and 0 in pruner.ranks().values()
-    torch.testing.assert_close(small(inputs()), masked(inputs()), rtol=0, atol=1e-9)
-    torch.testing.assert_close(small.head.weight, masked.head.weight, rtol=0, atol=1e-9)
-    for name, layer in layers.items():
-        short = small.get_submodule(name)
-        if layer.rank == 0:
+    assert masked.pruner.ranks() == small.pruner.ranks() and 0 in masked.pruner.ranks().values()
+    pairs = [(small.model(inputs()), masked.model(inputs())),
+             (small.model.head.weight, masked.model.head.weight)]
+    for name, layer in masked.layers.items():
+        short, live = small.model.get_submodule(name), layer.mask
+        if not layer.rank:
             assert type(short) is nn.Linear and torch.equal(short.weight, layer.base.weight)
             continue
-        live = layer.mask
-        for ours, theirs in ((short.A, layer.A[live]), (short.B, layer.B[:, live]),
-                             (short.c, layer.c[live])):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+        pairs += [(short.A, layer.A[live]), (short.B, layer.B[:, live]), (short.c, layer.c[live])]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
 def test_compaction_keeps_parameter_groups():
-    """Several groups with their own settings  keep the same Parameter
-    objects; those of emptied matrices hold no numbers and are never stepped."""
-    config = net_config(rank=1, start_rank=2, interval=2, **EXACT)
+    """Several groups with their own settings keep the same Parameter objects; those of emptied
+    matrices hold no numbers and are never stepped."""
+    config = net_config(**HALF, interval=2, **EXACT)
     model, layers = adapted(config)
     pruner = Pruner(layers, config, 20)
-
-    def parts(layers):
-        return [[layer.A for layer in layers], [p for layer in layers for p in (layer.B, layer.c)],
-                list(model.head.parameters())]
-    optimizer = torch.optim.AdamW([
-        {"params": params, "lr": lr} for params, lr in zip(parts(layers.values()), (.1, .01, .2))])
-    before = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    parts = [[layer.A for layer in layers.values()],
+             [p for layer in layers.values() for p in (layer.B, layer.c)],
+             [*model.head.parameters()]]
+    groups = [{"params": params, "lr": lr} for params, lr in zip(parts, (.1, .01, .2))]
+    optimizer = torch.optim.AdamW(groups)
     for _ in range(20):
-        feed(pruner, [0., 0, 9, 8, 7, 1, 0, 0, 6, 5, 4, 1])
+        feed(pruner, [0, 0, 9, 8, 7, 1, 0, 0, 6, 5, 4, 1])
     compact_(model, optimizer)
+    assert [group["lr"] for group in optimizer.param_groups] == [.1, .01, .2]
+    for group, params in zip(optimizer.param_groups, parts, strict=True):
+        assert list(map(id, group["params"])) == list(map(id, params))
     left = [layer for layer in model.modules() if isinstance(layer, DoRALinear)]
-    groups = optimizer.param_groups
-    assert len(left) == 4 and [group["lr"] for group in groups] == [.1, .01, .2]
-    assert [[id(p) for p in group["params"]] for group in groups] == before
-    for group, params in zip(groups, parts(left), strict=True):
-        assert [id(p) for p in group["params"] if p.numel()] == [id(p) for p in params]
+    assert len(left) == 4 and sum(p.numel() > 0 for p in parts[0] + parts[1]) == 3 * 4
     model(inputs()).sum().backward()
     optimizer.step()
 
 
+# ---- before a run is finished --------------------------------------------------------------------
+
 def test_before_the_last_pruning(tmp_path):
     """Without any step, and after 8 of 40, compact_, merge_ and save_adapter are an error that says
     what is missing; the model stays as it is and nothing is written."""
-    config = net_config(rank=1, start_rank=2)
-    model, layers = adapted(config)
-    _, step = trainer(model, Pruner(layers, config, 40))
+    training = Training(net_config(**HALF))
     for _ in range(2):
-        for call in (compact_, merge_, lambda model: save_adapter(model, tmp_path / "adapter")):
-            with pytest.raises(DoRAError, match="last pruning"):
-                call(model)
-        for _ in range(8):
-            step()
-    assert all(len(layer.c) == 2 for layer in layers.values())
-    assert model.layer[0].up is layers["layer.0.up"] and not (tmp_path / "adapter").exists()
+        unfinished("last pruning", training.model, tmp_path / "adapter")
+        training.step(8)
+    assert all(len(layer.c) == 2 for layer in training.layers.values())
+    assert training.model.layer[0].up is training.layers["layer.0.up"]
 
 
 def test_between_an_optimizer_step_and_pruner_step(tmp_path):
     """In the final phase, after optimizer.step() moved a closed gate: an error that names the layer
     and the call, since dropping the component would change the output."""
-    model, layers, _ = trained(net_config(rank=1, start_rank=2))
-    name, layer = next((name, layer) for name, layer in layers.items() if layer.rank < 2)
+    training = trained(net_config(**HALF))
+    name = next(name for name, layer in training.layers.items() if layer.rank < 2)
+    layer = training.layers[name]
     layer.c.data[~layer.mask] = 0.1
-    for call in (compact_, merge_, lambda model: save_adapter(model, tmp_path / "adapter")):
-        with pytest.raises(DoRAError, match=rf"{name}.*pruner\.step\(\)"):
-            call(model)
+    unfinished(rf"{name}.*pruner\.step\(\)", training.model, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("method", ["dora", "lora"])
 def test_a_component_that_is_not_finite_after_the_last_pruning(method, tmp_path):
     """The final phase has no pruning that would look at the scores: compact_, merge_ and
     save_adapter, before and after compaction, name the layer and write nothing."""
-    model, layers, _ = trained(net_config(rank=2, **METHODS[method] | dict(dropout=0.0)))
-    layer = layers["layer.1.up"]
-    for compacted in (False, True):
+    training = trained(net_config(**METHODS[method]))
+    layer = training.layers["layer.1.up"]
+    for bad in (float("nan"), float("inf")):
         value = layer.B.data[0, -1].clone()
-        for bad in (float("nan"), float("inf")):
-            layer.B.data[0, -1] = bad
-            for call in (compact_, merge_, lambda model: save_adapter(model, tmp_path / "adapter")):
-                with pytest.raises(NotFiniteError, match=r"layer\.1\.up"):
-                    call(model)
+        layer.B.data[0, -1] = bad
+        error = unfinished(r"layer\.1\.up", training.model, tmp_path / "adapter")
+        assert isinstance(error, NotFiniteError)
         layer.B.data[0, -1] = value
-        compact_(model)
-    assert not (tmp_path / "adapter").exists()
-    save_adapter(model, tmp_path / "adapter")
+        compact_(training.model)
+    save_adapter(training.model, tmp_path / "adapter")
 
 
 # ---- the paper's own form against its authors' algorithm ----------------------------------------
@@ -469,22 +431,17 @@ class Authors:
 def test_the_papers_form_follows_the_authors_algorithm():
     """300 steps of two equal runs with AdamW, `paper` and the class above: after every step the
     same gates are 0, and at the end all weights are equal to 1e-9."""
-    config = net_config(**METHODS["paper"] | dict(
-        rank=2, start_rank=3, dropout=0.0, interval=10, targets=("query", "down")))
-    ours, layers = adapted(config)
-    theirs, twins = adapted(config)
-    pruner = Pruner(layers, config, 300)
-    _, step = trainer(ours, pruner)
-    _, their_step = trainer(theirs, Authors(twins, config, 300))
-    changes = 0
-    before = gates(layers).ne(0)
+    config = net_config(**METHODS["paper"], rank=2, start_rank=3, interval=10,
+                        targets=("query", "down"))
+    ours, theirs = Training(config, 300), Training(config, 300)
+    theirs.pruner = Authors(theirs.layers, config, 300)
+    changes, before = 0, None
     for t in range(1, 301):
-        step()
-        their_step()
-        now = gates(layers).ne(0)
-        assert torch.equal(now, gates(twins).ne(0)), t
-        changes += int((now != before).any())
-        before = now
-    assert changes > 5 and sum(pruner.ranks().values()) == 8
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        ours.step()
+        theirs.step()
+        now = gates(ours.layers).ne(0).tolist()
+        assert now == gates(theirs.layers).ne(0).tolist(), t
+        changes, before = changes + (now != before), now
+    assert changes > 6 and ours.pruner.live == 8
+    for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
