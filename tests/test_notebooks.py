@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
@@ -30,23 +31,25 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def python(source):
+    """A cell's syntax tree; a line for IPython, such as %matplotlib, is none for ast."""
+    return ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.MULTILINE))
+
+
 def sections(notebook):
     """Code cells under each heading of level two; what stands before the first is left out."""
-    found = {}
-    title = None
+    found, title = {}, None
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            headings = re.findall(r"^## (.+)$", cell.source, re.MULTILINE)
-            title = headings[-1] if headings else title
+            title = (re.findall(r"^## (.+)$", cell.source, re.MULTILINE) or [title])[-1]
         elif cell.cell_type == "code" and title:
             found.setdefault(title, []).append(cell)
     return found
 
 
-def defined(source):
+def defined(tree):
     """Names of the functions and classes at the top level of a source."""
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    return {node.name for node in ast.parse(source).body if isinstance(node, kinds)}
+    return {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
 
 
 def shown(cell):
@@ -67,25 +70,20 @@ def same_text(stored, fresh):
 
 # ---- form: no kernel needed ---------------------------------------------------------------------
 
-def test_there_are_notebooks():
-    """The folder holds at least 12 notebooks, numbered from 00 without a gap."""
+def test_the_folder():
+    """At least 12 notebooks, numbered from 00 without a gap, have less than 4 MB together, pictures
+    included. The first cell of each names the paper and which DoRA it is, and links to the
+    neighbours."""
     assert [int(name[:2]) for name in NAMES] == list(range(len(NAMES))) and len(NAMES) >= 12
-
-
-def test_size():
-    """All notebooks together, pictures included, have less than 4 MB."""
     assert sum((FOLDER / name).stat().st_size for name in NAMES) < 4e6
+    for i, name in enumerate(NAMES):
+        first = read(name).cells[0].source
+        assert "arxiv.org/abs/2405.17357" in first and "NVIDIA" in first
+        linked = set(re.findall(r"\]\((\d\d_\w+\.ipynb)\)", first))
+        assert {*NAMES[max(0, i - 1):i], *NAMES[i + 1:i + 2]} <= linked <= set(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_first_cell(name):
-    """The first cell says what the reader has come to: the paper, which DoRA, where to go on."""
-    first = read(name).cells[0].source
-    assert "arxiv.org/abs/2405.17357" in first and "NVIDIA" in first
-    linked = set(re.findall(r"\]\((\d\d_\w+\.ipynb)\)", first))
-    i = NAMES.index(name)
-    neighbours = set(NAMES[max(0, i - 1):i] + NAMES[i + 1:i + 2])
-    assert neighbours <= linked <= set(NAMES)
+MODULES = [ast.parse((ROOT / f"{name}.py").read_text()) for name in ("dora", "data", "train_glue")]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,13 +91,9 @@ def test_form(name):
     """Cells of at most 15 lines, an assert in each section, nothing defined that the modules
     define, outputs stored in order, no error, no stderr and no path of a machine in them."""
     notebook = read(name)
-    modules = set().union(*(defined((ROOT / f"{m}.py").read_text())
-                            for m in ("dora", "data", "train_glue")))
     for count, cell in enumerate(code_cells(notebook), 1):
         assert len(cell.source.splitlines()) <= 15, cell.source
-        # a line for IPython, such as %matplotlib, is none for ast
-        source = re.sub(r"^[%!].*$", "", cell.source, flags=re.MULTILINE)
-        assert not defined(source) & modules, cell.source
+        assert not defined(python(cell.source)) & set().union(*map(defined, MODULES)), cell.source
         assert cell.execution_count == count, "run it from top to bottom, then save"
         for output in cell.outputs:
             assert output.output_type != "error" and output.get("name") != "stderr", output
@@ -108,8 +102,8 @@ def test_form(name):
     found = sections(notebook)
     assert found
     for title, cells in found.items():
-        assert any(isinstance(node, ast.Assert) for cell in cells
-                   for node in ast.walk(ast.parse(re.sub(r"(?m)^[%!].*$", "", cell.source)))), title
+        nodes = [node for cell in cells for node in ast.walk(python(cell.source))]
+        assert any(isinstance(node, ast.Assert) for node in nodes), title
 
 
 @pytest.mark.parametrize("stored, fresh, same", [
@@ -154,55 +148,43 @@ def test_runs(name):
 YOURS = read("04_budget_and_pruning.ipynb").cells
 SOLUTION = next(re.search(r"```python\n(.*?)```", cell.source, re.DOTALL)[1] for cell in YOURS
                 if "class MyPruner" in cell.source and cell.cell_type == "markdown")
+WRONG = [  # a part of the solution, and what is wrong in its place
+    ("self.I_bar * self.U_bar", "self.I_bar"),  # no uncertainty
+    (".abs() for layer", " for layer"),  # the sign is kept
+    ("round(0.15 * steps)", "round(0.15 * steps) + 1"),  # a step late
+    (" or after == window)", ")"),  # the last pruning depends on the interval
+    ("sum(layer.base.weight.shape) for", "1 for"),  # components in place of parameters
+    ("left -= self.costs[i] * int(self.mask[i])", "left -= self.costs[i]"),  # pays for the pruned
+    ("elif after <= window:", "else:"),  # the mask is not held after the last pruning
+    ("(1 - after / window) ** 3", "(1 - (after / window) ** 3)"),  # slow first
+    ("descending=True, stable=True", "descending=False, stable=True"),
+]
 
 
-def first_differences(solution, monkeypatch):
-    """What the exercise's check finds for a solution: a step for each case, None if equal."""
-    torch = pytest.importorskip("torch")
-    monkeypatch.syspath_prepend(FOLDER)
+def first_differences(solution):
+    """Yield what the exercise's check finds for a solution: a step for each case, None if equal."""
     from toy import race
 
     layer, cases = (next(cell.source for cell in YOURS if cell.source.startswith(start))
                     for start in ("class Components", "cases ="))
-    names = {"torch": torch, "nn": torch.nn, "race": race}
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        exec(layer, names)
-        exec(solution, names)
-        exec(cases.split("for case")[0], names)
-        return [race(names["Components"], names["MyPruner"], **case) for case in names["cases"]]
-    finally:
-        torch.set_default_dtype(dtype)
+    names = {"torch": torch, "nn": torch.nn}
+    for source in (layer, solution, cases.split("for case")[0]):
+        exec(source, names)
+    for case in names["cases"]:
+        yield race(names["Components"], names["MyPruner"], **case)
 
 
 @pytest.mark.slow
 def test_your_turn(monkeypatch):
-    """The folded solution equals dora.py's Pruner bit for bit in every step of every case."""
-    assert first_differences(SOLUTION, monkeypatch) == [None] * 5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("right, wrong", [
-    ("self.I_bar * self.U_bar", "self.I_bar"),  # no uncertainty
-    (".abs() for layer", " for layer"),  # the sign is kept
-    ("(I - self.I_bar)", "(I - self.U_bar)"),
-    ("round(0.15 * steps)", "round(0.15 * steps) + 1"),  # a step late
-    (" or after == window)", ")"),  # the last pruning depends on the interval
-    ("sum(layer.base.weight.shape) for", "1 for"),  # components in place of parameters
-    ("self.mask = torch.zeros_like(self.mask)",  # what is closed hardly comes back
-     "self.I_bar[~self.mask] = 0; self.mask = torch.zeros_like(self.mask)"),
-    ("left -= self.costs[i] * int(self.mask[i])", "left -= self.costs[i]"),  # pays for the pruned
-    ("elif after <= window:", "else:"),  # the mask is not held after the last pruning
-    ("layer.c.mul_(part)", "layer.c.mul_(part) if after != window else None"),
-    ("(1 - after / window) ** 3", "(1 - (after / window) ** 3)"),  # slow first
-    ("int((self.b_0", "round((self.b_0"),
-    ("descending=True, stable=True", "descending=False, stable=True"),
-    ("for i in (self.I_bar * self.U_bar).argsort(descending=True, stable=True).tolist():",
-     "for i in (self.I_bar * self.U_bar).flip(0).argsort(descending=True, stable=True)"
-     ".mul(-1).add(len(self.mask) - 1).tolist():"),  # ties go to the later position
-])
-def test_wrong_turns(right, wrong, monkeypatch):
-    """A pruner that is wrong in one place differs from dora.py's in at least one case."""
-    assert right in SOLUTION
-    assert any(first_differences(SOLUTION.replace(right, wrong), monkeypatch))
+    """The folded solution equals dora.py's Pruner bit for bit in every step of every case. One that
+    is wrong in one place differs in at least one case."""
+    monkeypatch.syspath_prepend(FOLDER)
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert [*first_differences(SOLUTION)] == [None] * 5
+        for right, wrong in WRONG:
+            assert right in SOLUTION
+            assert any(first_differences(SOLUTION.replace(right, wrong))), wrong
+    finally:
+        torch.set_default_dtype(dtype)
