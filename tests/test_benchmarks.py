@@ -1,36 +1,29 @@
-"""benchmarks/rank_recovery.py: its figures and its bookkeeping against answers known by hand."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
+"""benchmarks/: the parts of rank_recovery.py, step_time.py and report.py, against answers known by
+hand."""
 import pytest
+import rank_recovery as rr
+import report
+import step_time
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import rank_recovery as rr  # noqa: E402
-import report  # noqa: E402
 
+# ---- rank recovery -------------------------------------------------------------------------------
 
 def test_update_has_the_ranks_it_claims():
-    """Singular values of Delta W*: as many as the true rank, each within the pattern's range."""
+    """Singular values of Delta W*: as many as the true rank, each within the pattern's range. The
+    same seed with other gains: the same outputs from other matrices."""
     pattern = rr.Pattern((0, 1, 3), width=12, strength=(1.0, 3.0), gains=(1.0, 2.0, 0.5))
-    teacher, student = rr.problem(pattern, seed=3)
-    for new, old, rank, gain in zip(teacher, student, pattern.truth, pattern.gains, strict=True):
-        values = gain * torch.linalg.svdvals(new.linear.weight - old.linear.weight).detach()
+    pair, plain = (rr.problem(p, seed=3) for p in (
+        pattern, rr.Pattern(pattern.truth, width=12, strength=pattern.strength)))
+    for new, old, rank, gain in zip(*pair, pattern.truth, pattern.gains, strict=True):
+        values = gain * torch.linalg.svdvals(new.linear.weight - old.linear.weight)
         assert int((values > 1e-3).sum()) == rank
         assert ((values[:rank] > 0.99) & (values[:rank] < 3.01)).all()
 
-
-def test_gains_do_not_change_the_function():
-    """The same seed with and without gains: same outputs, other matrices."""
-    plain = rr.problem(rr.Pattern((1, 2), width=8), seed=0)
-    scaled = rr.problem(rr.Pattern((1, 2), width=8, gains=(0.5, 4.0)), seed=0)
-    x = torch.randn(5, 8)
-    for a, b in zip(plain, scaled, strict=True):
-        torch.testing.assert_close(a(x), b(x))
-        assert not torch.allclose(a[1].linear.weight, b[1].linear.weight)
+    x = torch.randn(5, 12)
+    for scaled, same in zip(pair, plain, strict=True):
+        torch.testing.assert_close(scaled(x), same(x))
+        assert not torch.allclose(scaled[1].linear.weight, same[1].linear.weight)
 
 
 def test_floor_is_the_noise():
@@ -60,10 +53,8 @@ def test_every_row_is_a_config_and_spends_the_true_total():
             for pattern in rr.patterns_of(title).values():
                 config, n = rr.make_config(settings, pattern), len(pattern.truth)
                 surplus = round(config.rank * n) - sum(pattern.truth)
-                if config.schedule is None:  # LoRA: the same everywhere, at least the true total
-                    assert 0 <= surplus < n, name
-                else:
-                    assert surplus == 0 and config.dropout == 0, name
+                flat = config.schedule is None  # LoRA: the same everywhere, at least the true total
+                assert 0 <= surplus < n if flat else surplus == 0 == config.dropout, name
 
 
 def test_recorded_runs_are_found():
@@ -76,16 +67,9 @@ def test_recorded_runs_are_found():
         assert len(line["kept"]) == len(rr.patterns_of(title)[cell["pattern"]].truth)
 
 
-def test_run_keeps_the_true_total_and_repeats():
-    """Two runs with one seed: the same figures, and exactly the true total kept."""
-    pattern = rr.Pattern((0, 2, 1), width=16, batch=16, steps=100)
-    first, second = (rr.run(rr.BASE, pattern, seed=1) for _ in range(2))
-    assert first["kept"] == second["kept"] and first["loss"] == second["loss"]
-    assert sum(first["kept"]) == 3
-
-
 def test_a_finished_run_is_never_repeated(tmp_path, monkeypatch):
-    """A log whose last line was cut off: only the run of that line is made again."""
+    """A log whose last line was cut off: only the run of that line is made again, and it ends as it
+    did before."""
     tiny = {"tiny": rr.Pattern((0, 2, 1), width=8, batch=8, steps=20)}
     monkeypatch.setattr(rr, "patterns_of", lambda title: tiny)
     rows = {"a": rr.BASE, "b": {**rr.BASE, "beta2": None}}
@@ -112,3 +96,25 @@ def test_default_finds_the_ranks_and_eq7_does_not():
     good, paper = (rr.run(rr.METHODS[name], pattern, seed=0) for name in ("dora", "paper"))
     assert good["kept"] == [0, 3, 1] and good["loss"] < 1.05
     assert rr.misplaced(paper["kept"], pattern) > 0 and paper["loss"] > 1.05
+
+
+# ---- the time of a step --------------------------------------------------------------------------
+
+def test_operations_are_counted_without_views():
+    """A matrix product, a sum and three views, forward and backward, against a count by hand."""
+    x, W = torch.ones(2, 3), torch.ones(3, 4, requires_grad=True)
+    with step_time.Operations() as found:
+        loss = (x @ W).view(8).view(2, 4).t().sum()
+    assert found.count == 2  # mm, sum
+    with step_time.Operations() as found:
+        loss.backward()
+    assert found.count == 2  # ones_like for the loss, mm; the rest are views
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_without_cuda_one_line(monkeypatch):
+    """--device cuda where there is none: one line that names the flag, and an exit status."""
+    monkeypatch.setattr("sys.argv", ["step_time.py", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="--device cuda") as error:
+        step_time.main()
+    assert "\n" not in str(error.value)
