@@ -1,59 +1,30 @@
 """dora.py's adapters in PEFT, and PEFT's here, on models with unusual names, tied weights, running
-statistics, and on T5. (RoBERTa, BERT, Llama: test_peft.py.)"""
+statistics, and on transformers' RoBERTa, BERT, Llama and T5. (Our RoBERTa: test_peft.py.)"""
+import functools
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from small import IDS, X, Tied, cfg, chain, close, fit, refused, reloads
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from small import X, cfg, chain, close, fit  # noqa: E402
-from test_models import IDS, Tied  # noqa: E402
-
-from dora import (  # noqa: E402
-    Pruner, inject, load_adapter, merge_, read_safetensors, save_adapter)
-
-pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in (
-    "FutureWarning", "RuntimeWarning", "UserWarning")]
-transformers.utils.logging.set_verbosity_error()
-
-
-def config_of(folder):
-    return json.loads((folder / "adapter_config.json").read_text())
+from dora import METHODS, DoRAConfig, inject, load_adapter, read_safetensors
 
 
 def both_load(model, make, folder, call=lambda model: model(X)):
     """Save; PEFT and load_adapter on new models give the outputs; so does merge_."""
     expected = call(model.eval())
-    save_adapter(model, folder)
-    assert (call(make().eval()) - expected).abs().max() > 1e-3
+    reloads(model, make, folder, call)
     close(call(PeftModel.from_pretrained(make().eval(), folder).eval()), expected)
-    ours = make().eval()
-    load_adapter(ours, folder)
-    close(call(ours.eval()), expected)
-    close(call(merge_(model)), expected)
 
 
-def train(model, config, call, unfreeze=(), steps=10):
-    """A short run that prunes, whose loss is the mean square of what call returns."""
-    torch.manual_seed(3)
-    layers = inject(model, config)
-    for name in unfreeze:
-        model.get_submodule(name).requires_grad_(True)
-    pruner = Pruner(layers, config, steps)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (call(model).square().mean() + pruner.penalty()).backward()
-        pruner.observe()
-        optimizer.step()
-        pruner.step()
-    return layers
+def randomize_what_trains(model):
+    torch.manual_seed(5)
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.5)
 
 
 # ---- names, ties, statistics ---------------------------------------------------------------------
@@ -79,43 +50,40 @@ class Named(nn.Module):
 
 
 NAMES = [  # a matrix, a head, and how the file names the head
-    ("block.out", "out", "base_model.model.out"), ("up", "out", "base_model.model.out"),
-    ("block.classifier", "classifier", "base_model.model.classifier"),
+    ("block.out", "out", "base_model.model.out"),
     ("pre_classifier", "classifier", "base_model.model.classifier"),
-    ("up", "dropout", "base_model.model.dropout"), ("a.t", "t", "base_model.model.t"),
-    ("lora_block.up", "head", "head"), ("lora_A.up", "head", "head"), ("x.lora_B", "head", "head"),
-    ("up", "lora_head", "lora_head"), ("a+b(c)[d]|e^$*?\\", "head", "head"),
-    ("up", "a+b.(c)|d", "a+b"), ("default.up", "head", "head"), ("é日本.up", "ñ", "ñ"),
-    ("lora_A", "lora_B", "base_model.model.lora_B"), ("weight.up", "bias", "bias"),
+    ("up", "dropout", "base_model.model.dropout"),
+    ("lora_block.up", "head", "head"),
+    ("lora_A.up", "head", "head"),
+    ("lora_A", "lora_B", "base_model.model.lora_B"),
     ("up", "base_layer", "base_model.model.base_layer"),
-    ("m" * 3000 + ".up", "h" * 3000, "h" * 3000)]
+    ("default.up", "head", "head"),
+    ("weight.up", "bias", "bias"),
+    ("a+b(c)[d]|e^$*?\\", "head", "head"),
+    ("up", "a+b.(c)|d", "a+b"),
+    ("é日本.up", "ñ", "ñ"),
+]
 
 
 @pytest.mark.parametrize("matrix, head, name", NAMES)
 def test_odd_names(tmp_path, matrix, head, name):
     """Names that are PEFT's own words, end like its modules or like other modules, hold characters
-    of regular expressions, are not ASCII or very long: PEFT's outputs equal. A head whose name is
-    the end of another one is written with PEFT's prefix."""
-    def make():
-        return Named(matrix, head)
-
-    model, config = make(), cfg(matrix)
-    layers = inject(model, config)
+    of regular expressions or are not ASCII: PEFT's outputs equal. A head whose name is the end of
+    another one is written with PEFT's prefix."""
+    model = Named(matrix, head)
+    layers = inject(model, cfg(matrix))
     model.get_submodule(head).requires_grad_(True)
-    fit(model, config, layers)
-    both_load(model, make, tmp_path)
-    assert config_of(tmp_path)["modules_to_save"] == [name]
+    fit(model, layers)
+    both_load(model, lambda: Named(matrix, head), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == [name]
 
 
 def test_a_tied_weight_of_peft(tmp_path):
     """PEFT's adapter with modules_to_save=["proj"], which is tied to the embedding: our outputs
     equal PEFT's, and the embedding is as it was."""
-    reference = get_peft_model(Tied(), LoraConfig(r=2, target_modules=["mid"],
-                                                  modules_to_save=["proj"]))
-    torch.manual_seed(5)
-    for p in reference.parameters():
-        if p.requires_grad:
-            nn.init.normal_(p, std=0.5)
+    config = LoraConfig(r=2, target_modules=["mid"], modules_to_save=["proj"])
+    reference = get_peft_model(Tied(), config)
+    randomize_what_trains(reference)
     reference.save_pretrained(tmp_path)
     model = Tied()
     load_adapter(model, tmp_path)
@@ -126,7 +94,9 @@ def test_a_tied_weight_of_peft(tmp_path):
 def test_our_tied_weight_in_peft(tmp_path):
     """Both modules that share a trained weight are saved, and PEFT's outputs equal."""
     model = Tied()
-    train(model, cfg("mid"), lambda model: model(IDS) - 1, ["proj"])
+    layers = inject(model, cfg("mid"))
+    model.proj.requires_grad_(True)
+    fit(model, layers, loss=lambda model: (model(IDS) - 1).square().mean())
     both_load(model, Tied, tmp_path, lambda model: model(IDS))
 
 
@@ -137,52 +107,82 @@ def test_running_statistics(tmp_path, affine):
     def make():
         return chain(nn.Linear, nn.BatchNorm1d(8, affine=affine), nn.Linear, nn.Linear)
 
-    model, config = make(), cfg("2")
-    layers = inject(model, config)
+    model = make()
+    layers = inject(model, cfg("2"))
     model[3].bias.requires_grad_(True)
-    fit(model, config, layers)
+    fit(model, layers)
     both_load(model, make, tmp_path)
 
 
 # ---- transformers --------------------------------------------------------------------------------
 
+SIZES = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+             intermediate_size=24)
 TOKENS = torch.arange(2, 26).view(2, 12)
 
 
-def logits(model):
-    return model(input_ids=TOKENS, decoder_input_ids=TOKENS).logits
+def roberta():
+    return transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**SIZES))
 
 
-def new_t5():
-    torch.manual_seed(0)
+def bert():
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES))
+
+
+def llama():
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_key_value_heads=1, **SIZES))
+
+
+def t5():
     return transformers.T5ForConditionalGeneration(transformers.T5Config(
-        vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
-        dropout_rate=0.0)).eval()
+        vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0))
 
 
-@pytest.mark.parametrize("targets", [("q", "k", "v", "o", "wi", "wo"), ("wo", "lm_head")])
-def test_t5(tmp_path, targets):
-    """T5 with all its matrices, whose code reads wo.weight.dtype, and with its head: a run,
-    saved; the outputs in PEFT, through load_adapter and merged equal."""
-    model = new_t5()
-    layers = train(model, cfg(*targets), logits)
-    assert len(layers) == (32 if "q" in targets else 5)
-    both_load(model, new_t5, tmp_path, logits)
+def seeded(new):
+    torch.manual_seed(0)
+    return new().eval()
+
+
+def logits(model):
+    decoder = {"decoder_input_ids": TOKENS} if model.config.is_encoder_decoder else {}
+    return model(input_ids=TOKENS, **decoder).logits
+
+
+LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MODELS = [  # method, targets, the head if it is new, and how many matrices that are
+    (roberta, "paper", DoRAConfig().targets, "classifier", 12),
+    (bert, "adalora", DoRAConfig().targets, "classifier", 12),
+    (llama, "dora", LLAMA, None, 14),
+    (t5, "dora", ("q", "k", "v", "o", "wi", "wo"), None, 32),  # its code reads wo.weight.dtype
+    (t5, "dora", ("wo", "lm_head"), None, 5),
+]
+
+
+@pytest.mark.parametrize("new, method, targets, head, number", MODELS)
+def test_models_of_transformers(tmp_path, new, method, targets, head, number):
+    """A run that prunes, saved: the outputs in PEFT, through load_adapter and merged equal."""
+    make = functools.partial(seeded, new)
+    model = make()
+    layers = inject(model, cfg(*targets, **METHODS[method]))
+    if head:
+        model.get_submodule(head).requires_grad_(True)
+    pruner, _ = fit(model, layers, loss=lambda model: logits(model).square().mean())
+    assert len(layers) == number and pruner.live < len(pruner.mask)
+    both_load(model, make, tmp_path, logits)
+    assert model.state_dict().keys() == make().state_dict().keys()  # merged
 
 
 def test_lora_on_the_head_of_peft(tmp_path):
     """PEFT's LoRA on lm_head, beside whose components it stores the frozen base: loaded here
-    the outputs equal PEFT's."""
-    reference = get_peft_model(new_t5(), LoraConfig(r=2, lora_alpha=4, target_modules=["lm_head"]))
-    torch.manual_seed(5)
-    for name, p in reference.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(p, std=0.5)
+    the outputs equal PEFT's. A model with another lm_head is refused by its name."""
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["lm_head"])
+    reference = get_peft_model(seeded(t5), config)
+    randomize_what_trains(reference)
     reference.save_pretrained(tmp_path, save_embedding_layers=True)
     keys = read_safetensors(tmp_path / "adapter_model.safetensors")
     assert "base_model.model.lm_head.base_layer.weight" in keys
-    model = new_t5()
+    model = seeded(t5)
     load_adapter(model, tmp_path)
     close(logits(model), logits(reference.eval()))
-    both = [name for name in keys if "lora_" not in name]
-    assert both and (logits(model) - logits(new_t5())).abs().max() > 1e-2
+    assert (logits(model) - logits(seeded(t5))).abs().max() > 1e-2
+    refused(r"lm_head\.weight", load_adapter, t5(), tmp_path)
