@@ -7,20 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from small import close
+from tiny import ROOT, files
 
-import data
-import train_glue
 from dora import dora_layers, load_adapter, merge_
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "notebooks/RECIPES.md").read_text(encoding="utf-8")
 SETUP, *REST = re.split(r"^## ", PAGE, flags=re.MULTILINE)
 RECIPES = {part.split("\n")[0]: re.findall(r"```python\n(.*?)```", part, re.DOTALL)
            for part in REST}
 START = re.search(r"```python\n(.*?)```", SETUP, re.DOTALL)[1]
-
-pytestmark = pytest.mark.filterwarnings("ignore")
-transformers.utils.logging.set_verbosity_error()
 
 
 @pytest.fixture
@@ -35,7 +31,7 @@ def names(tmp_path, monkeypatch):
 def run(recipe, names):
     for block in RECIPES[recipe]:
         exec(compile(block, f"RECIPES.md, {recipe}", "exec"), names)
-    return names
+    return names["model"]
 
 
 def logits(model, ids):
@@ -43,14 +39,23 @@ def logits(model, ids):
         return model.eval()(input_ids=ids).logits
 
 
+def differ(a, b):
+    assert (a - b).abs().max() > 1e-2
+
+
 def check_adapter(names, folder="adapter"):
     """The saved adapter on a plain model gives what the trained model gives, and not what the plain
     one does."""
-    model, plain = names["model"], names["make_model"]()
-    ids, before = names["ids"], logits(plain, names["ids"])
+    plain, ids = names["make_model"](), names["ids"]
+    expected = logits(names["model"], ids)
+    differ(logits(plain, ids), expected)
     load_adapter(plain, folder)
-    assert torch.allclose(logits(plain, ids), logits(model, ids), atol=1e-5)
-    assert not torch.allclose(before, logits(model, ids), atol=1e-2)
+    close(logits(plain, ids), expected)
+
+
+def check_pruner(pruner):
+    """It took a step per two micro-batches, and pruned."""
+    assert pruner.t == pruner.total_steps == 20 and pruner.live < len(pruner.mask)
 
 
 def test_every_recipe_is_run():
@@ -61,25 +66,18 @@ def test_every_recipe_is_run():
 
 
 def test_trainer(names):
-    """The Trainer's run prunes to the budget, and the adapter holds it."""
-    run("🤗 Trainer", names)
-    pruner = names["prune"].pruner
-    assert pruner.t == pruner.total_steps == 20 and pruner.live < len(pruner.mask)
+    """The Trainer's run prunes to the budget, and the adapter holds it. Why the page says
+    save_strategy="no": from_pretrained on the model saved whole has other outputs; after merge_ the
+    same."""
+    model, ids = run("🤗 Trainer", names), names["ids"]
+    check_pruner(names["prune"].pruner)
     check_adapter(names)
-
-
-def test_trainer_checkpoints_do_not_load(names):
-    """Why the page says save_strategy="no": from_pretrained on a model saved whole has other
-    outputs, and after merge_ the same."""
-    run("🤗 Trainer", names)
-    model, ids = names["model"], names["ids"]
     expected = logits(model, ids)
-    for folder, same in (("adapted", False), ("merged", True)):
-        if same:
-            merge_(model)
-        model.save_pretrained(folder)
-        loaded = transformers.RobertaForSequenceClassification.from_pretrained(folder)
-        assert torch.allclose(logits(loaded, ids), expected, atol=1e-5 if same else 1e-2) == same
+    model.save_pretrained("adapted")
+    merge_(model).save_pretrained("merged")
+    load = transformers.RobertaForSequenceClassification.from_pretrained
+    differ(logits(load("adapted"), ids), expected)
+    close(logits(load("merged"), ids), expected)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.1])
@@ -102,62 +100,61 @@ def test_trainer_accumulates(names, clip):
         found.append(names["model"].state_dict())
     start = names["make_model"]().state_dict()["classifier.dense.weight"]
     assert not torch.allclose(found[0]["classifier.dense.weight"], start, atol=1e-3)
-    for name, tensor in found[0].items():
-        assert torch.allclose(tensor, found[1][name], atol=1e-5), name
+    close(found[0], found[1])
 
 
 def test_accelerate(names):
     """As with the Trainer: one step per two micro-batches, down to the budget."""
     run("accelerate", names)
-    pruner = names["pruner"]
-    assert pruner.t == pruner.total_steps == 20 and pruner.live < len(pruner.mask)
+    check_pruner(names["pruner"])
     check_adapter(names)
 
 
-@pytest.mark.parametrize("crash", [10, 15, 38])
-def test_checkpoints(names, crash):
+class Crash(list):
+    """Examples that can be read `left` times."""
+
+    left = 0
+
+    def __getitem__(self, part):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return super().__getitem__(part)
+
+
+def test_checkpoints(names):
     """A run that dies at some step and is started again, against one that does not: equal bits."""
-    run("Checkpoints in your own loop", names)
-    expected = {name: tensor.clone() for name, tensor in names["model"].state_dict().items()}
-    Path("checkpoint.pt").unlink()
-
-    class Crash(list):
-        left = crash
-
-        def __getitem__(self, part):
-            self.left -= 1
-            if self.left < 0:
-                raise KeyboardInterrupt
-            return super().__getitem__(part)
-
-    examples = names["examples"]
-    with pytest.raises(KeyboardInterrupt):
-        run("Checkpoints in your own loop", names | {"examples": Crash(examples)})
-    assert Path("checkpoint.pt").exists()
-    torch.manual_seed(99)  # a new process
-    run("Checkpoints in your own loop", names)
-    found = names["model"].state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    recipe = "Checkpoints in your own loop"
+    expected = run(recipe, names).state_dict()
+    for crash in (10, 15, 38):
+        Path("checkpoint.pt").unlink()
+        examples = Crash(names["examples"])
+        examples.left = crash
+        torch.manual_seed(1)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, names | {"examples": examples})
+        torch.manual_seed(99)  # a new process
+        found = run(recipe, names).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
     check_adapter(names)
 
 
 def test_going_on(names):
     """The loaded adapter is plain LoRA that trains; merged, inject() freezes it."""
-    run("Checkpoints in your own loop", names)
-    ids, first = names["ids"], logits(names["model"], names["ids"])
-    train_on, again = RECIPES["Continuing from an adapter"]
+    ids, first = names["ids"], logits(run("Checkpoints in your own loop", names), names["ids"])
+    train_on, again = RECIPES["Going on from an adapter"]
     exec(train_on, names)
-    layers = dora_layers(names["model"])
+    layers = dora_layers(names["model"]).values()
     assert layers and all(not layer.c.requires_grad and layer.mask.all()
-                          and layer.config.dropout_on == "input" for layer in layers.values())
-    assert not torch.allclose(logits(names["model"], ids), first, atol=1e-2)
+                          and layer.config.dropout_on == "input" for layer in layers)
+    differ(logits(names["model"], ids), first)
     check_adapter(names, "adapter-2")
 
     exec(again, names)
-    assert torch.allclose(logits(names["model"], ids), first, atol=1e-5)
+    close(logits(names["model"], ids), first)
     merged = transformers.RobertaForSequenceClassification.from_pretrained("merged")
-    assert torch.allclose(logits(merged, ids), first, atol=1e-5)
+    close(logits(merged, ids), first)
 
 
 def test_gpt2(names):
@@ -166,12 +163,11 @@ def test_gpt2(names):
     there, peft, back = RECIPES["GPT-2, there and back"]
     exec(there, names)
     ids, expected = names["ids"], logits(names["model"], names["ids"])
-    assert not torch.allclose(logits(names["make_gpt2"](), ids), expected, atol=1e-2)
+    differ(logits(names["make_gpt2"](), ids), expected)
     exec(peft, names)
-    assert torch.allclose(logits(names["with_adapter"], ids), expected, atol=1e-5)
+    close(logits(names["with_adapter"], ids), expected)
     exec(back, names)
-    merged = transformers.GPT2LMHeadModel.from_pretrained("gpt2-merged")
-    assert torch.allclose(logits(merged, ids), expected, atol=1e-5)
+    close(logits(transformers.GPT2LMHeadModel.from_pretrained("gpt2-merged"), ids), expected)
     assert len(names["blocks"]) == 8
 
 
@@ -189,16 +185,15 @@ def test_rates():
 
 
 def test_the_sweep(tmp_path):
-    """The shell block on small files of the same layout, eight steps per run: six medians."""
-    bpe = data.write_toy(tmp_path, tmp_path / "model")
-    (tmp_path / "toy").rename(tmp_path / "CoLA")
-    tiny = train_glue.RobertaConfig(vocab_size=len(bpe.vocab), hidden_size=16, num_hidden_layers=1,
-                                    num_attention_heads=2, intermediate_size=32)
-    train_glue.save_model(train_glue.RobertaForSequenceClassification(tiny, 2), tmp_path / "model")
+    """The shell block on the toy's files, at one rate, eight steps per run: three medians."""
+    data_dir, model_dir = files()
+    (tmp_path / "CoLA").symlink_to(data_dir / "toy")
     (code,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
-    assert "--task mrpc" in code
-    code = code.replace("--task mrpc", "--task cola --data-dir . --model-dir model --max-steps 8")
-    code = code.replace("python train_glue.py", f"{sys.executable} {ROOT / 'train_glue.py'}")
+    for old, new in (("--task mrpc", f"--task cola --data-dir . --model-dir {model_dir}"),
+                     ("--seeds", "--max-steps 8 --max-len 48 --seeds"), ("in 5e-4 2e-3", "in 2e-3"),
+                     ("python train_glue.py", f"{sys.executable} {ROOT / 'train_glue.py'}")):
+        assert old in code
+        code = code.replace(old, new)
     found = subprocess.run(["bash", "-ec", code], cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert len(re.findall("median", found.stdout)) == 6, found.stdout
+    assert len(re.findall("median", found.stdout)) == 3, found.stdout

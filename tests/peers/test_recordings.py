@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in (
-    "FutureWarning", "RuntimeWarning", "UserWarning")]
 
 
 def close(a, b, path=""):
