@@ -151,8 +151,8 @@ def backward(model, pruner, factor=1.0):
 
 @pytest.mark.parametrize("importance", ["sensitivity", "triplet", "norm", "frobenius"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_score_that_is_not_finite_names_the_layer(importance, bad):
-    """One weight that is NaN or infinite: the next pruning stops with step and layer, the masks as
+def test_a_score_that_is_not_finite_stops_the_run(importance, bad):
+    """One gate that is NaN or infinite: the next pruning stops and names its step, the masks as
     before."""
     config = net_config(importance=importance, interval=4)
     model, layers = adapted(config)
@@ -161,7 +161,7 @@ def test_a_score_that_is_not_finite_names_the_layer(importance, bad):
     layers["layer.1.up"].c.data[0] = bad
     for _ in range(9):
         backward(model, pruner)
-    error = refused(r"step 10\b.*layer\.1\.up", backward, model, pruner)
+    error = refused(r"step 10\b", backward, model, pruner)
     assert isinstance(error, NotFiniteError) and masks(layers).all()
 
 
@@ -261,7 +261,7 @@ def test_a_state_of_another_model():
     pruner = trained(net_config(**HALF)).pruner
     _, layers = adapted(pruner.config, blocks=1)
     other = Pruner(layers, pruner.config, 40)
-    refused("12 .* 6", other.load_state_dict, pruner.state_dict())
+    refused("components = 12.* 6", other.load_state_dict, pruner.state_dict())
 
 
 def test_back_to_an_earlier_state():

@@ -140,10 +140,10 @@ def test_checkpoints(names):
     check_adapter(names)
 
 
-def test_going_on(names):
+def test_continuing(names):
     """The loaded adapter is plain LoRA that trains; merged, inject() freezes it."""
     ids, first = names["ids"], logits(run("Checkpoints in your own loop", names), names["ids"])
-    train_on, again = RECIPES["Going on from an adapter"]
+    train_on, again = RECIPES["Continuing from an adapter"]
     exec(train_on, names)
     layers = dora_layers(names["model"]).values()
     assert layers and all(not layer.c.requires_grad and layer.mask.all()
