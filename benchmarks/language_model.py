@@ -303,8 +303,8 @@ def short():
 
     with tempfile.TemporaryDirectory() as name:
         folder, rows = Path(name), {row: ROWS[row] for row in ("dora 2", "lora 2")}
-        smaller = dict(LOG=folder / "language_model.jsonl", load=tiny, ROWS=rows, SEEDS=(1,),
-                       TRAINED=64, CHOICE_STEPS=4, MEANINGS=5, MAX_TOKENS=12)
+        smaller = dict(LOG=folder / "language_model.jsonl", load=tiny, ROWS=rows, PAIRS=PAIRS[:1],
+                       SEEDS=(1,), TRAINED=64, CHOICE_STEPS=4, MEANINGS=5, MAX_TOKENS=12)
         with (mock.patch.dict(globals(), smaller),
               mock.patch.multiple(report, README=folder / "README.md", RUNS=folder)):
             report.make_all(LOG, to_do, run)
