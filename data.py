@@ -21,7 +21,6 @@ import sys
 import time
 import unicodedata
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -177,16 +176,20 @@ def find_task(name: str, split: str = "") -> Task:
 
     Raises DataError if there is no such row, metric or split.
     """
-    task = {plain(key): row for key, row in TASKS.items()}.get(plain(name))
-    if task is None:
-        raise DataError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
-
+    require(known_name(name, TASKS) in TASKS,
+            f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
+    task = TASKS[known_name(name, TASKS)]
     for metric_name in task.metrics:
         require(metric_name in METRICS, f"task {task.name!r}: unknown metric {metric_name!r}, "
                 f"expected one of {', '.join(METRICS)}")
     require(split in task.files or not split,
             f"{name} has no split {split!r}; it has {', '.join(task.files)}")
     return task
+
+
+def known_name(word: str, names: Iterable[str]) -> str:
+    """Return the name that a word spells in another way: MRPC, sst-2, Lora; or the word itself."""
+    return next((name for name in names if plain(name) == plain(word)), word)
 
 
 def plain(name: str) -> str:
@@ -233,8 +236,8 @@ def parse_row(task: Task, columns: Sequence[str], cells: Sequence[str], labelled
               place: int) -> tuple[list[str], int | float | None]:
     """Return the texts and the label (None in a test file) of a row. ValueError if malformed."""
     if len(cells) != len(columns):
-        raise ValueError(f"{counted(cells)}, expected {len(columns)} columns with tabs between "
-                         f"them, even inside quotes: {', '.join(columns):.200}; fix the row")
+        raise ValueError(f"{len(cells)} columns, expected {len(columns)} with tabs between them, "
+                         f"even inside quotes: {', '.join(columns):.200}; fix the row")
 
     row = dict(zip(columns, cells))
     texts = [row[text] for text in task.texts]
@@ -289,15 +292,8 @@ def ascii_like(char: str) -> str:
 
 
 def byte_chars(piece: str) -> list[str]:
-    """Return the UTF-8 bytes of a piece in GPT-2's characters: " é" -> Ġ Ã ©.
-
-    DataError for half of a surrogate pair, which has no bytes in UTF-8.
-    """
-    try:
-        return [BYTE_CHARS[byte] for byte in piece.encode()]
-    except UnicodeEncodeError as e:
-        raise DataError(f"text {piece!a:.60}: {piece[e.start]!a} is a lone surrogate, half of a "
-                        f"character; remove or replace it") from None
+    """Return the UTF-8 bytes of a piece in GPT-2's characters: " é" -> Ġ Ã ©."""
+    return [BYTE_CHARS[byte] for byte in piece.encode()]
 
 
 def token_bytes(token: str) -> bytes:
@@ -312,18 +308,13 @@ class BPE:
     A literal "</s>" in a text is four characters like any others, never the special token.
     """
 
-    def __init__(self, path: AnyPath, merges_path: AnyPath | None = None) -> None:
-        """Read a model's folder, or the two files vocab.json and merges.txt. Raises DataError."""
-        vocab, merges = read_tokenizer(path, merges_path)
+    def __init__(self, folder: AnyPath) -> None:
+        """Read vocab.json and merges.txt, or else tokenizer.json. Raises DataError."""
+        vocab, merges = read_tokenizer(expanded(folder))
         self.vocab = vocab  # token -> id
         self.tokens = sorted(vocab, key=vocab.__getitem__)  # id -> token
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}  # pair -> order of learning
         self.cache: dict[str, list[int]] = {}  # piece -> ids; most pieces of a corpus repeat
-
-    @classmethod
-    def from_folder(cls, folder: AnyPath) -> "BPE":
-        """Read vocab.json and merges.txt, or else tokenizer.json. DataError says what is wrong."""
-        return cls(folder)
 
     @staticmethod
     def pieces(text: str) -> list[str]:
@@ -376,15 +367,8 @@ class BPE:
         return [symbol for symbol in symbols if symbol]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of the ids, with special tokens by name and half a character as U+FFFD.
-
-        DataError for an id that is not in the vocabulary.
-        """
-        raw = bytearray()
-        for i in map(int, ids):
-            require(0 <= i < len(self.tokens),
-                    f"token id {i}: expected 0 to {len(self.tokens) - 1}")
-            raw += token_bytes(self.tokens[i])
+        """Return the text of the ids: special tokens by name, half a character as U+FFFD."""
+        raw = b"".join(token_bytes(self.tokens[i]) for i in ids)
         return raw.decode(errors="replace")
 
 
@@ -403,10 +387,8 @@ def join_ids(texts: Sequence[list[int]], max_len: int) -> list[int]:
 
     As in the tokenizers library's "longest_first", the shorter text is not cut while it fits into
     half of the room. Else each gets half, and an odd place goes to the longer one (b, if equal).
-    DataError if there is no room for text.
     """
     room = max_len - 2 * len(texts)
-    require(room > 0, f"max_len {max_len}: no room for text beside the special tokens; raise it")
     if len(texts) == 1:
         return [BOS, *texts[0][:room], EOS]
 
@@ -596,22 +578,16 @@ def write_submission(task: Task, split: str, predictions: Any, folder: AnyPath) 
     """Write GLUE's submission file, "index<TAB>prediction", atomically, and return its path.
 
     The predictions (N,) are in the order of the test file and in the units of Example.label: class
-    ids are written as their label words, y/top as y clipped to 0..top. DataError for others.
+    ids are written as their label words, y/top as y clipped to 0..top.
     """
     values = np.asarray(predictions)
-    valid = np.isin(values, range(task.num_labels)) if task.labels else np.isfinite(values)
-    require(values.ndim == 1 and valid.all(), f"{task.name}: predictions of shape {values.shape}, "
-            f"expected a vector of class ids or of finite values")
-
     if task.labels:
         cells = [task.labels[int(value)] for value in values]
     else:
         cells = [f"{value:.5f}" for value in np.clip(values * task.top, 0, task.top)]
 
     path = expanded(folder) / f"{task.submission(split)}.tsv"
-    with atomic_file(path) as file:
-        file.write(b"index\tprediction\n")
-        file.writelines(f"{i}\t{cell}\n".encode() for i, cell in enumerate(cells))
+    write_tsv(path, [("index", "prediction"), *enumerate(cells)])
     return path
 
 
@@ -669,22 +645,21 @@ def write_toy(data_dir: AnyPath, model_dir: AnyPath) -> BPE:
     rng = np.random.default_rng(0)
     texts = []
     for name, split, size in TOY_SIZES:
-        with atomic_file(Path(data_dir) / name / f"{split}.tsv") as file:
-            for _ in range(size):
-                phrases = 0 if name == "toy-pretrain" else int(rng.integers(*TOY_PHRASES))
-                text, subject, verb = toy_sentence(rng, phrases)
-                label = int(subject == verb) if phrases else 2 * subject + verb
-                file.write(f"toy\t{label}\t\t{text}\n".encode())
-                texts.append(text)
+        rows = []
+        for _ in range(size):
+            phrases = 0 if name == "toy-pretrain" else int(rng.integers(*TOY_PHRASES))
+            text, subject, verb = toy_sentence(rng, phrases)
+            label = int(subject == verb) if phrases else 2 * subject + verb
+            rows.append(("toy", label, "", text))
+            texts.append(text)
+        write_tsv(Path(data_dir) / name / f"{split}.tsv", rows)
 
-    vocab_path, merges_path = Path(model_dir) / "vocab.json", Path(model_dir) / "merges.txt"
-    train_bpe(texts, 200, vocab_path, merges_path)
-    return BPE(vocab_path, merges_path)
+    train_bpe(texts, 200, model_dir)
+    return BPE(model_dir)
 
 
-def train_bpe(texts: Iterable[str], n_merges: int, vocab_path: AnyPath,
-              merges_path: AnyPath) -> None:
-    """Learn merges (Sennrich et al. 2016, algorithm 1) and write both files in RoBERTa's layout.
+def train_bpe(texts: Iterable[str], n_merges: int, folder: AnyPath) -> None:
+    """Learn merges (Sennrich et al. 2016, algorithm 1) and write vocab.json and merges.txt.
 
     The vocabulary is: special tokens, bytes, merges, <mask>. Ties go by alphabet. This is for small
     corpora, since each merge counts all pairs again.
@@ -710,11 +685,9 @@ def train_bpe(texts: Iterable[str], n_merges: int, vocab_path: AnyPath,
         words = [(merge(symbols, best), n) for symbols, n in words]
 
     vocab["<mask>"] = len(vocab)
-    with atomic_file(vocab_path) as file:
-        file.write(json.dumps(vocab, ensure_ascii=False).encode())
-    with atomic_file(merges_path) as file:
-        file.write(b"#version: 0.2\n")
-        file.writelines(f"{left} {right}\n".encode() for left, right in merges)
+    write_file(Path(folder) / "vocab.json", json.dumps(vocab, ensure_ascii=False))
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+    write_file(Path(folder) / "merges.txt", "\n".join(lines) + "\n")
 
 
 def merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
@@ -730,12 +703,23 @@ def merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 # ---- files and their checks ----------------------------------------------------------------------
 
-CHECK_MODEL_DIR = "check --model-dir, a folder with a RoBERTa model"
+CHECK_MODEL_DIR = "check --model-dir, a folder with a RoBERTa model (none: download roberta-base)"
 
 
 def expanded(path: AnyPath) -> Path:
     """Return a path with ~ replaced by the home folder, which a shell does not do in --out=~/x."""
     return Path(path).expanduser()
+
+
+def write_file(path: AnyPath, content: str | bytes | memoryview) -> None:
+    """Write a file atomically, a text in UTF-8."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_tsv(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """Write rows of cells atomically."""
+    write_file(path, "".join("\t".join(map(str, row)) + "\n" for row in rows))
 
 
 def read_text(path: Path, remedy: str) -> str:
@@ -766,23 +750,11 @@ def read_json(path: Path, remedy: str = CHECK_MODEL_DIR) -> dict[str, Any]:
     return content
 
 
-def checksum(path: AnyPath) -> str:
-    """Return the CRC-32 of a file's bytes as 8 hex digits."""
-    return f"{zlib.crc32(Path(path).read_bytes()):08x}"
-
-
-def counted(cells: Sequence[str]) -> str:
-    """Say how many columns a row has, or what it has instead."""
-    if len(cells) > 1:
-        return f"{len(cells)} columns"
-    return "commas" if "," in cells[0] else "one column" if cells[0] else "a blank line"
-
-
 def check_header(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> None:
     """Raise DataError unless each wanted column is in the header exactly once."""
     for name in wanted:
         require(columns.count(name) == 1,
-                f"{path} line 1: {columns.count(name)} columns {name!r} in {counted(columns)}: "
+                f"{path} line 1: {columns.count(name)} columns {name!r} in {len(columns)}: "
                 f"{', '.join(columns):.200}; expected a header with {', '.join(wanted)}, with tabs "
                 f"between them")
 
@@ -800,41 +772,25 @@ ROBERTA_TOKENIZER = {  # what tokenizer.json must say; anything else would give 
 }
 
 
-def read_tokenizer(path: AnyPath, merges_path: AnyPath | None) -> Tokenizer:
-    """Read a model's folder, or the two files vocab.json and merges.txt.
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Read vocab.json and merges.txt of a folder, or else tokenizer.json.
 
     Raises DataError if files are missing, damaged, those of another kind of model, or of different
     tokenizers.
     """
-    try:
-        if merges_path is None:
-            return read_folder(expanded(path))
-        return read_vocab_and_merges(expanded(path), expanded(merges_path))
-    except (AttributeError, LookupError, TypeError) as e:
-        raise DataError(f"{path}: damaged ({e!r:.80}); {OTHER_FILES}") from None
-
-
-def read_folder(folder: Path) -> Tokenizer:
-    """Read vocab.json and merges.txt of a folder, or tokenizer.json, or all three if they agree."""
-    require(folder.is_dir(), f"{folder}: no such folder; {CHECK_MODEL_DIR}")
-    check_setting(folder / "config.json", "model_type", "roberta")
-    check_setting(folder / "tokenizer_config.json", "add_prefix_space", False)
-
     vocab, merges, whole = (folder / f for f in ("vocab.json", "merges.txt", "tokenizer.json"))
-    found = [read_vocab_and_merges(vocab, merges)] if vocab.exists() and merges.exists() else []
-    found += [read_tokenizer_json(whole)] if whole.exists() else []
-    require(found, f"{folder}: expected vocab.json and merges.txt, or tokenizer.json; "
-            f"{CHECK_MODEL_DIR}")
-    require(found[0] == found[-1], f"{whole}: is another tokenizer than vocab.json and merges.txt "
-            f"beside it; delete what is out of date")
-    return found[0]
-
-
-def check_setting(path: Path, key: str, expected: Any) -> None:
-    """Raise DataError if this JSON file exists and has another value for the key."""
-    value = read_json(path).get(key, expected) if path.exists() else expected
-    require(value == expected,
-            f"{path}: {key} is {value!r:.60}, expected {expected!r}; take a RoBERTa model")
+    settings = folder / "tokenizer_config.json"
+    require(not settings.exists() or not read_json(settings).get("add_prefix_space"),
+            f"{settings}: add_prefix_space is true, expected false; take a RoBERTa model")
+    try:
+        if vocab.exists() and merges.exists():
+            return read_vocab_and_merges(vocab, merges)
+        if whole.exists():
+            return read_tokenizer_json(whole)
+    except (AttributeError, LookupError, TypeError) as e:
+        raise DataError(f"{folder}: damaged ({e!r:.80}); {OTHER_FILES}") from None
+    raise DataError(f"{folder}: expected vocab.json and merges.txt, or tokenizer.json; "
+                    f"{CHECK_MODEL_DIR}")
 
 
 def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
@@ -913,8 +869,6 @@ def fetch(source: tuple[str, str, str], file: str, path: AnyPath) -> None:
             time.sleep(wait)
         except ValueError as e:  # the address is not one
             raise DataError(f"{url}: {e}; fix {variable}") from None
-        except OSError as e:
-            raise DataError(f"{path}: {e.strerror}; free some space or set DORA_CACHE") from None
 
 
 def fetch_once(url: str, path: AnyPath) -> None:
@@ -935,28 +889,25 @@ def cache_folder() -> Path:
     return expanded(os.environ.get("DORA_CACHE") or "~/.cache/dora-glue")
 
 
-def download_model(repo: str = "FacebookAI/roberta-base", cache: AnyPath | None = None) -> Path:
+def download_model(repo: str = "FacebookAI/roberta-base") -> Path:
     """Return the model's folder in the cache, after fetching missing files from $HF_ENDPOINT.
 
     Raises DataError if they are not available.
     """
-    require(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repo, re.ASCII),
-            f"model {repo!r}: expected OWNER/NAME as on huggingface.co")
-
-    folder = expanded(cache or cache_folder()) / "models" / repo.replace("/", "--")
+    folder = cache_folder() / "models" / repo.replace("/", "--")
     for name in ("config.json", "vocab.json", "merges.txt", "model.safetensors"):
         if not (folder / name).exists():
             fetch(HUB, f"{repo}/resolve/main/{name}", folder / name)
     return folder
 
 
-def download_task(name: str, cache: AnyPath | None = None) -> Path:
+def download_task(name: str) -> Path:
     """Return a data_dir that holds the task, after fetching missing files from $GLUE_ENDPOINT.
 
     Raises DataError if they are not available.
     """
     task = find_task(name)
-    folder = expanded(cache or cache_folder()) / "glue" / task.folder
+    folder = cache_folder() / "glue" / task.folder
     require(task.source, f"{name}: nowhere to download it from; use --data-dir with "
             f"{task.folder}/ in it")
     if all((folder / file).exists() for file in task.files.values()):
@@ -978,8 +929,7 @@ def download_zip(source: str, folder: Path, files: Iterable[str]) -> None:
     try:
         with zipfile.ZipFile(archive) as members:
             for name in files:
-                with atomic_file(folder / name) as file:
-                    file.write(members.read(f"{folder.name}/{name}"))
+                write_file(folder / name, members.read(f"{folder.name}/{name}"))
     except Exception as e:  # zipfile has no common error for damage
         raise DataError(f"{source}: {e!s:.200}; not the expected zip, try again later or use your "
                         f"own files with --data-dir") from None
@@ -1009,6 +959,4 @@ def download_mrpc(folder: Path) -> None:
     }
     for split, rows in splits.items():
         first = "index" if split == "test" else header[0]
-        rows = [[first, *header[1:]], *rows]
-        with atomic_file(folder / f"{split}.tsv") as file:
-            file.write("".join("\t".join(row) + "\n" for row in rows).encode())
+        write_tsv(folder / f"{split}.tsv", [[first, *header[1:]], *rows])

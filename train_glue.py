@@ -27,9 +27,8 @@ import textwrap
 import threading
 import time
 import traceback
-import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +43,8 @@ from tqdm import tqdm
 import data
 from data import TASKS, DataError, Example, Task
 from dora import (METHODS, PEFT_NAMES, DoRAConfig, DoRAError, DoRALinear, NotFiniteError, Pruner,
-                  atomic_file, budget, choices, compact_, did_you_mean, inject, load_adapter, mark,
-                  rank_map, read_file, read_safetensors, require, save_adapter, write_safetensors)
+                  budget, choices, compact_, did_you_mean, inject, load_adapter, mark, rank_map,
+                  read_file, read_safetensors, require, save_adapter, write_safetensors)
 
 
 class Interrupted(Exception):
@@ -327,19 +326,13 @@ def compute_logits(model: nn.Module, examples: list[Example]) -> Tensor:
     model.eval()
     batches = data.batches(examples, 64, None, 0, rank=rank, world=world)
     for batch in watched(batches, len(examples), device):
-        if len(batch.rows):
+        if len(batch.rows):  # else this process has no example
             rows.append(batch.rows)
             batch = batch.to(device)
             logits.append(model(batch.ids, batch.mask))  # (B, classes)
 
-    classes = torch.tensor(logits[0].shape[1] if logits else 0, device=device)
-    classes = reduced(classes, "MAX")  # a process may have no example
-    found = torch.zeros(len(examples), int(classes), dtype=torch.float64)  # mps has no float64
-    if logits:
-        found[torch.cat(rows)] = torch.cat(logits).cpu().double()
-    if world > 1:  # each row was filled by one process
-        found = reduced(found.to(device)).cpu()
-    return found
+    found = torch.cat(gathered([part.cpu().double() for part in logits]))  # (N, classes)
+    return found[torch.cat(gathered(rows)).argsort()]
 
 
 def choose(logits: Tensor) -> np.ndarray:
@@ -370,16 +363,14 @@ def evaluate(model: nn.Module, examples: list[Example], task: Task) -> dict[str,
 
 def evaluate_dev(model: nn.Module, sets: dict[str, list[Example]], task: Task) -> dict[str, float]:
     """Return the metrics and the spread on dev. If there are several dev files, as for MNLI, each
-    number is the mean over the files, followed by that of each: accuracy, accuracy_m, accuracy_mm.
-    """
+    number is the mean over the files, followed by that of each, such as accuracy_dev_mm."""
     scores = {split: evaluate(model, examples, task) for split, examples in sets.items()}
     means = {name: statistics.mean(row[name] for row in scores.values())
              for name in (*task.metrics, "spread")}
     if len(scores) == 1:
         return means
 
-    names = {"dev": "m", "dev_mm": "mm"} if scores.keys() == {"dev", "dev_mm"} else {}
-    each = {f"{metric}_{names.get(split, split)}": value
+    each = {f"{metric}_{split}": value
             for split, row in scores.items() for metric, value in row.items()}
     return {**means, **each}
 
@@ -392,13 +383,9 @@ def evaluate_dev(model: nn.Module, sets: dict[str, list[Example]], task: Task) -
 # ---- RoBERTa's weights ---------------------------------------------------------------------------
 
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
 BARE = ("embeddings.", "encoder.", "pooler.")  # names in a saved encoder, without "roberta."
+UNUSED = ("pooler.dense.weight", "pooler.dense.bias", "position_ids")  # its parts not needed here
 ITS_HEAD = "its own head"
-HUB_LABELS = {  # the words of the Hub's data sets, which checkpoints from there have for 0 and 1
-    "cola": ("unacceptable", "acceptable"), "sst2": ("negative", "positive"),
-    "mrpc": ("not_equivalent", "equivalent"), "qqp": ("not_duplicate", "duplicate"),
-    "wnli": ("not_entailment", "entailment")}
 
 
 def load_roberta(folder: str | Path, num_labels: int,
@@ -410,15 +397,14 @@ def load_roberta(folder: str | Path, num_labels: int,
     that is missing, unknown or of another shape.
     """
     folder = data.expanded(folder)
-    config = read_config(folder / "config.json")
-    files = [folder / name for name in WEIGHTS if (folder / name).exists()]
-    require(files, f"{folder}: no model.safetensors or pytorch_model.bin; point --model-dir at a "
-            f"model's folder, or leave it out to download roberta-base")
+    config, path = read_config(folder / "config.json"), folder / "model.safetensors"
+    require(path.exists(), f"{folder}: no model.safetensors; name a folder that save_pretrained "
+            f"wrote, or leave --model-dir out to download roberta-base")
     with torch.device("meta"):  # shapes only: no memory, no random numbers
         model = RobertaForSequenceClassification(config, num_labels)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    weights = read_weights(files[0])
-    state = match_weights(weights, shapes, files[0])
+    weights = read_safetensors(path)
+    state = match_weights(weights, shapes, path)
 
     order: list[int] | None = None  # rows of the file's head; None = it has none for this task
     if state.keys() == shapes.keys():
@@ -427,14 +413,12 @@ def load_roberta(folder: str | Path, num_labels: int,
         state = {key: tensor for key, tensor in state.items() if key.startswith("roberta.")}
         model.classifier.to_empty(device="cpu")
         model.reset(model.classifier)
+        if any(key.startswith("classifier.") for key in weights):
+            model.head += " (the file's is for other labels)"
     else:
+        model.head = ITS_HEAD
         for key in ("classifier.out_proj.weight", "classifier.out_proj.bias"):
             state[key] = state[key][order]
-
-    if order is not None:
-        model.head = ITS_HEAD
-    elif any(key.startswith("classifier.") for key in weights):
-        model.head += " (the file's is for other labels)"
     model.load_state_dict(state, strict=False, assign=True)  # the mapped file is the weights
     return model
 
@@ -445,14 +429,14 @@ def match_weights(weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]
     fits of the head. shapes[name] is the shape in our model, such as (D, D). Raises DoRAError."""
     state: dict[str, Tensor] = {}
     for key, tensor in weights.items():
-        name, shape = model_name(key), tuple(tensor.shape)
+        name, shape = f"roberta.{key}" if key.startswith(BARE) else key, tuple(tensor.shape)
         fits = shapes.get(name) == shape and tensor.is_floating_point()
-        require(fits or not name.startswith("roberta."),  # heads of other tasks are left out
-                f"{path}: {key!r:.120} is {shape} of {tensor.dtype}, expected "
-                f"{shapes.get(name, 'no such weight')} of floating-point numbers from the "
-                f"config.json beside it; take both files from one RoBERTa model")
         if fits:
             state[name] = tensor.float()
+        elif name.startswith("roberta.") and not name.endswith(UNUSED):  # other heads are left out
+            raise DoRAError(f"{path}: {key!r:.120} is {shape} of {tensor.dtype}, expected "
+                            f"{shapes.get(name, 'no such weight')} of floating-point numbers from "
+                            f"the config.json beside it; take both files from one RoBERTa model")
 
     missing = [name for name in shapes if name.startswith("roberta.") and name not in state]
     require(not missing, f"{path}: {len(missing)} of {len(shapes)} weights are missing, such as "
@@ -460,39 +444,12 @@ def match_weights(weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]
     return state
 
 
-def model_name(key: str) -> str:
-    """Return a weight's name in our model; "" for one that is not needed here.
-
-    A saved encoder has no "roberta." before its names: encoder.layer.0 ... -> roberta.encoder ...
-    """
-    if key.startswith(BARE):
-        key = f"roberta.{key}"
-    unused = key.startswith("roberta.pooler.") or key.endswith("position_ids")
-    return "" if unused or not key.startswith(("roberta.", "classifier.")) else key
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of any shape in a file."""
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-
-    try:  # weights_only runs no code from the file
-        weights = torch.load(path, map_location="cpu", weights_only=True,
-                             mmap=zipfile.is_zipfile(path))
-        require(all(isinstance(w, Tensor) for w in weights.values()), "not a table of tensors")
-        return weights
-    except Exception as error:  # a damaged pickle raises nearly anything
-        reason = str(error).split("\n")[0]
-        raise DoRAError(f"{path}: not a plain state dict ({reason:.100}); download it again, or "
-                        f"use the model's model.safetensors") from None
-
-
 def read_config(path: Path) -> RobertaConfig:
     """Return the sizes in a model's config.json. Raises DoRAError for a model that is not RoBERTa
-    and for a field that is missing or out of range."""
+    and for a size that is missing."""
     values = data.read_json(path)
-    require(not is_run(values), f"{path} is a run's, not a model's; to score the run, use "
-            f"--eval-only --adapter {path.parent}")
+    require(not settings_of_run(path.parent), f"{path} is a run's, not a model's; to score the "
+            f"run, use --eval-only --adapter {path.parent}")
     fixed = {"model_type": "roberta", "is_decoder": False, "add_cross_attention": False,
              "hidden_act": "gelu", "position_embedding_type": "absolute", "pad_token_id": data.PAD}
     for key, value in fixed.items():
@@ -500,12 +457,9 @@ def read_config(path: Path) -> RobertaConfig:
                 f"expected {value!r}; take a RoBERTa encoder")
 
     sizes: dict[str, Any] = {f.name: values.get(f.name) for f in dataclasses.fields(RobertaConfig)}
-    for f in dataclasses.fields(RobertaConfig):
-        size = sizes[f.name]
-        known = type(size) in ([int] if type(f.default) is int else [int, float])
-        require(known and size >= (type(f.default) is int) or size is f.default is None,
-                f"{path}: {f.name} is {size!r:.60}, expected a number as roberta-base's "
-                f"{f.default}; take the model's own config.json")
+    for name, size in sizes.items():
+        require(size is not None or name == "classifier_dropout",
+                f"{path}: {name} is missing; take the model's own config.json")
     config = RobertaConfig(**sizes)
     require(config.hidden_size % config.num_attention_heads == 0, f"{path}: hidden_size "
             f"{config.hidden_size} is not divisible by {config.num_attention_heads} heads")
@@ -520,24 +474,19 @@ def head_order(path: Path, task: Task) -> list[int] | None:
     taken to be in the task's order.
     """
     values = data.read_json(path)
-    if plain(str(values.get("finetuning_task") or task.name)) != plain(task.name):
+    if data.plain(str(values.get("finetuning_task") or task.name)) != data.plain(task.name):
         return None
     if not task.labels:  # only save_model says in which unit a regression's output is
         return [0] if values.get("label_top") == task.top else None
 
     unnamed = [f"LABEL_{i}" for i in range(len(task.labels))]
     names = values.get("id2label") or {str(i): name for i, name in enumerate(unnamed)}
-    words = [plain(str(names.get(str(i)))) for i in range(len(names))]
-    for labels in (task.labels, HUB_LABELS.get(task.name, ()), unnamed):
-        known = [plain(label) for label in labels]
+    words = [data.plain(str(names.get(str(i)))) for i in range(len(names))]
+    for labels in (task.labels, task.words, unnamed):
+        known = [data.plain(label) for label in labels]
         if sorted(words) == sorted(known) and (labels is not unnamed or words == known):
             return [words.index(label) for label in known]
     return None
-
-
-def plain(name: str) -> str:
-    """Return a name without what checkpoints write differently: STS-B -> stsb."""
-    return re.sub(r"(?<=[^\W_])[\s_-]+(?=[^\W_])", "", name.strip().lower())
 
 
 def save_model(model: RobertaForSequenceClassification, folder: str | Path,
@@ -602,7 +551,7 @@ class TrainConfig(DoRAConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, table in (("task", trainable_tasks()), ("method", METHOD_ROWS)):
-            value = known_name(getattr(self, name), table)
+            value = data.known_name(getattr(self, name), table)
             require(value in table, f"{name} = {value}: choose one of {', '.join(table)}"
                     f"{did_you_mean(value, table)}")
             object.__setattr__(self, name, value)
@@ -649,7 +598,7 @@ def make_config(task: str = "toy", method: str = "dora", **flags: Any) -> TrainC
 
     Raises DoRAError for a flag that would have no effect.
     """
-    task, method = known_name(task, TASKS), known_name(method, METHOD_ROWS)
+    task, method = data.known_name(task, TASKS), data.known_name(method, METHOD_ROWS)
     row = dict(zip(COLUMNS_8, TABLE_8.get(task, ())))
     if task != "toy":  # whose rate was tried
         row["lr"] = row.get("lr", TrainConfig.lr) * LR_FACTOR.get(method, 1.0)
@@ -664,15 +613,9 @@ def make_config(task: str = "toy", method: str = "dora", **flags: Any) -> TrainC
     return config
 
 
-def known_name(word: str, names: Iterable[str]) -> str:
-    """Return the name that a word spells in another way: MRPC, sst-2, Lora; or the word itself."""
-    return next((name for name in names if plain(name) == plain(word)), word)
-
-
 def with_tuples(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings from JSON or a command line with tuples in place of lists: ["query,value"]
-    and ["query", "value"] are the same targets."""
-    return {name: tuple(",".join(value).split(",")) if isinstance(value, list) else value
+    """Return settings from JSON or a command line with tuples in place of lists."""
+    return {name: tuple(value) if isinstance(value, list) else value
             for name, value in settings.items()}
 
 
@@ -687,8 +630,7 @@ def unused_settings(config: TrainConfig) -> dict[str, str]:
             ("penalty", "eta"), ("schedule", "initial_phase final_phase interval beta1 beta2 "
                                              "budget_unit penalty eta")):
         if getattr(config, name) is None:
-            reason = method if METHODS[config.method].get(name, 0) is None else f"{name} = none"
-            unused.update(dict.fromkeys(needs_it.split(), reason))
+            unused.update(dict.fromkeys(needs_it.split(), f"{name} = none"))
     return unused
 
 
@@ -762,10 +704,8 @@ def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification
     """
     task, device = data.find_task(config.task), find_device(config.device)
     model_dir = Path(config.model_dir) if config.model_dir else data.download_model()
-    require(model_dir.is_dir(), f"model_dir = {model_dir}: no such folder; name one with tokenizer "
-            f"and weights, or leave --model-dir out to download roberta-base")
     sizes = read_config(model_dir / "config.json")  # first: a BERT folder is refused as BERT
-    bpe = data.BPE.from_folder(model_dir)
+    bpe = data.BPE(model_dir)
     positions = sizes.max_position_embeddings - sizes.pad_token_id - 1
     require(config.max_len <= positions, f"max_len = {config.max_len}: {model_dir} has {positions} "
             f"positions; lower --max-len")
@@ -797,10 +737,8 @@ def find_data(config: TrainConfig, name: str) -> Path:
 
 
 def load_dev(task: Task, load: Loader) -> dict[str, list[Example]]:
-    """Return the examples of each dev file. Raises DoRAError if the task has none."""
-    splits = [split for split in task.files if split.startswith("dev")]
-    require(splits, f"task {task.name} has no dev file; add one to its row of TASKS")
-    return {split: load(split) for split in splits}
+    """Return the examples of each dev file."""
+    return {split: load(split) for split in task.files if split.startswith("dev")}
 
 
 def find_device(name: str) -> torch.device:
@@ -862,16 +800,15 @@ def live_parameters(pruner: Pruner) -> int:
                for n, layer in zip(live_components(pruner), pruner.layers.values()))
 
 
-def identify(config: TrainConfig, model: RobertaForSequenceClassification,
-             examples: int) -> dict[str, Any]:
+def identify(config: TrainConfig, model: RobertaForSequenceClassification) -> dict[str, Any]:
     """Return what a resumed run must have in common with the one that it continues."""
     task = TASKS[config.task]
     folder = find_data(config, task.name) / task.folder
     files = [file for split, file in task.files.items() if split.startswith(("train", "dev"))]
+    marks = {file: f"{zlib.crc32((folder / file).read_bytes()):08x}" for file in files}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in Run.FREE}
     return json.loads(json.dumps({
-        **settings, "model weights, config.json and tokenizer": model.origin,
-        "train examples": examples, **{file: data.checksum(folder / file) for file in files}}))
+        **settings, "model weights, config.json and tokenizer": model.origin, **marks}))
 
 
 # ---- what a run says about itself ----------------------------------------------------------------
@@ -916,16 +853,11 @@ def sum_in_words(counts: dict[str, int]) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """Return a device and what it is, such as cpu (2 threads) or cuda:0 (NVIDIA H100)."""
-    more = ""
-    if device.type == "cpu":
-        onednn = ", oneDNN" * (ONEDNN.matmul.fp32_precision == "bf16")
-        threads = torch.get_num_threads()
-        more = f" ({threads} thread{'s' * (threads > 1)}{onednn})"
-    elif device.type == "cuda":
-        tf32 = ", products in TF32" * torch.backends.cuda.matmul.allow_tf32
-        more = f" ({torch.cuda.get_device_name(device)}{tf32})"
-    return f"{device}{more}"
+    """Return a device and what it is, such as cpu (threads: 2) or cuda:0 (NVIDIA H100)."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    onednn = ", oneDNN" * (ONEDNN.matmul.fp32_precision == "bf16")
+    return f"{device} (threads: {torch.get_num_threads()}{onednn})"
 
 
 def in_words(scores: dict[str, float]) -> str:
@@ -964,22 +896,6 @@ logits = model(**inputs).logits
 print({answer})
 ```
 
-Or with the files of this project, which have to be on Python's path:
-
-```python
-import torch
-import data
-from dora import load_adapter
-from train_glue import load_roberta
-
-base = {base_here}
-model = load_roberta(base, num_labels={num_labels}).eval()
-load_adapter(model, ".")
-ids = torch.tensor([data.encode_row(data.BPE(base), [{texts}], {max_len})])
-logits = model(ids, torch.ones_like(ids, dtype=torch.bool))  # mask: False where ids are padding
-print({answer})
-```
-
 Its score on dev again: `python train_glue.py --eval-only --adapter RUN`
 """
 
@@ -995,7 +911,6 @@ def model_card(run: Run) -> str:
         scores=f"{metrics} after step {scores['step']}",
         live=f"{sum(ranks)} in {len(ranks)} matrices, {min(ranks)} to {max(ranks)} each",
         seed=config.seed, max_len=config.max_len, num_labels=task.num_labels,
-        base_here=json.dumps(run.base) if config.model_dir else "data.download_model()",
         texts=", ".join(json.dumps(f"a {name}") for name in task.texts),
         answer=f"{labels}[logits.argmax()]" if labels else f"{task.top:g} * logits.item()")
 
@@ -1019,16 +934,14 @@ class Run:
     Only the first process writes. All files except log.txt and *.jsonl are written atomically.
     """
 
-    STATE = ("step", "records", "best")  # what a checkpoint holds, beside tensors
     # settings that may change when a run is resumed
     FREE = ("out", "resume", "overwrite", "device", "save_every", "data_dir", "model_dir",
             "compile")
     FILES = ("config.json", "run.json", "log.txt", "metrics.jsonl", "ranks.jsonl", "ranks.json",
              "result.json", "run.png", "compare.png", "checkpoints/step-*.pt",
-             "checkpoints/not-finite.pt", "checkpoints/.*.part", "adapter/README.md",
-             "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
-             "model/config.json", "model/model.safetensors", "model/vocab.json",
-             "model/merges.txt", "model/tokenizer.json", "submission/*.tsv")
+             "checkpoints/.*.part", "adapter/README.md", "adapter/adapter_config.json",
+             "adapter/adapter_model.safetensors", "model/config.json", "model/model.safetensors",
+             "model/vocab.json", "model/merges.txt", "model/tokenizer.json", "submission/*.tsv")
 
     def __init__(self, config: TrainConfig):
         self.config, self.folder, self.started = config, run_folder(config), time.monotonic()
@@ -1038,7 +951,6 @@ class Run:
         self.step = 0  # optimizer steps done
         self.records: list[dict[str, Any]] = []  # the metrics after each epoch
         self.best: dict[str, Any] | None = None  # the best of them since the last pruning
-        self.earlier = 0.0  # seconds of the calls that this one continues
 
     # ---- it begins and ends
 
@@ -1058,7 +970,7 @@ class Run:
         self.examples = {"train": len(train_set), "dev": sum(map(len, dev_sets.values()))}
         self.counts = parameter_counts(model, pruner.layers)
         self.per_epoch, self.total = run_length(self.config, len(train_set))
-        self.identity = identify(self.config, model, len(train_set))
+        self.identity = identify(self.config, model)
 
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -1085,12 +997,6 @@ class Run:
                 self.save()
                 error.args = (f"stopped at step {self.step} of {self.total}, saved in "
                               f"{self.folder}", error.args[1])
-            if isinstance(error, NotFiniteError):
-                self.save("not-finite")  # for inspection; --resume ignores it
-                lr = self.optimizer.param_groups[0]["lr"]
-                error.args = (f"{error} (--lr), which was {lr:.3g}; the state is in {self.folder}/"
-                              f"checkpoints/not-finite.pt, beside good checkpoints if there are "
-                              f"any",)
             if isinstance(error, Exception):
                 self.note(str(error.args[0] if error.args else error))
             self.note_seconds()
@@ -1101,22 +1007,18 @@ class Run:
         Raises DoRAError for a folder that is neither empty nor a run's, and for one with a run that
         is neither resumed nor overwritten.
         """
-        config, folder, saved = self.config, self.folder, checkpoints_in(self.folder)
+        folder, saved = self.folder, checkpoints_in(self.folder)
         if self.writes:
             refuse_foreign(folder, settings_of_run(folder))
-        if config.overwrite:
-            require(Path(config.model_dir or "/").resolve() != (folder / "model").resolve(),
-                    f"--overwrite would delete {config.model_dir}, from which this run starts; use "
-                    f"another --out")
+        if self.config.overwrite:
             for file in (f for name in self.FILES for f in folder.glob(name) if self.writes):
                 file.unlink()
             return []
 
-        done = any((folder / name).exists() for name in (
-            "result.json", "adapter/adapter_config.json", "model/config.json"))
+        finished = (folder / "result.json").exists()
         resume = "continue it with --resume, " * bool(saved)
-        require(saved and config.resume or not (saved or done), f"{folder} already contains a run; "
-                f"{resume}replace it with --overwrite, or use another --out")
+        require(saved and self.config.resume or not (saved or finished), f"{folder} already "
+                f"contains a run; {resume}replace it with --overwrite, or use another --out")
         return saved
 
     def finish(self) -> dict[str, Any]:
@@ -1141,7 +1043,7 @@ class Run:
         """Write config.json and run.json, and remove the lines of steps and evaluations that will
         be repeated from metrics.jsonl and ranks.jsonl."""
         if self.step:
-            self.earlier = data.read_json(self.folder / "run.json")["seconds"]
+            self.started -= data.read_json(self.folder / "run.json")["seconds"]
         self.note_seconds()
         self.mask, self.live = self.pruner.mask, live_components(self.pruner)  # as last logged
         if self.writes:
@@ -1151,9 +1053,8 @@ class Run:
                 part.unlink()
             for path in (self.folder / "metrics.jsonl", self.folder / "ranks.jsonl"):
                 lines = path.read_text().splitlines() if path.exists() and self.step else []
-                with atomic_file(path) as file:
-                    file.writelines(f"{line}\n".encode() for line in lines
-                                    if not self.repeats(line))
+                kept = [f"{line}\n" for line in lines if not self.repeats(line)]
+                data.write_file(path, "".join(kept))
         if not self.step and self.pruner.layers:
             costs = {name: layer.in_features + layer.out_features
                      for name, layer in self.pruner.layers.items()}
@@ -1169,8 +1070,7 @@ class Run:
     def append(self, name: str, line: str) -> None:
         """Add a line to a file in the folder."""
         if self.writes:
-            path = self.folder / name
-            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
     def note(self, text: str) -> None:
@@ -1185,7 +1085,7 @@ class Run:
     def note_seconds(self) -> float:
         """Write run.json: what speed and last digits depend on, and the seconds of all calls, which
         are returned."""
-        seconds = round(self.earlier + time.monotonic() - self.started, 3)
+        seconds = round(time.monotonic() - self.started, 3)
         if self.writes:
             write_json(self.folder / "run.json", {
                 "steps": self.total, "command": shlex.join(["python", *sys.argv]),
@@ -1213,8 +1113,9 @@ class Run:
                     "live": self.pruner.live, "parameters": live_parameters(self.pruner),
                     "budget": budget(step, self.total, self.config, self.pruner.per_rank)}
             if not math.isfinite(line["loss"] + line["grad_norm"]):
-                raise NotFiniteError(f"step {step}: loss {line['loss']:.4g}, gradient norm "
-                                     f"{line['grad_norm']:.4g}; lower the learning rate")
+                raise NotFiniteError(
+                    f"step {step}: loss {line['loss']:.4g}, gradient norm {line['grad_norm']:.4g}; "
+                    f"lower the learning rate (--lr), which was {lr:.3g}")
         if logging:
             live = f", live {self.pruner.live:,}" * bool(self.pruner.layers)
             self.bar.set_postfix_str(f"loss {line['loss']:.3g}{live}")
@@ -1247,32 +1148,30 @@ class Run:
             folder = self.folder / "adapter"
             save_adapter(self.model, folder, metadata=about(self.config, self.model), peft={
                 "task_type": "SEQ_CLS", "base_model_name_or_path": self.base})
-            with atomic_file(folder / "README.md") as file:
-                file.write(model_card(self).encode(errors="backslashreplace"))
+            data.write_file(folder / "README.md", model_card(self))
         elif self.writes:
             save_model(self.model, self.folder / "model", TASKS[self.config.task])
             for name in ("vocab.json", "merges.txt", "tokenizer.json"):
                 if (self.model_dir / name).exists():
-                    with atomic_file(self.folder / "model" / name) as file:
-                        file.write((self.model_dir / name).read_bytes())
+                    copy = self.folder / "model" / name
+                    data.write_file(copy, (self.model_dir / name).read_bytes())
 
     # ---- its checkpoints
 
-    def save(self, name: str = "") -> None:
-        """Write checkpoints/step-N.pt or NAME.pt: everything needed to resume. One process then
-        continues exactly; several processes redraw dropout."""
+    def save(self) -> None:
+        """Write checkpoints/step-N.pt: everything needed to resume. One process then continues
+        exactly; several processes redraw dropout."""
         if not self.writes:
             return
-        state = {"identity": self.identity,
-                 **{name: getattr(self, name) for name in self.STATE},
+        state = {"identity": self.identity, "step": self.step, "records": self.records,
+                 "best": self.best, "optimizer": self.optimizer.state_dict(),
                  "weights": {k: p for k, p in self.model.named_parameters() if p.requires_grad},
-                 "optimizer": self.optimizer.state_dict(),
                  "pruner": self.pruner.state_dict(), "products": ONEDNN.matmul.fp32_precision,
                  "rng": {kind: RANDOM[kind].get_rng_state() for kind in {"cpu", self.device.type}}}
         buffer = io.BytesIO()  # torch.save into a file would hide why a write failed
         torch.save(state, buffer)
-        with atomic_file(self.folder / f"checkpoints/{name or f'step-{self.step:08d}'}.pt") as file:
-            file.write(buffer.getbuffer())
+        path = self.folder / f"checkpoints/step-{self.step:08d}.pt"
+        data.write_file(path, buffer.getbuffer())
         for old in checkpoints_in(self.folder)[:-2]:
             old.unlink()
 
@@ -1281,7 +1180,7 @@ class Run:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             identity, rng = state["identity"], state["rng"]
-            values = {name: state[name] for name in self.STATE}
+            self.step, self.records, self.best = state["step"], state["records"], state["best"]
         except Exception:  # a damaged pickle raises nearly anything
             raise DoRAError(f"{path} is damaged, or of another version of train_glue.py; delete it "
                             f"to go back to the one before, or start again with --overwrite"
@@ -1302,7 +1201,6 @@ class Run:
         for kind in rng.keys() & {"cpu", self.device.type}:
             RANDOM[kind].set_rng_state(rng[kind])
         ONEDNN.matmul.fp32_precision = state["products"]  # other kernels change the last digits
-        vars(self).update(values)
 
 
 RANDOM: dict[str, Any] = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}  # get_rng_state()
@@ -1318,16 +1216,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoints/step-*.pt"))
 
 
-def is_run(values: dict[str, Any]) -> bool:
-    """Return whether a config.json with these values is a run's, and not a model's."""
-    return {"task", "method", "rank"} <= values.keys()
-
-
 def settings_of_run(folder: Path) -> dict[str, Any]:
     """Return the settings of the run in a folder; {} if there is none."""
     path = folder / "config.json"
     values = data.read_json(path) if path.exists() else {}
-    return values if is_run(values) else {}
+    return values if {"task", "method", "rank"} <= values.keys() else {}  # else a model's
 
 
 def refuse_foreign(folder: Path, is_ours: Any) -> None:
@@ -1339,8 +1232,7 @@ def refuse_foreign(folder: Path, is_ours: Any) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
-    with atomic_file(path) as file:
-        file.write(json.dumps(value, indent=2).encode() + b"\n")
+    data.write_file(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager
@@ -1403,15 +1295,14 @@ def watched(batches: Iterator[data.Batch], n: int, device: torch.device) -> Iter
 
 def say(text: str) -> None:
     """Print from the first process, without breaking the progress bar. A terminal or pipe that is
-    gone, or that lacks a character, stops no run."""
+    gone stops no run."""
     if process()[0]:
         return
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = "\n".join(textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False,
                                    break_on_hyphens=False, replace_whitespace=False)
                      if len(line) > 80 else line for line in text.split("\n"))
     try:
-        tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        tqdm.write(text)
     except OSError:  # what is buffered, and what follows, goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -1446,9 +1337,16 @@ def reduced(value: Tensor, operation: str = "SUM") -> Tensor:
     return value
 
 
+def gathered(items: list[Tensor]) -> list[Tensor]:
+    """Return the items of all processes, one process after another."""
+    everyone = [items] * process()[1]
+    if len(everyone) > 1:
+        torch.distributed.all_gather_object(everyone, items)
+    return [item for part in everyone for item in part]
+
+
 def wrap(model: nn.Module, config: TrainConfig) -> nn.Module:
-    """Return the model as the loop calls it: compiled if asked for, and shared between processes.
-    """
+    """Return the model as the loop calls it: compiled if asked for, shared between processes."""
     net: Any = model
     if config.compile:
         say("compiling the model; the next step and the next evaluation may take minutes")
@@ -1525,10 +1423,6 @@ def begin_toy(config: TrainConfig, root: Path) -> dict[str, DoRALinear]:
     require(process()[1] == 1 and not config.model_dir, "the toy runs in one process and makes its "
             "own model; for torchrun or --model-dir, choose a --task and --data-dir")
     refuse_foreign(root, (root / "untrained").exists())
-    require(config.resume or config.overwrite or not checkpoints_in(root / "pretrain"),
-            f"{root} already contains a run; continue it with --resume, replace it with "
-            f"--overwrite, or use another --out")
-
     bpe = data.write_toy(root, root / "untrained")
     torch.manual_seed(config.seed)
     tiny = RobertaConfig(vocab_size=len(bpe.vocab), hidden_size=64, num_hidden_layers=3,
@@ -1589,8 +1483,7 @@ def main(argv: list[str] | None = None) -> int:
         run_command(flags)
         return 0
     except Interrupted as error:
-        instead = " in place of --overwrite" * bool(flags.get("overwrite"))
-        say(f"{error.args[0]}; continue with the same command and --resume{instead}")
+        say(f"{error.args[0]}; continue with the same command and --resume")
         return 128 + error.args[1]
     except KeyboardInterrupt:
         say("interrupted outside of training; nothing to save")
@@ -1624,7 +1517,7 @@ def run_command(flags: dict[str, Any]) -> None:
     seeds, eval_only, adapter, split = (
         settings.pop(name) for name in ("seeds", "eval_only", "adapter", "predict"))
     if eval_only:
-        require(seeds == [1], "--seeds has no effect with --eval-only; leave it out")
+        require(adapter, "--eval-only: name what to score, --adapter RUN")
         evaluate_only(adapter, settings, split)
         return
 
@@ -1653,39 +1546,20 @@ def run_command(flags: dict[str, Any]) -> None:
             f"{statistics.mean(scores):.4f}, standard deviation {statistics.stdev(scores):.4f}")
 
 
-def saved_run(place: str | None, flags: dict[str, Any]) -> tuple[TrainConfig, Path | None]:
+def saved_run(place: str, flags: dict[str, Any]) -> tuple[TrainConfig, Path | None]:
     """Return (settings, adapter folder or None) of what --eval-only is to score: the settings of
     the run's config.json, where there is one, overridden by flags. Raises DoRAError."""
-    require(place or flags.get("model_dir"),
-            "--eval-only: name what to score, --adapter RUN or --model-dir FOLDER")
-    for name in flags:
-        require(name in EVALUATED, f"--{name.replace('_', '-')} has no effect with --eval-only; "
-                f"leave it out")
-    folder = find_saved(data.expanded(place or flags["model_dir"])).absolute()
+    given = data.expanded(place).absolute()
+    inside = [given / name for name in ("adapter", "model", "adapted/adapter", "adapted/model")]
+    folder = next((path for path in inside if path.is_dir()), given)  # "adapted" is the toy's
     require(folder.is_dir(), f"{folder}: no such folder; name that of a run, an adapter or a model")
+    require(not settings_of_run(folder), f"{folder} has no adapter yet, since a run saves it after "
+            f"its last pruning; continue the run with --resume")
     run, is_adapter = settings_of_run(folder.parent), (folder / "adapter_config.json").exists()
-    flags = {"out": str(folder.parent if run else folder), **flags}
+    settings = {**run, "out": str(folder.parent if run else folder), **flags}
     if not is_adapter:
-        require(not (place and "model_dir" in flags), f"--model-dir {flags.get('model_dir')}: "
-                f"{folder} holds a whole model; leave --model-dir out")
-        require(not settings_of_run(folder), f"{folder} has no adapter yet, since a run saves it "
-                f"after its last pruning; continue the run with --resume")
-        flags["model_dir"] = str(folder)
-    config = dataclasses.replace(TrainConfig(**with_tuples(run)), **flags) if run else (
-        make_config(**flags))
-    return config, folder if is_adapter else None
-
-
-EVALUATED = ("task", "method", "data_dir", "model_dir", "out", "max_len", "device", "dtype",
-             "compile", "deterministic")  # the settings that an evaluation depends on
-
-
-def find_saved(folder: Path) -> Path:
-    """Return the folder of an adapter or, after a run without one, of the whole model: for a run's
-    folder the one inside, for the toy's that of its adaptation task, else the folder itself."""
-    inside = [folder / name for name in ("adapter", "model", "adapted/adapter", "adapted/model")]
-    itself = [folder] * (folder / "adapter_config.json").exists()
-    return next((path for path in itself + inside if path.is_dir()), folder)
+        settings["model_dir"] = str(folder)
+    return TrainConfig(**with_tuples(settings)), folder if is_adapter else None
 
 
 def about(config: TrainConfig, model: RobertaForSequenceClassification) -> dict[str, str]:
@@ -1696,7 +1570,7 @@ def about(config: TrainConfig, model: RobertaForSequenceClassification) -> dict[
             "model": model.origin}
 
 
-def evaluate_only(place: str | None, flags: dict[str, Any], split: str | None) -> None:
+def evaluate_only(place: str, flags: dict[str, Any], split: str | None) -> None:
     """Score an adapter, or a whole model, on dev; write the submission files of a split. Raises
     DoRAError if neither was trained for the task."""
     config, adapter = saved_run(place, flags)
@@ -1716,20 +1590,14 @@ def evaluate_only(place: str | None, flags: dict[str, Any], split: str | None) -
         sets = load_dev(task, load)
         scores = evaluate_dev(model, sets, task)
         say(f"{task.name}, {sum(map(len, sets.values())):,} dev examples: {in_words(scores)}")
-        for name, part in submission_files(task, split):
+        files = [(task.name, name) for name in task.files if split and name.startswith(split)]
+        if files and task.name == "mnli":  # whose model does GLUE's diagnostic set, too
+            files.append(("ax", "test"))
+        for name, part in files:
             predictions = predict(model, load(part, name))
             if process()[0] == 0:
-                path = data.write_submission(TASKS[name], part, predictions,
-                                             run_folder(config) / "submission")
-                say(f"wrote {path}")
-
-
-def submission_files(task: Task, split: str | None) -> list[tuple[str, str]]:
-    """Return the (task, split) of each file that --predict writes. MNLI's model does AX, too."""
-    if not split:
-        return []
-    files = [(task.name, name) for name in task.files if name.startswith(split)]
-    return files + ([("ax", "test")] if task.name == "mnli" else [])
+                folder = run_folder(config) / "submission"
+                say(f"wrote {data.write_submission(TASKS[name], part, predictions, folder)}")
 
 
 PEFT_NAMES.update({  # also transformers' names and others, for did_you_mean
@@ -1766,16 +1634,16 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, allow_abbrev=False,
                     usage="%(prog)s [--task TASK] [--SETTING VALUE ...]",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-3, too, is a value and no flag
-    hints = get_type_hints(TrainConfig)
+    hints, rules = get_type_hints(TrainConfig), TrainConfig.RANGES
     for config, title in ((TrainConfig, "the run"), (DoRAConfig, "the method")):
         group = parser.add_argument_group(
             f"{title}, with the defaults of --task {chosen.task} --method {chosen.method}")
         for name, text in help_of(config).items():
+            rule = f"{rules[name]}; " if name in rules else ""
+            text += f" ({rule}default: {shown(getattr(chosen, name))})"
             if name != "seed":
                 group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
-                                   help=help_text(name, text, getattr(chosen, name)),
-                                   **flag_options(name, hints[name]))
+                                   help=text.replace("%", "%%"), **flag_options(name, hints[name]))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1],
                         help="one run per seed (default: 1)")
     parser.add_argument("--eval-only", action="store_true",
@@ -1793,16 +1661,13 @@ def flag_options(name: str, hint: Any) -> dict[str, Any]:
     tables = {"task": trainable_tasks(), "method": METHOD_ROWS}
     known = [shown(choice) for choice in tables.get(name, choices(name, hint))]
     kind = str if known else kind
-    return {"type": functools.partial(parse_value, kind, type(None) in more),
-            "metavar": f"{{{','.join(known)}}}" if known else kind.__name__.upper(),
-            "nargs": "+" if get_origin(hint) is tuple else None}
 
+    def parse(text: str) -> Any:
+        return None if type(None) in more and text.lower() == "none" else kind(text)
 
-def help_text(name: str, text: str, default: Any) -> str:
-    """Return a flag's help: the setting's comment, its range, its default."""
-    rule = TrainConfig.RANGES.get(name)
-    bound = f"{rule}; " if rule else ""
-    return f"{text} ({bound}default: {shown(default)})".replace("%", "%%")
+    parse.__name__ = kind.__name__  # for argparse's message
+    return {"type": parse, "nargs": "+" if get_origin(hint) is tuple else None,
+            "metavar": f"{{{','.join(known)}}}" if known else kind.__name__.upper()}
 
 
 def shown(value: Any) -> str:
@@ -1810,17 +1675,6 @@ def shown(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(value)
     return "none" if value is None else f"{value:g}" if type(value) is float else str(value)
-
-
-def parse_value(kind: type, optional: bool, text: str) -> Any:
-    """Return a flag's text as a setting's value, None for "none" if the setting can be None.
-    Raises argparse's error."""
-    if optional and text.lower() == "none":
-        return None
-    try:
-        return kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected {kind.__name__}") from None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """data.py: TSV files, byte-level BPE, batches, metrics, submissions, and the file itself."""
-import ast
 import json
 import math
-import os
 import random
 import re
 import sys
@@ -34,8 +32,7 @@ def roberta():
 def toy_folder(tmp_path_factory):
     """A small vocabulary: 4 + 256 + 4 merges + 1 tokens."""
     folder = tmp_path_factory.mktemp("toy")
-    data.train_bpe(["low low low lower newest newest"], 4, folder / "vocab.json",
-                   folder / "merges.txt")
+    data.train_bpe(["low low low lower newest newest"], 4, folder)
     return folder
 
 
@@ -118,31 +115,25 @@ def test_only_newline_ends_a_row(odd, tmp_path, toy):
     assert toy.decode(example.ids[1:-1]) == f"a{odd}b"
 
 
-STSB = "sentence1\tsentence2\tscore\na\tb\t"
 MALFORMED = [  # (task, file, line, parts of the message)
     ("rte", RTE + "2\tx\tentailment\n", 4, "3 columns", "expected 4"),
-    ("rte", RTE + "2\tx\ty\tz\tentailment\n", 4, "5 columns", "expected 4"),
-    ("rte", RTE + "\n2\tx\ty\tentailment\n", 4, "a blank line", "expected 4"),
-    ("rte", RTE.replace("\t", ","), 1, "commas", "tabs", "sentence1"),
-    ("cola", "gj04,1,,A cat.\n", 1, "commas", "tabs"),
+    ("rte", RTE + "\n2\tx\ty\tentailment\n", 4, "1 columns", "expected 4"),
+    ("rte", RTE.replace("\t", ","), 1, "tabs", "sentence1"),
+    ("cola", "gj04,1,,A cat.\n", 1, "1 columns", "tabs"),
     ("rte", RTE.replace("not_", "Not"), 3, "'Notentailment'", "'not_entailment'"),
-    ("rte", RTE.replace("not_entailment", "1 "), 3, "'1 '"),
     ("rte", RTE.replace("not_entailment", ""), 3, "''"),
-    ("mnli", "sentence1\tsentence2\tgold_label\na\tb\t-\n", 2, "'-'", "'neutral'"),
+    ("rte", RTE.replace("not_entailment", "x" * 9000), 3, "expected"),
     ("rte", "0\ta\tb\tentailment\n", 1, "0 columns 'sentence1'"),
     ("rte", "index\tsentence1\tsentence2\n0\ta\tb\n", 1, "0 columns 'label'"),
     ("rte", RTE.replace("index", "label"), 1, "2 columns 'label'"),
-    ("cola", "source\tlabel\tmark\tsentence\n", 1, "'label'"),
     ("rte", RTE.split("\n")[0] + "\n", None, "no rows"),
-    ("rte", "", None, "empty"), ("cola", "\ufeff", None, "empty"),
-    ("cola", "\r\n\n", None, "empty"),
+    ("rte", "", None, "empty"), ("cola", "\ufeff\r\n\n", None, "empty"),
     ("rte", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", None, "git lfs pull"),
     ("rte", RTE + "2\tx\0\ty\tentailment\n", 4, "0x00"),
     ("rte", (RTE + "2\tcaf\xe9\ty\tentailment\n").encode("latin-1"), 4, "0xe9", "UTF-8"),
     ("rte", RTE.encode("utf-16"), 1, "0xff", "UTF-8"),
-    *(("stsb", f"{STSB}{value}\n", 2, f"'{value}'", "0 to 5")
-      for value in ("good", "5.001", "-0.1", "nan", "inf")),
-    ("rte", RTE.replace("not_entailment", "x" * 9000), 3, "expected"),
+    *(("stsb", f"sentence1\tsentence2\tscore\na\tb\t{value}\n", 2, f"'{value}'", "0 to 5")
+      for value in ("good", "5.001", "-0.1", "nan")),
 ]
 
 
@@ -166,7 +157,6 @@ def test_a_test_file_whose_rows_are_not_in_their_places(index, tmp_path, toy):
     assert len(data.load_task("rte", tmp_path, "test", toy, 128)) == 2
 
 
-@needs_model
 def test_missing_files(tmp_path, toy):
     """No file, no such folder, no such split: the message names what there is, and the flag that
     helps alone."""
@@ -175,7 +165,6 @@ def test_missing_files(tmp_path, toy):
              lambda: data.load_task("rte", tmp_path, "train", toy, 128)),
             (("ax", "'train'", "test"), lambda: data.load_task("ax", tmp_path, "train", toy, 128)),
             ((str(tmp_path), "merges.txt", "tokenizer.json", "--model-dir"), lambda: BPE(tmp_path)),
-            (("merges.txt",), lambda: BPE(MODEL / "vocab.json", tmp_path / "merges.txt")),
             (("nowhere", "--model-dir"), lambda: BPE(tmp_path / "nowhere"))):
         message = refused(*says, use=use)
         assert not {"--data-dir", "--model-dir"} <= {*re.findall(r"--[\w-]+", message)}
@@ -194,7 +183,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, toy, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DORA_CACHE", "~/cache")
     put(tmp_path, RTE)
-    data.train_bpe([], 0, tmp_path / "model/vocab.json", tmp_path / "model/merges.txt")
+    data.train_bpe([], 0, tmp_path / "model")
     assert len(data.load_task("rte", "~", "train", toy, 128)) == 2
     assert len(BPE("~/model").vocab) == 261
     assert data.write_submission(TASKS["rte"], "test", [0], "~/new") == tmp_path / "new/RTE.tsv"
@@ -267,13 +256,11 @@ GOOD_ROW = dict(name="mine", folder="m", texts=("review",), label="stars", metri
 
 @pytest.mark.parametrize("changes, says", [
     (dict(metrics=("f1")), "metrics = 'f1'"), (dict(texts=("review")), "texts = 'review'"),
-    (dict(labels="01"), "labels = '01'"), (dict(columns="review"), "columns = 'review'"),
     (dict(labels=(0, 1)), "labels = (0, 1)"), (dict(labels=("bad", "bad")), "('bad', 'bad')"),
-    (dict(labels=("bad",)), "('bad',)"), (dict(texts=()), "texts = ()"),
-    (dict(texts=("a", "b", "c")), "('a', 'b', 'c')"),
+    (dict(labels=("bad",)), "('bad',)"), (dict(texts=("a", "b", "c")), "('a', 'b', 'c')"),
     (dict(columns=("review", "star")), "'stars'"),
     (dict(metrics=("matthews",), labels=("a", "b", "c")), "matthews"),
-    (dict(metrics=("f1",), labels=()), "f1"), (dict(labels=()), "('accuracy',)"),
+    (dict(labels=()), "('accuracy',)"),
     (dict(files={"train": "train.tsv", "valid": "v.tsv"}), "'dev'")])
 def test_a_task_checks_itself(changes, says):
     """A row that cannot work is refused when it is made, in one line that names it."""
@@ -326,9 +313,6 @@ def test_truncation_by_hand():
     assert data.join_ids([[7, 7], [8, 8]], 7) == [0, 7, 2, 2, 8, 8, 2]        # the odd place is b's
     assert data.join_ids([[7, 7, 7], [8, 8]], 7) == [0, 7, 7, 2, 2, 8, 2]     # or the longer text's
     assert data.join_ids([[], []], 5) == [0, 2, 2, 2]
-    for texts, max_len in (([[7]], 2), ([[7], [8]], 4), ([[7]], -1)):
-        with pytest.raises(DataError, match="no room for text"):
-            data.join_ids(texts, max_len)
 
 
 def test_every_character_is_of_its_class():
@@ -371,31 +355,20 @@ def naive_tokens(piece, merges):
 
 
 @needs_model
-def test_merges_in_the_order_of_the_file(roberta):
-    """Tokens of words, real and random, against all 50,000 merges applied one after the other."""
+def test_merges_in_the_order_of_the_file(roberta, monkeypatch):
+    """Tokens of words, real and random, against all 50,000 merges applied one after the other. A
+    word of 16,000 letters takes linear time: at most two pushes onto the heap per letter."""
     rng = random.Random(0)
-    words = [" running", "antidisestablishment", " naïve", "日本", "zzzzzzz", " aaaaa", "\n\n\n\n"]
-    words += ["".join(rng.choices("etaoins", k=rng.randint(2, 12))) for _ in range(8)]
+    words = ["Ġrunning", "antidisestablishment", "日本", "zzzzzzz", "\n\n\n\n"]
+    words += ["".join(rng.choices(letters, k=length)) for letters, length in (
+        ("etaoins", 5), ("etaoins", 12), ("abcdefghijklmnopqrstuvwxyz", 100), ("ab", 100))]
     for word in words:
-        (piece,) = BPE.pieces(word)
-        expected = naive_tokens(piece, roberta.ranks)
-        assert [roberta.tokens[i] for i in roberta.encode(word)] == expected
-
-
-@needs_model
-def test_a_long_word_takes_linear_time(roberta, monkeypatch):
-    """A word of 16,000 random letters is merged with at most two pushes onto the heap per letter;
-    and tokens of 100 letters, many of them alike, equal all merges applied one after the other."""
-    pushes = []
-    push = data.heapq.heappush
-    monkeypatch.setattr(data.heapq, "heappush", lambda *args: pushes.append(1) or push(*args))
-    rng = random.Random(0)
-    word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=16_000))
-    assert "".join(roberta.merged(word)) == word
-    assert 1000 < len(pushes) < 2 * len(word)
-    for letters in ("abcdefghijklmnopqrstuvwxyz", "ab", "a"):
-        word = "".join(rng.choices(letters, k=100))
         assert roberta.merged(word) == naive_tokens(word, roberta.ranks)
+
+    pushes, push = [], data.heapq.heappush
+    monkeypatch.setattr(data.heapq, "heappush", lambda *args: pushes.append(1) or push(*args))
+    word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=16_000))
+    assert "".join(roberta.merged(word)) == word and 1000 < len(pushes) < 2 * len(word)
 
 
 def test_encode_row_cuts_as_join_ids_does(toy):
@@ -408,20 +381,6 @@ def test_encode_row_cuts_as_join_ids_does(toy):
                 ids = [toy.encode(text) for text in texts]
                 assert data.encode_row(toy, texts, max_len) == data.join_ids(ids, max_len), (n, m)
             assert data.encode_row(toy, texts[:1], max_len) == data.join_ids(ids[:1], max_len)
-    with pytest.raises(DataError, match="no room for text"):
-        data.encode_row(toy, ["a", "b"], 4)
-
-
-@pytest.mark.parametrize("text", ["\ud83d", "low \udc00 low", "a\ude00\ud83d", "\udcff"])
-def test_a_lone_surrogate_is_refused(text, toy, tmp_path):
-    """Half of a character, which UTF-8 cannot write, is one DataError in ASCII, whether a text
-    is encoded or learned from."""
-    for use in (lambda: toy.encode(text),
-                lambda: data.train_bpe([text], 3, tmp_path / "v.json", tmp_path / "m.txt")):
-        with pytest.raises(DataError, match=r"'\\ud[0-9a-f]{3}' is a lone surrogate") as caught:
-            use()
-        assert str(caught.value).isascii()
-    assert os.listdir(tmp_path) == []
 
 
 @needs_model
@@ -438,12 +397,6 @@ def test_decode_of_half_a_character(toy):
     ids = toy.encode("é")
     assert len(ids) == 2 and toy.decode(ids) == "é" and toy.decode(ids[:1]) == "\ufffd"
     assert toy.decode([0, *toy.encode("low"), 2]) == "<s>low</s>"
-
-
-def test_decode_of_an_id_that_does_not_exist(toy):
-    """Ids below 0 and from the vocabulary's size on are refused, not taken from its end."""
-    for i in (-1, 265, 10**9):
-        refused(f"{i}", "264", use=lambda i=i: toy.decode([5, i]))
 
 
 def test_train_bpe_by_hand(toy_folder, toy):
@@ -465,30 +418,25 @@ def test_train_bpe_never_makes_a_token_twice(tmp_path):
     """Texts full of special tokens, and more merges asked for than there are: the files load, and
     the texts still hold no special id."""
     texts = ["<s><s><s> <mask><mask> <pad></s></s> abc abc ab bc"] * 5
-    data.train_bpe(texts, 10_000, tmp_path / "vocab.json", tmp_path / "merges.txt")
+    data.train_bpe(texts, 10_000, tmp_path)
     bpe = BPE(tmp_path)
     last = len(bpe.vocab) - 1
     assert bpe.vocab["<mask>"] == last
     assert not set(bpe.encode(texts[0])) & {0, 1, 2, 3, last}
-    data.train_bpe([], 5, tmp_path / "vocab.json", tmp_path / "merges.txt")
+    data.train_bpe([], 5, tmp_path)
     assert len(BPE(tmp_path).vocab) == 261
 
 
 DAMAGED = [  # (file, text of the good file -> text, part of the message)
     ("vocab.json", lambda s: s[:len(s) // 2], "not valid JSON"),
-    ("vocab.json", lambda s: "", "empty"),
     ("vocab.json", lambda s: "[1, 2]", "JSON object"),
     ("vocab.json", lambda s: s.replace(": 7,", ': "7",'), "damaged"),
     ("vocab.json", lambda s: s.replace(": 8,", ": 7,"), "once"),
-    ("vocab.json", lambda s: json.dumps({t: i for i, t in enumerate([*json.loads(s)][4:])}), "<s>"),
     ("vocab.json", lambda s: s.replace('"<pad>": 1, "</s>": 2', '"<pad>": 2, "</s>": 1'), "<pad>"),
     ("vocab.json", lambda s: s.replace('"lo"', '"ol"'), "l"),
-    ("vocab.json", lambda s: s.encode() + b"\xff", "UTF-8"),
-    ("merges.txt", lambda s: s.removesuffix("e s\n"), "'es'"),
     ("merges.txt", lambda s: s.removesuffix(" s\n"), "'es'"),
     ("merges.txt", lambda s: s + "q u\n", "'qu'"),
     ("merges.txt", lambda s: s.replace("l o\n", "l o\nl o w\n"), "'l', 'o', 'w'"),
-    ("merges.txt", lambda s: "", "empty"),
     ("merges.txt", lambda s: "#version: 0.2\n", "no merge"),
 ]
 
@@ -505,14 +453,13 @@ def test_damaged_vocab_and_merges(name, change, says, toy_folder, tmp_path):
     """Files that were cut short, damaged or taken from another model: one line names the file."""
     path = copied(toy_folder, tmp_path) / name
     text = change(path.read_text())
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    path.write_text(text)
     refused(str(tmp_path), says, use=lambda: BPE(tmp_path))
-    refused(str(tmp_path), says, use=lambda: BPE(tmp_path / "vocab.json", tmp_path / "merges.txt"))
 
 
 @pytest.mark.parametrize("name, change", [
     ("merges.txt", lambda s: s.replace("\n", "\r\n")), ("merges.txt", lambda s: s.rstrip("\n")),
-    ("merges.txt", lambda s: s + "\n\n"), ("merges.txt", lambda s: s.split("\n", 1)[1]),
+    ("merges.txt", lambda s: s + "\n"), ("merges.txt", lambda s: s.split("\n", 1)[1]),
     ("vocab.json", lambda s: "\ufeff" + s.replace('": ', '"  :\t'))])
 def test_good_variants_of_vocab_and_merges(name, change, toy_folder, tmp_path, toy):
     """CRLF, blank lines at the end or no final newline, no version line, spaces and a byte order
@@ -540,22 +487,14 @@ def tokenizer_json(toy_folder, as_text=False, **changes):
 
 @pytest.mark.parametrize("as_text", [False, True])
 def test_tokenizer_json(as_text, toy_folder, toy, tmp_path):
-    """tokenizer.json alone, or beside both older files, gives the same tokenizer as those two; one
-    that differs from them is refused."""
-    path = tmp_path / "tokenizer.json"
-    path.write_text(tokenizer_json(toy_folder, as_text))
+    """tokenizer.json alone gives the same tokenizer as the two older files."""
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json(toy_folder, as_text))
     assert BPE(tmp_path).vocab == toy.vocab and BPE(tmp_path).ranks == toy.ranks
-    copied(toy_folder, tmp_path)
-    assert BPE(tmp_path).ranks == toy.ranks
-    merges = json.loads(path.read_text())["model"]["merges"]
-    path.write_text(tokenizer_json(toy_folder, model__merges=merges[::-1]))
-    refused(str(path), "merges.txt", use=lambda: BPE(tmp_path))
 
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(model__type="WordPiece"), "'WordPiece'"), (dict(model=None), "model.type"),
+    (dict(model__type="WordPiece"), "'WordPiece'"),
     (dict(normalizer={"type": "Lowercase"}), "normalizer"),
-    (dict(pre_tokenizer={"type": "Sequence"}), "'Sequence'"),
     (dict(pre_tokenizer=None), "pre_tokenizer.type"),
     (dict(pre_tokenizer__add_prefix_space=True), "add_prefix_space"),
     (dict(added_tokens=[{"id": 265, "content": "[USER]"}]), "'[USER]'"),
@@ -567,15 +506,13 @@ def test_tokenizers_of_other_kinds(changes, says, toy_folder, tmp_path):
 
 
 @pytest.mark.parametrize("file, text, says", [
-    ("config.json", '{"model_type": "bert"}', "'bert'"),
     ("tokenizer_config.json", '{"add_prefix_space": true}', "add_prefix_space"),
-    ("added_tokens.json", '{"[USER]": 265}', "'[USER]'"), ("added_tokens.json", "{", "JSON"),
-    ("config.json", '{"model_type": "roberta"}', None), ("config.json", "{}", None),
+    ("added_tokens.json", '{"[USER]": 265}', "'[USER]'"),
     ("tokenizer_config.json", '{"add_prefix_space": false}', None),
     ("added_tokens.json", '{"<mask>": 264}', None)])
 def test_files_beside_the_tokenizer(file, text, says, toy_folder, toy, tmp_path):
-    """Another architecture, a space before each text and added tokens would give other ids than
-    ours, so they are refused; RoBERTa's own values are taken."""
+    """A space before each text and added tokens would give other ids than ours, so they are
+    refused; RoBERTa's own values are taken."""
     (copied(toy_folder, tmp_path) / file).write_text(text)
     if says:
         refused(str(tmp_path), says, use=lambda: BPE(tmp_path))
@@ -798,34 +735,12 @@ def test_submission(name, split, file, predictions, cells, tmp_path):
     assert path.read_bytes() == expected.encode()
 
 
-@pytest.mark.parametrize("name, predictions", [
-    ("cola", [0, 2]), ("cola", [-1]), ("cola", [0.5]), ("cola", [[0, 1]]), ("mnli", [3]),
-    ("stsb", [float("nan")]), ("stsb", [[0.1]])])
-def test_submission_refuses_nonsense(name, predictions, tmp_path):
-    """Class ids that do not exist, NaN and tables are refused, and no file is written."""
-    refused(name, "vector", use=lambda: data.write_submission(
-        TASKS[name], "test", predictions, tmp_path))
-    assert os.listdir(tmp_path) == []
-
-
-def test_checksum(tmp_path):
-    """The checksum of a file is CRC-32 (of "123456789", by its definition, cbf43926)."""
-    (tmp_path / "a").write_bytes(b"123456789")
-    assert data.checksum(tmp_path / "a") == "cbf43926" == data.checksum(str(tmp_path / "a"))
-
-
 # ---- The file itself ---------------------------------------------------------------------------
 
 def test_what_data_imports():
-    """Imports of data.py against the standard library, numpy, torch (no torch.nn) and tqdm; from
-    dora.py it takes one function that writes files, and so knows nothing of models."""
-    tree = ast.parse((ROOT / "data.py").read_text("utf-8"))
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
-             for alias in node.names}
-    froms = {(node.module, *(alias.name for alias in node.names)) for node in ast.walk(tree)
-             if isinstance(node, ast.ImportFrom)}
-    names |= {module for module, *_ in froms}
-    assert {n for n in names if n.split(".")[0] not in sys.stdlib_module_names} == {
-        "numpy", "torch", "tqdm", "dora"}
-    assert ("dora", "atomic_file") in froms
-    assert not re.search(r"torch\.nn|\bnn\.", (ROOT / "data.py").read_text("utf-8"))
+    """Modules that data.py imports against the standard library, numpy, torch, tqdm and dora, of
+    which it takes the function that writes files: it knows nothing of models."""
+    text = (ROOT / "data.py").read_text("utf-8")
+    names = set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE))
+    assert names - {*sys.stdlib_module_names} == {"numpy", "torch", "tqdm", "dora"}
+    assert "\nfrom dora import atomic_file\n" in text and not re.search(r"torch\.nn|\bnn\.", text)

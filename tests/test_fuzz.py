@@ -60,7 +60,7 @@ def use(folder, name):
             assert batch.labels.isfinite().all()
     elif name == "zip":
         try:
-            data.download_task("rte", folder)
+            data.download_task("rte")
         finally:
             assert {f.parent.name for f in folder.glob("glue/**/*") if f.is_file()} <= {"RTE"}
             for path in folder.glob("glue/**/*.tsv"):
@@ -96,6 +96,7 @@ def test_damaged_files(tmp_path, monkeypatch, name):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
     monkeypatch.setattr(data, "fetch", fake_fetch)
+    monkeypatch.setenv("DORA_CACHE", str(tmp_path))
     use(tmp_path, name)
     found = []
 

@@ -115,7 +115,7 @@ from tiny import files, tiny_model
 import data
 train_glue.connect()
 data_dir, model_dir = sys.argv[1:]
-bpe = data.BPE(model_dir + "/vocab.json", model_dir + "/merges.txt")
+bpe = data.BPE(model_dir)
 examples = data.load_task("toy", data_dir, "dev", bpe, 48)
 model = tiny_model(1).double()
 model.classifier.out_proj.bias.data.fill_(0.5)

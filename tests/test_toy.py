@@ -20,8 +20,8 @@ SHORT = ["--device", "cpu", "--max-steps", "8", "--interval", "2", "--batch-size
 @pytest.fixture
 def short(tmp_path, monkeypatch):
     """The toy with 40 sentences a file and ten merges, in an empty current folder."""
-    def few_merges(train_bpe, texts, n, *paths):
-        train_bpe(texts, 10, *paths)
+    def few_merges(train_bpe, texts, n, folder):
+        train_bpe(texts, 10, folder)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "TOY_SIZES", [(name, split, 40) for name, split, _ in data.TOY_SIZES])
     monkeypatch.setattr(data, "train_bpe", functools.partial(few_merges, data.train_bpe))

@@ -126,12 +126,11 @@ def test_what_a_run_says(finished, tmp_path, capsys):
     run(tmp_path / "out")
     said = capsys.readouterr().out.splitlines()
     assert said[0] == ("toy, dora, seed 1: 61 train and 40 dev examples, 24 steps, 8 per epoch")
-    n = torch.get_num_threads()
     text, log = " ".join(" ".join(said).split()), (tmp_path / "out" / "log.txt").read_text()
     parts = {name: returned[f"{name}_parameters"] for name in ("adapter", "gate", "head")}
     assert sum(parts.values()) == returned["trainable_parameters"] and parts["gate"] == 36
     for part in (f"model {files()[1].resolve()} with its own head, float32 on cpu (",
-                 f"({n} thread{'s' * (n > 1)}", "learning rate 0.003, 8 examples per step",
+                 f"(threads: {torch.get_num_threads()}", "learning rate 0.003, 8 examples per step",
                  f"trained parameters: {returned['trainable_parameters']:,} = adapter "
                  f"{parts['adapter']:,} + gates 36 + head {parts['head']:,}",
                  "from step 7 to 12, pruning reduces the adapter to at most 24 components",
@@ -152,22 +151,17 @@ def test_a_run_knows_its_surroundings(finished):
     assert 0 < returned["seconds"] <= found["seconds"] < 1000
 
 
-def test_the_adapters_card(finished, capsys, monkeypatch):
-    """adapter/README.md names base model, task, labels, score and how to load it; its front matter
-    is what Hugging Face reads, and its Python scores a text. (peers/test_peft.py runs the rest.)"""
+def test_the_adapters_card(finished):
+    """adapter/README.md names base model, task, labels and score; its front matter is what Hugging
+    Face reads. (peers/test_peft.py runs its Python.)"""
     folder, returned = finished
     text = (folder / "adapter" / "README.md").read_text()
     assert text.startswith(f'---\nbase_model: "{files()[1].resolve()}"\nlibrary_name: peft\n')
     best = returned["best"]
-    for part in ("# toy: ", "--method dora", "Labels: 0, 1.", "Seed 1.",
+    for part in ("# toy: ", "--method dora", "Labels: 0, 1.", "Seed 1.", '"a sentence"',
                  f"On dev: matthews {best['matthews']:.4f} after step {best['step']}.",
                  "Components: 24 in 12 matrices, "):
         assert part in text, part
-    names = {}
-    monkeypatch.chdir(folder / "adapter")
-    exec(text.split("```python\n")[2].split("```")[0], names)
-    assert capsys.readouterr().out in ("0\n", "1\n")  # the label of one text
-    assert evaluate(names["model"], dev(), data.TASKS["toy"])["matthews"] == best["matthews"]
 
 
 def test_result_of_a_run(finished):
@@ -217,8 +211,7 @@ def test_every_method_runs(tmp_path, method):
 
 def dev():
     data_dir, model_dir = files()
-    return data.load_task("toy", data_dir, "dev",
-                          data.BPE(model_dir / "vocab.json", model_dir / "merges.txt"), 48)
+    return data.load_task("toy", data_dir, "dev", data.BPE(model_dir), 48)
 
 
 def test_max_steps(tmp_path):
@@ -324,10 +317,10 @@ def test_the_mean_of_mnlis_two():
     first = [e._replace(label=i % 3) for i, e in enumerate(dev())]
     second = [e._replace(label=0) for e in dev()[:10]]
     scores = evaluate_dev(tiny_model(3), {"dev": first, "dev_mm": second}, task)
-    assert list(scores) == ["accuracy", "spread", "accuracy_m", "spread_m", "accuracy_mm",
-                            "spread_mm"]
-    assert scores["accuracy"] == statistics.mean([scores["accuracy_m"], scores["accuracy_mm"]])
-    assert scores["accuracy_mm"] == evaluate(tiny_model(3), second, task)["accuracy"]
+    assert list(scores) == ["accuracy", "spread", "accuracy_dev", "spread_dev", "accuracy_dev_mm",
+                            "spread_dev_mm"]
+    assert scores["accuracy"] == (scores["accuracy_dev"] + scores["accuracy_dev_mm"]) / 2
+    assert scores["accuracy_dev_mm"] == evaluate(tiny_model(3), second, task)["accuracy"]
 
 
 # ---- accumulation, compaction, number types -----------------------------------------------------

@@ -13,6 +13,7 @@ from small import close, refused
 from tiny import files, run, tiny_model
 from torch import nn
 
+import data
 import train_glue
 from dora import (
     DoRAConfig, DoRALinear, Pruner, compact_, inject, load_adapter, merge_, read_safetensors,
@@ -110,12 +111,12 @@ def test_pefts_auto_class_loads_a_run(tmp_path, monkeypatch):
     loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     assert loaded.peft_config["default"].base_model_name_or_path == str(base.resolve())
     close(logits(loaded), logits(model))
-    names, codes = {}, (folder / "README.md").read_text().split("```python\n")[1:]
+    names, (code,) = {}, (folder / "README.md").read_text().split("```python\n")[1:]
     monkeypatch.chdir(folder)
-    for code in codes:  # with PEFT, and here: the same logits of a text, to the end
-        exec(code.split("```")[0], names)
-        close(names["logits"], names.setdefault("first", names["logits"]))
-        assert names["logits"].dtype == torch.float32
+    exec(code.split("```")[0], names)  # scores the text "a sentence"
+    ids = torch.tensor([data.encode_row(data.BPE(base), ["a sentence"], 48)])
+    close(names["logits"], model(ids, torch.ones_like(ids, dtype=torch.bool)))
+    assert names["logits"].dtype == torch.float32
 
 
 def test_our_merged_model_loads_in_transformers(tiny, tmp_path):
