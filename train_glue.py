@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -829,7 +829,7 @@ def introduction(run: Run) -> str:
         rest = budget(run.total, run.total, config, pruner.per_rank)
         lines += [f"from step {first:,} to {pruner.last:,}, pruning reduces the adapter to at most "
                   f"{rest:,} {config.budget_unit}; a component is live if the last pruning kept it"]
-    return "\n".join([*lines, f"files in {run.folder}"])
+    return "\n".join(lines)
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -996,7 +996,7 @@ class Run:
             if isinstance(error, Interrupted):
                 self.save()
                 error.args = (f"stopped at step {self.step} of {self.total}, saved in "
-                              f"{self.folder}", error.args[1])
+                              f"{self.folder}", *error.args)
             if isinstance(error, Exception):
                 self.note(str(error.args[0] if error.args else error))
             self.note_seconds()
@@ -1281,7 +1281,7 @@ def stop_if_signalled(device: torch.device) -> None:
     if process()[1] > 1:
         number = int(reduced(torch.tensor(number, device=device), "MAX"))
     if number:
-        raise Interrupted(f"stopped by signal {number}", number)
+        raise Interrupted(number)
 
 
 def watched(batches: Iterator[data.Batch], n: int, device: torch.device) -> Iterator[data.Batch]:
@@ -1477,7 +1477,14 @@ def places_in_words(ranks: dict[str, int]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line. Return the exit code: 2 for bad input, 128 + signal if interrupted."""
-    flags = vars(make_parser(argv).parse_args(argv))
+    parser = make_parser(argv)
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [action.dest for action in parser._actions]
+        hint = did_you_mean(unknown[0].lstrip("-").replace("-", "_"), known)
+        hint = hint.replace("mean ", "mean --").replace("_", "-")
+        parser.error(f"unrecognized argument {unknown[0]}{hint}")
+    flags = vars(parsed)
     try:
         connect()
         run_command(flags)
@@ -1488,10 +1495,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted outside of training; nothing to save")
         return 128 + signal.SIGINT
-    except (DoRAError, DataError) as error:
+    except (DoRAError, DataError, OSError) as error:
         return failed(f"{error}")
-    except OSError as error:
-        return failed(f"{error.filename or 'a file'}: {error.strerror or error}")
     except RuntimeError:
         if process()[1] == 1:
             raise
@@ -1607,19 +1612,6 @@ PEFT_NAMES.update({  # also transformers' names and others, for did_you_mean
     "gpu": "cuda"})
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors suggest the flag that was meant."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print an error and exit with code 2."""
-        flag = re.search(r"unrecognized arguments: --([\w-]+)", message)
-        if flag:
-            known = [name.lstrip("-").replace("-", "_") for name in self._option_string_actions]
-            hint = did_you_mean(flag[1].replace("-", "_"), known)
-            message += re.sub(r"mean (\w+)", lambda m: f"mean --{m[1].replace('_', '-')}", hint)
-        super().error(message)
-
-
 def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     """Return the parser, whose flags are the fields of TrainConfig and DoRAConfig. Its help shows
     the defaults of the task and the method that argv names."""
@@ -1631,9 +1623,9 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     except DoRAError:  # which the command itself will raise
         chosen = make_config()
 
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    usage="%(prog)s [--task TASK] [--SETTING VALUE ...]",
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     usage="%(prog)s [--task TASK] [--SETTING VALUE ...]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     hints, rules = get_type_hints(TrainConfig), TrainConfig.RANGES
     for config, title in ((TrainConfig, "the run"), (DoRAConfig, "the method")):
         group = parser.add_argument_group(

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import unicodedata
+
 import pytest
 from tiny import GLUE, MINILM
 from tokenizers import ByteLevelBPETokenizer
@@ -23,7 +24,7 @@ SPLITTER = ByteLevel(add_prefix_space=False)
 
 @pytest.fixture(scope="module")
 def bpe():
-    return data.BPE(MODEL)
+    return data.BPE(MINILM)
 
 
 @pytest.fixture(scope="module")
