@@ -3,6 +3,7 @@ waits and the operations of a step; cases D1 to D4 and D7 of cases.md.
 
 The simulated device computes with the CPU's kernels, so its runs equal the CPU's bit for bit.
 """
+import contextlib
 import functools
 import tempfile
 from collections import Counter
@@ -18,8 +19,7 @@ from dora import DoRAError, load_adapter, merge_
 from train_glue import compute_logits, find_device, make_config
 
 KINDS = ("cuda", "mps")
-METHODS = ["dora", *(pytest.param(method, marks=pytest.mark.slow) for method in
-                     ("adalora", "paper", "lora", "bitfit", "full", "head"))]
+OTHERS = ("adalora", "paper", "lora", "bitfit", "full", "head")
 SHORT = dict(max_steps=9)  # evaluated after steps 8 and 9; dora prunes until step 5
 ROOT = functools.cache(lambda: tempfile.TemporaryDirectory(prefix="dora-devices-"))
 
@@ -29,15 +29,17 @@ def settings(method, **changes):
     return {**SHORT, "method": method, **more, **changes}
 
 
+def start(kind, out, **given):
+    """A run on cpu, cuda or mps."""
+    with contextlib.nullcontext() if kind == "cpu" else Device(kind):
+        return run(out, device=kind, **given)
+
+
 @functools.cache
 def folder(kind, method, **changes):
-    """A run's folder. `kind` is cpu, cuda or mps."""
+    """The folder of a run on a device."""
     out = Path(ROOT().name) / f"{kind}-{method}-{'-'.join(map(str, changes.values()))}"
-    if kind == "cpu":
-        run(out, **settings(method, **changes))
-    else:
-        with Device(kind):
-            run(out, device=kind, **settings(method, **changes))
+    start(kind, out, **settings(method, **changes))
     return out
 
 
@@ -51,19 +53,13 @@ def same_files(a, b):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", METHODS)
-def test_whole_runs(kind, method):
-    """D1: a run of each method on the device, evaluation, compaction and saving included, equals
-    the run on the CPU."""
-    same_files(folder(kind, method), folder("cpu", method))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method, changes", [
-    ("dora", dict(accumulate=2)), ("dora", dict(dtype="bf16")), ("full", dict(dtype="bf16"))])
-def test_accumulation_and_bf16(kind, method, changes):
-    """D4 among them: the run on the device equals the run on the CPU."""
+@pytest.mark.parametrize("method, changes", [("dora", {}), *(
+    pytest.param(method, changes, marks=pytest.mark.slow) for method, changes in (
+        *((method, {}) for method in OTHERS), ("dora", dict(accumulate=2)),
+        ("dora", dict(dtype="bf16")), ("full", dict(dtype="bf16"))))])
+def test_whole_runs(kind, method, changes):
+    """D1, D4: a run of each method on the device, evaluation, compaction and saving included,
+    equals the run on the CPU."""
     same_files(folder(kind, method, **changes), folder("cpu", method, **changes))
 
 
@@ -90,14 +86,6 @@ def test_resume(tmp_path, monkeypatch, first, then, last):
             start(first, tmp_path, **given)
     start(then, tmp_path, resume=True, **given)
     same_files(tmp_path, folder("cpu", "dora", save_every=last))
-
-
-def start(kind, out, **given):
-    """A run on the CPU or on the device."""
-    if kind == "cpu":
-        return run(out, **given)
-    with Device(kind):
-        return run(out, device=kind, **given)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,7 +128,8 @@ def steps(monkeypatch, kind, **given):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", METHODS[:3])
+@pytest.mark.parametrize("method", [
+    "dora", *(pytest.param(method, marks=pytest.mark.slow) for method in ("adalora", "paper"))])
 def test_waits(monkeypatch, kind, method):
     """A plain step waits for the device 0 times, and on CUDA no copy to it blocks. A step that
     prunes waits twice: for the scores, and for the gates, which have to be finite as well."""

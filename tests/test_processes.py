@@ -1,13 +1,12 @@
 """Two processes (gloo, on the CPU) have the losses, masks and scores of one, and end together."""
 import json
-import math
 import os
 import signal
 import socket
 import time
 
 import pytest
-from tiny import ROOT, command, flags, lines, newest, result, run, run_settings, same_runs
+from tiny import ROOT, command, evaluations, flags, lines, newest, run, run_settings, same_runs
 
 pytestmark = pytest.mark.slow
 FLOAT64 = dict(dropout=False, dtype="float64")
@@ -48,15 +47,6 @@ def ends(processes, timeout=240):
     return [(process.returncode, *text) for process, text in zip(processes, texts)]
 
 
-def rounded(value):
-    """The same nest with its floats to 9 decimals: the spread of the outputs is not rounded."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return round(value, 9) if isinstance(value, float) else value
-
-
 @pytest.mark.parametrize("changes", [
     {}, dict(accumulate=2), dict(batch_size=12, method="paper"), dict(batch_size=4, accumulate=3)],
     ids=["plain", "accumulate", "last batch of one", "both"])
@@ -73,14 +63,12 @@ def test_two_processes(tmp_path, changes):
     a, b = lines(alone), lines(pair)
     assert len(a) == len(b) == 50
     for x, y in zip(a, b):
-        assert (x["step"], x["live"], x["budget"], x["lr"]) == (
-            y["step"], y["live"], y["budget"], y["lr"])
-        for key in ("loss", "penalty", "grad_norm"):
-            assert math.isclose(x[key], y[key], rel_tol=1e-9, abs_tol=1e-9), (x, y)
+        assert x == pytest.approx(y, rel=1e-9, abs=1e-9)
     masks = [(tmp_path / name).read_text() for name in
              ("alone.masks.0", "pair.masks.0", "pair.masks.1")]
     assert masks[0] == masks[1] == masks[2] and len(masks[0].splitlines()) > 5
-    assert rounded(result(alone)) == rounded(result(pair))
+    for x, y in zip(evaluations(alone), evaluations(pair), strict=True):
+        assert x == pytest.approx(y, rel=1e-9)
     assert (alone / "ranks.json").read_bytes() == (pair / "ranks.json").read_bytes()
     assert found[2][1] == ""                             # the second process prints nothing
 
@@ -109,29 +97,26 @@ def test_evaluation_counts_each_example_once(tmp_path):
     """Predictions of two processes for 40 examples, gathered, against one process's; and of 1
     example, of which the second process has none."""
     code = """
-import sys, torch
-import train_glue
-from tiny import files, tiny_model
-import data
+import sys; sys.path.insert(0, "tests")
+import torch, data, train_glue
+from tiny import tiny_model
 train_glue.connect()
 data_dir, model_dir = sys.argv[1:]
-bpe = data.BPE(model_dir)
-examples = data.load_task("toy", data_dir, "dev", bpe, 48)
+examples = data.load_task("toy", data_dir, "dev", data.BPE(model_dir), 48)
 model = tiny_model(1).double()
 model.classifier.out_proj.bias.data.fill_(0.5)
 for part in (examples, examples[:1], examples[:3]):
     print(train_glue.predict(model, part).tolist())
 if train_glue.process()[1] > 1:
     torch.distributed.destroy_process_group()"""
-    code = "import sys; sys.path.insert(0, 'tests')" + code
     words = [run_settings(tmp_path)[name] for name in ("data_dir", "model_dir")]
     found = ends(start(words, "", 1, code)) + ends(start(words, "", 2, code))
     assert [code for code, _, _ in found] == [0, 0, 0], found
-    numbers = [[json.loads(line) for line in text.splitlines()] for _, text, _ in found]
-    assert [len(row) for row in numbers[0]] == [40, 1, 3] and len({*numbers[0][0]}) > 30
-    for other in numbers[1:]:
-        for a, b in zip(numbers[0], other):
-            assert all(math.isclose(x, y, abs_tol=1e-12) for x, y in zip(a, b))
+    expected, *others = [[json.loads(line) for line in text.splitlines()] for _, text, _ in found]
+    assert [len(row) for row in expected] == [40, 1, 3] and len({*expected[0]}) > 30
+    for other in others:
+        for a, b in zip(expected, other, strict=True):
+            assert a == pytest.approx(b, abs=1e-12)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -198,15 +183,11 @@ def test_two_processes_resume(tmp_path):
 
 def test_bad_input_ends_both(tmp_path):
     """A folder that holds a run: the first process refuses, and the second does not wait for it
-    for ever."""
+    for ever. The toy: both refuse, in one line that says what to name instead."""
     run(tmp_path / "out", max_steps=5, interval=1)
     found = ends(start(flags(**run_settings(tmp_path / "out")), tmp_path / "m"), timeout=60)
     assert found[0][0] == 2 and "already contains a run" in found[0][2]
     assert found[1][0] in (1, 2) and "Traceback" not in found[1][2]
-
-
-def test_the_toy_is_for_one_process(tmp_path):
-    """The toy in two processes: both refuse, in one line that says what to name instead."""
     for code, _, error in ends(start(["--out", tmp_path / "toy"], tmp_path / "m"), timeout=60):
         assert code == 2 and "the toy runs in one process" in error and "Traceback" not in error
 

@@ -66,49 +66,36 @@ def whole(tmp_path_factory):
 
 # ---- interrupted and resumed --------------------------------------------------------------------
 
-@pytest.mark.parametrize("step", [1, *map(slow, (3, 7, 9, 13, 16, 23)), 8, 11, 12, 24])
-def test_interrupted_and_resumed(tmp_path, capsys, monkeypatch, whole, step):
-    """SIGTERM in a step: the step is finished and saved, main says how to continue, returns 143;
-    with --resume the run's end equals the uninterrupted one's. An epoch ends at 8, 16 and 24,
-    prunings are at 7, 10 and 12, at 12 the dead components leave."""
-    words = flags(**run_settings(tmp_path / "out"))
+@pytest.mark.parametrize("step, number", [
+    *(slow(step, signal.SIGTERM) for step in (3, 7, 9, 13, 16, 23)), (1, signal.SIGTERM),
+    (8, signal.SIGINT), (11, signal.SIGHUP), (12, signal.SIGTERM), (24, signal.SIGINT)])
+def test_interrupted_and_resumed(tmp_path, capsys, monkeypatch, whole, step, number):
+    """Ctrl-C, SIGTERM or a closed terminal in a step: the step is finished and saved, main says how
+    to continue, returns 128 + signal, and the old handlers are back. With --resume the run's end
+    equals the uninterrupted one's. An epoch ends at 8, 16 and 24, prunings are at 7, 10 and 12, at
+    12 the dead components leave."""
+    monkeypatch.setattr(signal, "SIG_IGN", "nobody")  # these tests may run under nohup, too
+    words, before = flags(**run_settings(tmp_path / "out")), signal.getsignal(number)
     with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        assert main(words) == 143
+        stop_at(patch, step, number)
+        assert main(words) == 128 + number
     text = printed(capsys)
     assert f"stopped at step {step} of 24, saved in {tmp_path / 'out'}; continue with" in text
-    assert "--resume" in text
+    assert "--resume" in text and signal.getsignal(number) is before
     assert newest(tmp_path / "out")["step"] == step
     assert not (tmp_path / "out" / "result.json").exists()
     assert main([*words, "--resume"]) == 0
     same_runs(tmp_path / "out", whole)
 
 
-def test_ctrl_c(tmp_path, monkeypatch):
-    """SIGINT is told apart by its exit code, 130; afterwards the old handlers are back."""
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    stop_at(monkeypatch, 5, signal.SIGINT)
-    assert main(flags(**run_settings(tmp_path))) == 130
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
-def test_a_lost_terminal(tmp_path, monkeypatch, whole):
-    """SIGHUP, as of a closed terminal, is like SIGTERM: saved, exit code 129. A run that nohup
-    started, for which it is ignored, continues."""
-    words = flags(**run_settings(tmp_path / "out"))
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, too
+def test_nohup(tmp_path, monkeypatch):
+    """A run that nohup started, for which SIGHUP is ignored, continues."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with monkeypatch.context() as patch:
-            stop_at(patch, 5, signal.SIGHUP)
-            assert main(words) == 129
-        assert newest(tmp_path / "out")["step"] == 5
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with monkeypatch.context() as patch:
-            stop_at(patch, 5, signal.SIGHUP)
-            assert main([*words, "--resume"]) == 0
+        stop_at(monkeypatch, 2, signal.SIGHUP)
+        assert run(tmp_path, max_steps=4, interval=1)["steps"] == 4
     finally:
         signal.signal(signal.SIGHUP, before)
-    same_runs(tmp_path / "out", whole)
 
 
 def test_a_pipe_that_is_closed(tmp_path, whole):
@@ -122,8 +109,8 @@ def test_a_pipe_that_is_closed(tmp_path, whole):
     assert "after the last" in (tmp_path / "out" / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("epoch, number", [(1, signal.SIGINT), (2, signal.SIGTERM),
-                                           (3, signal.SIGINT)])
+@pytest.mark.parametrize("epoch, number", [slow(1, signal.SIGINT), (2, signal.SIGTERM),
+                                           slow(3, signal.SIGINT)])
 def test_interrupted_while_it_evaluates(tmp_path, capsys, monkeypatch, epoch, number):
     """A signal in the second of ten batches of an evaluation: no later batch is evaluated, the
     state is saved, and the resumed run evaluates again and ends as the uninterrupted one."""
@@ -209,9 +196,6 @@ def test_checkpoints_hold_tensors_alone(whole):
     assert size < 200_000
 
 
-# ---- numbers that are not finite ----------------------------------------------------------------
-
-
 def test_ctrl_c_while_loading(tmp_path, capsys, monkeypatch):
     """Ctrl-C before the first step: one line, exit code 130, no run folder."""
     def interrupted(*args):
@@ -276,14 +260,11 @@ def test_a_damaged_checkpoint(tmp_path, monkeypatch, whole, damage):
 
 @pytest.mark.parametrize("changes, word", [
     (dict(rank=1.5), "rank = 2.0, not 1.5"), (dict(epochs=4), "epochs = 3, not 4"),
-    (dict(schedule="slow_first"), "schedule = fast_first, not slow_first"),
-    (dict(lr=0.1), "lr = 0.003, not 0.1"),
-    (dict(dtype="float64"), "dtype"), (dict(targets=("query",)), "targets"),
-    (dict(task="toy-pretrain"), "task = toy, not toy-pretrain"), ("model", "model weights"),
-    ("train", "train.tsv = "), ("dev", "dev.tsv = "), ("row", "train.tsv = ")])
+    (dict(targets=("query",)), "targets"), (dict(task="toy-pretrain"), "task = toy, not toy-pre"),
+    ("model", "model weights"), ("train", "train.tsv = "), ("dev", "dev.tsv = ")])
 def test_another_run_is_not_resumed(tmp_path, whole, changes, word):
-    """Other settings, data (a word, a row) or weights: refused by name, with both values; the
-    folder stays as it is."""
+    """Other settings, data or weights: refused by name, with both values; the folder stays as it
+    is."""
     out = shutil.copytree(whole, tmp_path / "out")
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     given = run_settings(out, resume=True)
@@ -294,10 +275,8 @@ def test_another_run_is_not_resumed(tmp_path, whole, changes, word):
         dora.write_safetensors(folder / "model.safetensors", weights)
     elif isinstance(changes, str):
         folder = given["data_dir"] = shutil.copytree(given["data_dir"], tmp_path / "d")
-        path = folder / "toy" / f"{'train' if changes == 'row' else changes}.tsv"
-        rows = path.read_bytes().splitlines(keepends=True)
-        path.write_bytes(b"".join(rows[:-1]) if changes == "row" else
-                         b"".join(rows).replace(b"dog", b"cat", 1))
+        path = folder / "toy" / f"{changes}.tsv"
+        path.write_bytes(path.read_bytes().replace(b"dog", b"cat", 1))
     given = {name: str(value) if name.endswith("_dir") else value for name, value in given.items()}
     with pytest.raises(DoRAError, match=word):
         train(make_config(**{**given, **(changes if isinstance(changes, dict) else {})}))
@@ -398,19 +377,6 @@ def test_a_full_disk_at_the_end(tmp_path, monkeypatch, whole, path):
     same_runs(tmp_path, whole)
 
 
-def test_a_file_size_limit(tmp_path, whole):
-    """A real limit of the system, 60 kB a file, in a process of its own: exit code 2, one line,
-    no half file."""
-    words = flags(**run_settings(tmp_path / "out", max_steps=9))
-    limited = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-               "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
-               "import train_glue; sys.exit(train_glue.main(sys.argv[1:]))")
-    process = command(*words, code=limited)
-    error = process.communicate(timeout=120)[1].strip()
-    assert process.returncode == 2 and "File too large" in error and "\n" not in error
-    assert not [*(tmp_path / "out" / "checkpoints").iterdir()]
-
-
 # ---- kill -9 ------------------------------------------------------------------------------------
 
 def killed(words, seconds, folder):
@@ -437,21 +403,35 @@ def finish(words, folder):
     return out
 
 
+TINY = dict(epochs=6, save_every=1, deterministic=True)  # processes choose kernels alike
+RTE = dict(task="rte", data_dir=GLUE, model_dir=MINILM, device="cpu", batch_size=4, max_steps=12,
+           max_len=32, interval=2, save_every=1, log_every=1, deterministic=True)
+
+
 @pytest.mark.slow
-def test_kill_at_random_moments(tmp_path):
+@pytest.mark.parametrize("given", [TINY, pytest.param(RTE, marks=pytest.mark.skipif(
+    not MINILM.exists(), reason="needs ../shared"))], ids=["tiny", "the real encoder on RTE"])
+def test_kill_at_random_moments(tmp_path, given):
     """kill -9 at 20 random moments of a run that saves at every step: resumed, each ends as the
     one that was left alone. Half-written temporary files do no harm."""
-    rng = random.Random(0)
-    changes = dict(epochs=6, save_every=1, deterministic=True)  # processes choose alike
+    def words(folder):
+        settings = run_settings(folder, **given) if given is TINY else {**given, "out": folder}
+        return flags(**settings)
+
+    whole = tmp_path / "whole"
+    process = command(*words(whole))
+    while process.poll() is None and not (whole / "metrics.jsonl").exists():
+        time.sleep(0.01)
     started = time.monotonic()
-    run(tmp_path / "whole", **changes)
-    duration = time.monotonic() - started
-    kills = 0
+    assert process.wait() == 0, process.communicate()
+    duration = time.monotonic() - started  # without loading, as killed() counts
+    rng, kills = random.Random(0), 0
     for i in range(20):
-        words, folder = flags(**run_settings(tmp_path / f"{i}", **changes)), tmp_path / f"{i}"
-        kills += killed(words, rng.uniform(0, duration), folder)
-        finish(words, folder)
-        same_runs(folder, tmp_path / "whole")
+        folder = tmp_path / f"{i}"
+        kills += killed(words(folder), rng.uniform(0, 0.8 * duration), folder)
+        finish(words(folder), folder)
+        same_runs(folder, whole)
+        shutil.rmtree(folder)
     assert kills >= 10
 
 
@@ -484,28 +464,3 @@ sys.exit(train_glue.main(sys.argv[1:]))"""
     assert any(name.startswith(".step-00000014.pt") for name in names)      # the half file
     finish(words, tmp_path / "out")
     same_runs(tmp_path / "out", whole)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not MINILM.exists(), reason="needs ../shared/models and ../shared/data")
-def test_kill_with_the_real_encoder(tmp_path):
-    """The same with the shared encoder on RTE, 12 steps, at 20 random moments."""
-    given = dict(task="rte", data_dir=GLUE, model_dir=MINILM, device="cpu", batch_size=4,
-                 max_steps=12, max_len=32, interval=2, save_every=1, log_every=1,
-                 deterministic=True)
-    process = command(*flags(out=tmp_path / "whole", **given))
-    while process.poll() is None and not (tmp_path / "whole" / "metrics.jsonl").exists():
-        time.sleep(0.01)
-    started = time.monotonic()
-    assert process.wait() == 0, process.communicate()
-    duration = time.monotonic() - started           # without loading, as killed() counts
-    rng = random.Random(1)
-    kills = 0
-    for i in range(20):
-        words, folder = flags(out=tmp_path / f"{i}", **given), tmp_path / f"{i}"
-        kills += killed(words, rng.uniform(0, 0.8 * duration), folder)
-        finish(words, folder)
-        same_runs(folder, tmp_path / "whole")
-        shutil.rmtree(folder)
-    assert kills >= 10
-
