@@ -5,7 +5,6 @@ import threading
 import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
@@ -59,11 +58,12 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """The two sources and the cache, tmp_path/cache."""
+    """The two sources and the cache, tmp_path/cache (N11: ~ is the home folder)."""
     monkeypatch.setattr(data, "WAITS", (0, 0, 0))
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DORA_CACHE", "~/cache")
     server = Server()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("GLUE_ENDPOINT", server.url)
@@ -162,7 +162,7 @@ def test_model(server, tmp_path, monkeypatch):
     data.download_model("own/er-1.0")
     assert server.asked[4:] == ["/own/er-1.0/resolve/main/merges.txt"]
     monkeypatch.delenv("DORA_CACHE")
-    assert data.cache_folder() == Path.home() / ".cache/dora-glue"
+    assert data.cache_folder() == tmp_path / ".cache/dora-glue"
 
 
 # ---- The tasks ---------------------------------------------------------------------------------
