@@ -359,7 +359,8 @@ def scores_table(rows, tasks):
 def by_example():
     """Return the comparisons on MRPC by example, of the runs whose predictions are stored."""
     _, *rows = (report.GLUE / "MRPC/dev.tsv").read_text("utf-8").rstrip("\n").split("\n")
-    labels, body = np.array([int(row.split("\t")[0]) for row in rows]), []
+    labels = np.array([int(row.split("\t")[0]) for row in rows])
+    body = []
     for pair in STEP_PAIRS:
         first, second = ({line["seed"]: np.array([*line["predictions"]], int) == labels
                           for line in on(row, "mrpc") if line.get("predictions")} for row in pair)
@@ -367,10 +368,10 @@ def by_example():
         if seeds:
             values = np.array([1.0 * first[seed] - second[seed] for seed in seeds])  # (seeds, 408)
             low, high = report.bootstrap(values)
+            by_seed = [f"+{(row > 0).sum()} -{(row < 0).sum()} ({report.coin(row):.2f})"
+                       for row in values]
             body.append([" minus ".join(pair), str(len(seeds)),
-                         f"{values.mean():+.4f} ({low:+.4f} to {high:+.4f})",
-                         ", ".join(f"+{(row > 0).sum()} -{(row < 0).sum()} ({report.coin(row):.2f})"
-                                   for row in values)])
+                         f"{values.mean():+.4f} ({low:+.4f} to {high:+.4f})", ", ".join(by_seed)])
     head = ["rows", "seeds", "mean difference", "by seed"]
     return report.table(head, body) if body else "No such run is stored yet."
 
@@ -390,11 +391,14 @@ def readme_table():
         cells, most = [], 0
         for task in EPOCHS:
             scores = [line["best"] for line in on(row, task)]
-            most = max([most, *map(size, on(row, task))])
+            if not scores:
+                cells.append("")
+                continue
+            most = max(most, *map(size, on(row, task)))
             digits = 2 if task == "cola" else 3
-            middle, low, high = (f"{f(scores):.{digits}f}".lstrip("0") if scores else ""
-                                 for f in (statistics.median, min, max))
-            cells.append(f"{middle} ({low}–{high})" if scores else "")
+            middle, low, high = (f"{number:.{digits}f}".lstrip("0") for number in (
+                statistics.median(scores), min(scores), max(scores)))
+            cells.append(f"{middle} ({low}–{high})")
         body.append([words, f"{most:,}", *cells])
     return report.table(["", "parameters, at most", "STS-B", "MRPC", "CoLA"], body) + "\n"
 

@@ -228,6 +228,7 @@ def settings():
     for line in report.read_log(LOG):
         if line["split"] == "held out":
             continue
+
         shared = (line[name] for name in ("task", "steps", "lr", "dtype", "budget"))
         fresh = line["seed"] in FRESH and line["lr"] != rate_of(line["task"])
         common = Setting(*shared, fresh, 0)
