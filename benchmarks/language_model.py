@@ -98,7 +98,7 @@ def batches(pairs, seed, size=16):
 def collate(pairs):
     """Return ids (B, T), padded on the right, and where a sentence is in them, (B, T) bool."""
     ids = [torch.tensor(prompt + sentence) for prompt, sentence in pairs]
-    wanted = [torch.arange(len(row)) >= len(prompt) for row, (prompt, _) in zip(ids, pairs)]
+    wanted = [torch.arange(len(row)) >= len(pair[0]) for row, pair in zip(ids, pairs)]
     return pad_sequence(ids, batch_first=True), pad_sequence(wanted, batch_first=True)
 
 
@@ -206,7 +206,8 @@ def run(c):
     pairs, scored, test = sets()
     if c["split"] == "test":
         scored = [(meaning, references[0]) for meaning, references in test.items()]
-    scored_ids, config = encode(tokenizer, scored), DoRAConfig(**ROWS[c["row"]], targets=MATRICES)
+    scored_ids = encode(tokenizer, scored)
+    config = DoRAConfig(**ROWS[c["row"]], targets=MATRICES)
     try:
         line = train(model, encode(tokenizer, pairs), config, c)
         merge_(model)
@@ -229,7 +230,8 @@ def run(c):
 
 def on_test(row):
     """Return the finished runs of a row on the test file that did not diverge."""
-    return [line for line in report.lines_of(LOG, row=row, split="test") if line["nll"] is not None]
+    lines = report.lines_of(LOG, row=row, split="test")
+    return [line for line in lines if line["nll"] is not None]
 
 
 def results(row):
@@ -264,7 +266,8 @@ def plot():
     widths = [1.3, *[1] * len(chosen)]
     score, *maps = figure.subplots(1, len(widths), width_ratios=widths)
     for y, (row, lines) in enumerate(found.items()):
-        nll, color = [line["nll"] for line in lines], report.COLORS[row.split()[0]]
+        color = report.COLORS[row.split()[0]]
+        nll = [line["nll"] for line in lines]
         score.plot(nll, [y] * len(nll), "o", ms=4, color=color)
     score.set_yticks(range(len(found)), found)
     score.invert_yaxis()

@@ -180,7 +180,7 @@ def run(settings, pattern, seed):
 
     report.fit(student, loss_of, pattern.steps, LR, pruner, compacts=False)
     over = loss_over_floor(student, teacher, torch.randn(4096, pattern.width, generator=g))
-    return dict(kept=list(pruner.ranks().values()), loss=round(over, 4))
+    return dict(kept=[*pruner.ranks().values()], loss=round(over, 4))
 
 
 def to_do(titles, seeds):
