@@ -27,18 +27,31 @@ TESTS = Path(__file__).parent
 
 # ---- what is shared ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_tied_head(tmp_path, tied):
-    """An adapter whose head, `proj`, was trained while it was tied to the embedding, or was untied
-    before: the outputs reload into a tied model, and untied its embedding is as it was."""
+def two_names():
+    """A head that is one module under two names."""
+    model = chain(nn.Linear, nn.Tanh, nn.Linear, nn.Linear)
+    model[3] = model[2]
+    return model
+
+
+@pytest.mark.parametrize("make, target, head, x", [
+    (Tied, "mid", "proj", IDS), (two_names, "0", "2", X)])
+def test_a_shared_head(tmp_path, make, target, head, x):
+    """A head that shares its weight with the embedding, or is one module under two names: trained,
+    it reloads as such."""
+    model = make()
+    randomize(inject(model, cfg(target, **FLAT)))
+    nn.init.normal_(model.get_submodule(head).requires_grad_(True).weight)
+    reloads(model, make, tmp_path, lambda model: model(x), tolerance=1e-4)
+
+
+def test_a_head_that_was_untied(tmp_path):
+    """A new matrix for `proj` alone reloads into the tied model, whose embedding stays."""
     model = Tied()
     randomize(inject(model, cfg("mid", **FLAT)))
-    if not tied:
-        model.proj.weight = nn.Parameter(torch.empty(20, 8))
-    model.proj.requires_grad_(True)
-    nn.init.normal_(model.proj.weight)
+    model.proj.weight = nn.Parameter(torch.randn(20, 8))
     loaded = reloads(model, Tied, tmp_path, lambda model: model(IDS))
-    assert torch.equal(loaded.emb.weight, model.emb.weight)
+    assert torch.equal(loaded.emb.weight, Tied().emb.weight)
 
 
 def test_an_adapted_matrix_that_is_tied():
@@ -51,20 +64,6 @@ def test_an_adapted_matrix_that_is_tied():
     close(merge_(model)(IDS), expected)
     assert torch.equal(model.emb.weight, Tied().emb.weight)
     assert model.proj is not base and torch.equal(base.weight, Tied().emb.weight)
-
-
-def test_a_head_under_two_names(tmp_path):
-    """A head that is one module under two names reloads as such."""
-    def make():
-        model = chain(nn.Linear, nn.Tanh, nn.Linear, nn.Linear)
-        model[3] = model[2]
-        return model
-
-    model = make()
-    randomize(inject(model, cfg("0", **FLAT)))
-    model[2].requires_grad_(True)
-    nn.init.normal_(model[2].weight)
-    reloads(model, make, tmp_path, tolerance=1e-4)
 
 
 # ---- what cannot be adapted, trained or saved ----------------------------------------------------
@@ -185,19 +184,6 @@ def test_layers_that_the_model_does_not_use():
     refused("use_reentrant=False", pruner.observe)
 
 
-def test_a_run_too_short_to_decide():
-    """At B = 0 every score is 0. A run whose first pruning comes before anything moved is refused;
-    one that works decides its mask by scores above 0."""
-    for steps in range(1, 6):
-        model = two_matrices()
-        layers = inject(model, cfg("0", "2"))
-        if steps < 4:
-            refused("step", fit, model, layers, steps)
-        else:
-            pruner, _ = fit(model, layers, steps)
-            assert (pruner.scores()[pruner.mask] > 0).all()
-
-
 def test_a_pruner_of_some_layers():
     """A Pruner of a part of the layers, or with other settings than those of inject(): refused, for
     the budget is the whole model's."""
@@ -295,52 +281,16 @@ def test_a_graph_that_is_still_held(dtype):
 
 # ---- inputs, dtypes, code that reads an nn.Linear ------------------------------------------------
 
-class Reader(nn.Module):
-    """What other people's code does with an nn.Linear: product, dtype, sizes, bias."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.wo = nn.Linear(8, 6)
-
-    def forward(self, x):
-        x = x.to(self.wo.weight.dtype)  # T5
-        y = nn.functional.linear(x, self.wo.weight, self.wo.bias)
-        z = x @ self.wo.weight.T + self.wo.bias
-        assert y.shape[-1] == self.wo.out_features and x.shape[-1] == self.wo.in_features
-        return y + z + self.wo(x)
-
-
 def gradients(y, *parameters):
     return torch.autograd.grad(y.square().sum(), parameters)
 
 
-def test_code_that_reads_the_weight():
-    """Outputs and gradients of code that uses layer.weight, bias and sizes equal three times those
-    of the layer. Over a half-precision base A, B and c are float32, which small updates need, and
-    layer.weight and the output have the base's dtype, the sum rounded once."""
-    model = Reader()
-    layer = inject(model, cfg("wo", rank=2))["wo"]
-    randomize({"wo": layer})
-    close(model(X), 3 * layer(X))
-    parameters = (layer.A, layer.B, layer.c)
-    close(gradients(model(X), *parameters), gradients(3 * layer(X), *parameters), 1e-4)
-
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        model = Reader().to(dtype)
-        layer = inject(model, cfg("wo", rank=2, **FLAT))["wo"]
-        randomize({"wo": layer})
-        wide = torch.promote_types(dtype, torch.float32)
-        assert {p.dtype for p in (layer.A, layer.B, layer.c)} == {wide}
-        merged = (layer.base.weight.to(wide) + layer.delta_weight()).to(dtype)
-        assert torch.equal(layer.weight, merged) and layer(X.to(dtype)).dtype == dtype
-        assert torch.equal(merge_(model).wo.weight, merged)
-
-
 def test_inputs_of_any_shape():
     """Inputs with 1 to 5 dimensions, empty ones, and views that are transposed, strided or
-    overlap: outputs and gradients equal those of W x, and the input stays as it is."""
+    overlap: outputs and gradients equal those of other people's code, which reads weight and bias
+    as of an nn.Linear; the input stays as it is."""
     layer = inject(chain(nn.Linear), cfg("0", rank=2))["0"]
+    assert (layer.in_features, layer.out_features) == (8, 8)
     randomize({"0": layer})
     base = torch.randn(8, 16)
     views = [base.T, base[:, ::2], base[:, :1].T.expand(5, 8), base.as_strided((4, 8), (1, 2))]
@@ -352,6 +302,20 @@ def test_inputs_of_any_shape():
         parameters = (x, layer.A, layer.B)
         close(gradients(layer(x), *parameters), gradients(expected, *parameters), 1e-4)
         assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_base_in_another_dtype(dtype):
+    """Over a half-precision base A, B and c are float32, which small updates need, and layer.weight
+    and the output have the base's dtype, the sum rounded once."""
+    model = chain(nn.Linear).to(dtype)
+    layer = inject(model, cfg("0", rank=2, **FLAT))["0"]
+    randomize({"0": layer})
+    wide = torch.promote_types(dtype, torch.float32)
+    assert {p.dtype for p in (layer.A, layer.B, layer.c)} == {wide}
+    merged = (layer.base.weight.to(wide) + layer.delta_weight()).to(dtype)
+    assert torch.equal(layer.weight, merged) and layer(X.to(dtype)).dtype == dtype
+    assert torch.equal(merge_(model)[0].weight, merged)
 
 
 def test_outputs_of_one_number(tmp_path):
@@ -506,13 +470,3 @@ def test_an_own_importance(monkeypatch):
     assert pruner.ranks() == {"0": 0, "2": 2}
     model = two_matrices()
     refused(r"short.*\(4,\).*\(2,\)", fit, model, inject(model, cfg("0", "2", importance="short")))
-
-
-def test_an_own_schedule(monkeypatch):
-    """A straight line as one function and one row: b(t) at the ends and in the middle of the window
-    by hand, and its own budget at the end of a run."""
-    monkeypatch.setitem(dora.SCHEDULES, "linear", lambda p, surplus: surplus - int(surplus * p))
-    model, config = two_matrices(), cfg("0", "2", schedule="linear", budget_unit="components")
-    assert [dora.budget(t, 100, config, 20) for t in (15, 32, 50)] == [40, 31, 20]
-    pruner, _ = fit(model, inject(model, config))
-    assert sum(pruner.ranks().values()) == 2

@@ -70,23 +70,6 @@ def test_real_runs_end_on_budget(method):
         assert training.pruner.live == round(rank * 6)
 
 
-def test_pruning_is_global():
-    """The budget is the whole model's: matrices end with differing ranks, some with none."""
-    layers, pruner = pruner_of(20, **HALF, interval=2, **EXACT)
-    for _ in range(20):
-        feed(pruner, [0, 0, 9, 8, 7, 1, 0, 0, 6, 5, 4, 1])
-    assert list(pruner.ranks().values()) == [0, 2, 1, 0, 2, 1]
-    assert [layer.rank for layer in layers.values()] == [0, 2, 1, 0, 2, 1]
-
-
-def test_a_method_without_pruning_runs_through_the_same_calls():
-    """`lora`: all gates stay open and 1 through a run of observe() and step(), penalty 0."""
-    training = trained(net_config(**METHODS["lora"]))
-    assert gates(training.layers).eq(1).all() and masks(training.layers).all()
-    assert training.pruner.penalty().item() == 0
-    assert sum(training.pruner.ranks().values()) == 12
-
-
 # ---- regrowth, and the end of it -----------------------------------------------------------------
 
 def test_a_pruned_component_comes_back_before_the_final_mask():
@@ -182,26 +165,6 @@ def test_a_gradient_that_overflowed_is_not_observed(importance):
     assert not torch.equal(averages(pruner), before) and pruner.scores().isfinite().all()
 
 
-def test_pruner_counts_optimizer_steps():
-    """Under gradient accumulation observe() and step() once a step: four backward passes of a
-    quarter of the batch give the scores and masks of one pass."""
-    results = []
-    for pieces in (1, 4):
-        model, layers = adapted(net_config(**HALF))
-        pruner = Pruner(layers, net_config(**HALF), 20)
-        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-        for t in range(20):
-            optimizer.zero_grad()
-            for x in inputs(16, seed=t).chunk(pieces):
-                (model(x).sin().square().sum() / 16).backward()
-            pruner.observe()
-            optimizer.step()
-            pruner.step()
-        results.append((masks(layers), gates(layers)))
-    assert torch.equal(results[0][0], results[1][0])
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-9, atol=1e-12)
-
-
 # ---- the same run again, and in two parts --------------------------------------------------------
 
 def through_a_file(state):
@@ -243,32 +206,25 @@ def test_state_dict_continues_bit_for_bit(method):
                        second.model.state_dict().values()))
 
 
-@pytest.mark.parametrize("changes, steps, names", [
-    (dict(start_rank=4), 40, "start_rank = 2.*4"), ({}, 10, "total_steps = 40.*10"),
-    (dict(importance="norm"), 40, "importance = sensitivity.*norm"),
-    (dict(targets=("up",)), 40, "targets = .*'query'.*'up'")])
-def test_a_state_of_other_settings(changes, steps, names):
-    """A run that goes on with another number of components, of steps or another setting is neither
+@pytest.mark.parametrize("changes, steps, blocks, names", [
+    (dict(start_rank=4), 40, 2, "start_rank = 2.*4"), ({}, 10, 2, "total_steps = 40.*10"),
+    (dict(importance="norm"), 40, 2, "importance = sensitivity.*norm"),
+    ({}, 40, 1, "components = 12.* 6")])
+def test_a_state_of_other_settings(changes, steps, blocks, names):
+    """A run that goes on with another number of steps or components or another setting is neither
     of the two runs: refused by the setting and both values, and the Pruner is as it was."""
     state = trained(net_config(**HALF)).pruner.state_dict()
-    _, other = pruner_of(steps, **HALF | changes)
+    config = net_config(**HALF | changes)
+    other = Pruner(adapted(config, blocks=blocks)[1], config, steps)
     refused(names, other.load_state_dict, state)
     assert other.t == 0 and not other.I_bar
-
-
-def test_a_state_of_another_model():
-    """A state with another number of components is refused by both numbers."""
-    pruner = trained(net_config(**HALF)).pruner
-    _, layers = adapted(pruner.config, blocks=1)
-    other = Pruner(layers, pruner.config, 40)
-    refused("components = 12.* 6", other.load_state_dict, pruner.state_dict())
 
 
 def test_back_to_an_earlier_state():
     """After observe() of a bad step, the restored Pruner waits for observe() again."""
     training = Training(net_config())
     training.step()
-    state = through_a_file(training.pruner.state_dict())
+    state = training.pruner.state_dict()
     training.pruner.observe()
     training.pruner.load_state_dict(state)
     training.step()

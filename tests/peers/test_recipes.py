@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -169,6 +170,13 @@ def test_gpt2(names):
     exec(back, names)
     close(logits(transformers.GPT2LMHeadModel.from_pretrained("gpt2-merged"), ids), expected)
     assert len(names["blocks"]) == 8
+
+
+def test_a_task_of_your_own(names):
+    """The block adds a task, and settings for it."""
+    with patch.dict("data.TASKS"):
+        exec(RECIPES["A task of your own"][0], names)
+    assert names["config"].task == "mine"
 
 
 def test_rates():

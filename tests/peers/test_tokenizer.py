@@ -107,17 +107,6 @@ def test_truncation(bpe, reference):
         reference._tokenizer.post_processor = None
 
 
-def test_characters_newer_than_python(bpe, reference):
-    """The characters that the library cuts otherwise are unassigned in Python's tables, all of
-    them, and their bytes are kept: the docstring of ascii_like says so."""
-    chars = [chr(i) for i in range(128, sys.maxunicode + 1) if not 0xD800 <= i < 0xE000]
-    other = [char for char in chars if bpe.pieces(f"{char}'s") != reference_pieces(f"{char}'s")]
-    assert {unicodedata.category(char) for char in other} <= {"Cn"}
-    assert all(bpe.decode(bpe.encode(char)) == char for char in other)
-    if unicodedata.unidata_version == "14.0.0":
-        assert "\u1c89" in other and len(other) > 9000
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """What transformers saves for this tokenizer: without and with an added token [USER]."""
