@@ -84,7 +84,7 @@ def test_every_tensor_of_the_base(tmp_path, unfreeze):
     torch.manual_seed(9)
     for name, tensor in Model().state_dict().items():
         for kind, change in CHANGES.items():
-            if not tensor.is_floating_point() or tensor.equal(change(tensor)):
+            if not tensor.is_floating_point() or not tensor.numel() or change(tensor).equal(tensor):
                 continue
             model = Model()
             model.state_dict()[name].copy_(change(tensor))
