@@ -17,11 +17,6 @@ def curve(schedule, rank, start_rank, n_layers, total, **changes):
     return [budget(t, total, config, n_layers) for t in range(total + 1)]
 
 
-def top(scores, k):
-    """keep_mask with equal costs and room for k components."""
-    return keep_mask(scores, torch.ones(len(scores), dtype=torch.long), k)
-
-
 # ---- Eq. 9 --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("schedule, window", [
@@ -79,16 +74,6 @@ def test_runs_without_a_step_to_prune_in(changes, total, names):
 
 
 # ---- which components ---------------------------------------------------------------------------
-
-def test_keep_mask_by_hand():
-    """The k highest stay; of equals the first position; with all equal the first k."""
-    scores = torch.tensor([0.1, 0.5, 0.3, 0.5, 0.0])
-    assert top(scores, 1).tolist() == [False, True, False, False, False]
-    assert top(scores, 2).tolist() == [False, True, False, True, False]
-    assert top(scores, 4).tolist() == [True, True, True, True, False]
-    assert top(torch.zeros(5), 3).tolist() == [True, True, True, False, False]
-    assert top(scores, 0).sum() == 0 and top(scores, 5).all()
-
 
 def test_keep_mask_with_costs_by_hand():
     """Falling scores 9, 8, 7, 6 that cost 5, 4, 3, 1: within 8 the first stays, the second does not
