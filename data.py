@@ -296,12 +296,6 @@ def byte_chars(piece: str) -> list[str]:
     return [BYTE_CHARS[byte] for byte in piece.encode()]
 
 
-def token_bytes(token: str) -> bytes:
-    """Return the bytes of a token, Ġ Ã © -> " é". An added token may have other characters, too."""
-    return b"".join(bytes([CHAR_BYTES[char]]) if char in CHAR_BYTES
-                    else char.encode(errors="replace") for char in token)
-
-
 class BPE:
     """RoBERTa's tokenizer (Radford et al. 2019, section 2.2).
 
@@ -368,7 +362,7 @@ class BPE:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids: special tokens by name, half a character as U+FFFD."""
-        raw = b"".join(token_bytes(self.tokens[i]) for i in ids)
+        raw = bytes(CHAR_BYTES[char] for i in ids for char in self.tokens[i])
         return raw.decode(errors="replace")
 
 
@@ -764,12 +758,6 @@ def check_header(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> N
 Tokenizer = tuple[dict[str, int], list[tuple[str, str]]]  # token -> id; pairs in order of learning
 UNMERGED = re.compile(r"<[!-~]+>|madeupword\d+")  # RoBERTa's tokens that no merge makes
 OTHER_FILES = "take all tokenizer files from one RoBERTa folder, or download them again"
-ROBERTA_TOKENIZER = {  # what tokenizer.json must say; anything else would give other ids
-    "model.type": "BPE",
-    "normalizer": None,
-    "pre_tokenizer.type": "ByteLevel",
-    "pre_tokenizer.add_prefix_space": False,
-}
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -805,13 +793,15 @@ def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
 def read_tokenizer_json(path: Path) -> Tokenizer:
     """Read the one file that transformers 5 saves."""
     content = read_json(path)
-    for name, expected in ROBERTA_TOKENIZER.items():
-        *outer, key = name.split(".")
-        value = (content[outer[0]] or {} if outer else content).get(key)
-        require(value == expected, f"{path}: {name} is {value!r:.60}, expected {expected!r}; take "
-                f"a RoBERTa model")
-
     model, added = content["model"], content.get("added_tokens", ())
+    splitter = content.get("pre_tokenizer") or {}
+    found = {"type": model["type"], "normalizer": content.get("normalizer"),
+             "pre_tokenizer": splitter.get("type"),
+             "add_prefix_space": splitter.get("add_prefix_space")}
+    expected = {"type": "BPE", "normalizer": None, "pre_tokenizer": "ByteLevel",
+                "add_prefix_space": False}
+    require(found == expected,
+            f"{path}: {found!r:.200}, expected {expected}; take a RoBERTa model")
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     return check_tokenizer(path, model["vocab"], pairs, [token["content"] for token in added])
 

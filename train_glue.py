@@ -518,7 +518,7 @@ class TrainConfig(DoRAConfig):
     """All that a run depends on: the method's settings, and these. Each field is also a flag of
     the command line, and the comment beside it is the flag's help text."""
 
-    task: str = "toy"  # a row of TASKS that has a train file
+    task: str = "toy"  # a row of TASKS
     method: str = "dora"  # trains an adapter (dora, ...), all biases, everything, or the head
     data_dir: str | None = None  # folder with CoLA/, STS-B/, ...; none = download
     model_dir: str | None = None  # model folder; none = download FacebookAI/roberta-base
@@ -549,8 +549,10 @@ class TrainConfig(DoRAConfig):
         **dict.fromkeys(("log_every", "save_every"), ">= 1")}
 
     def __post_init__(self) -> None:
+        if isinstance(self.targets, list):  # from JSON, or from the command line
+            object.__setattr__(self, "targets", tuple(self.targets))
         super().__post_init__()
-        for name, table in (("task", trainable_tasks()), ("method", METHOD_ROWS)):
+        for name, table in (("task", TASKS), ("method", METHOD_ROWS)):
             value = data.known_name(getattr(self, name), table)
             require(value in table, f"{name} = {value}: choose one of {', '.join(table)}"
                     f"{did_you_mean(value, table)}")
@@ -588,11 +590,6 @@ METHOD_ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def trainable_tasks() -> list[str]:
-    """Return the names of the tasks that have a train file."""
-    return [name for name, task in TASKS.items() if "train" in task.files]
-
-
 def make_config(task: str = "toy", method: str = "dora", **flags: Any) -> TrainConfig:
     """Return the task's defaults (Table 8), overridden by the method's row, then by flags.
 
@@ -602,7 +599,6 @@ def make_config(task: str = "toy", method: str = "dora", **flags: Any) -> TrainC
     row = dict(zip(COLUMNS_8, TABLE_8.get(task, ())))
     if task != "toy":  # whose rate was tried
         row["lr"] = row.get("lr", TrainConfig.lr) * LR_FACTOR.get(method, 1.0)
-    flags = with_tuples(flags)
     settings = {**row, **METHOD_ROWS.get(method, {}), **flags}
     if task == "toy" and settings.get("schedule", DoRAConfig.schedule):
         settings = {"rank": TOY_RANK, **settings}
@@ -611,12 +607,6 @@ def make_config(task: str = "toy", method: str = "dora", **flags: Any) -> TrainC
         require(flags.get(name) is None,
                 f"{name} = {flags.get(name)} has no effect with {reason}; leave it out")
     return config
-
-
-def with_tuples(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings from JSON or a command line with tuples in place of lists."""
-    return {name: tuple(value) if isinstance(value, list) else value
-            for name, value in settings.items()}
 
 
 def unused_settings(config: TrainConfig) -> dict[str, str]:
@@ -1564,7 +1554,7 @@ def saved_run(place: str, flags: dict[str, Any]) -> tuple[TrainConfig, Path | No
     settings = {**run, "out": str(folder.parent if run else folder), **flags}
     if not is_adapter:
         settings["model_dir"] = str(folder)
-    return TrainConfig(**with_tuples(settings)), folder if is_adapter else None
+    return TrainConfig(**settings), folder if is_adapter else None
 
 
 def about(config: TrainConfig, model: RobertaForSequenceClassification) -> dict[str, str]:
@@ -1650,7 +1640,7 @@ def flag_options(name: str, hint: Any) -> dict[str, Any]:
     kind, *more = get_args(hint) or (hint,)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
-    tables = {"task": trainable_tasks(), "method": METHOD_ROWS}
+    tables: dict[str, Any] = {"task": TASKS, "method": METHOD_ROWS}
     known = [shown(choice) for choice in tables.get(name, choices(name, hint))]
     kind = str if known else kind
 

@@ -87,7 +87,7 @@ def test_flags(words, value):
 @pytest.mark.parametrize("words, says", [
     ("--nope 1", "--nope"), ("--lr x", "float value: 'x'"), ("--lr -1", "lr = -1.0"),
     ("--lr nan", "lr = nan"), ("--epochs 1.5", "int value: '1.5'"), ("--ep 3", "--ep"),
-    ("--task ax", "task = ax"), ("--seeds a", "--seeds"), ("--seeds -1", "seed = -1"),
+    ("--task ax", "ax has no split 'train'"), ("--seeds a", "--seeds"), ("--seeds -1", "seed = -1"),
     ("--seeds 5 5", "--seeds 5 5"), ("--predict dev", "--predict"), ("stray", "stray"),
     ("--init foo", "'foo'"), ("--rank 3 --start-rank 2", "start_rank = 2"),
     ("--importance none", "importance = None"), ("--no-gate", "gate = False"),

@@ -483,8 +483,8 @@ def test_tokenizer_json(as_text, toy_folder, toy, tmp_path):
 @pytest.mark.parametrize("changes, says", [
     (dict(model__type="WordPiece"), "'WordPiece'"),
     (dict(normalizer={"type": "Lowercase"}), "normalizer"),
-    (dict(pre_tokenizer=None), "pre_tokenizer.type"),
-    (dict(pre_tokenizer__add_prefix_space=True), "add_prefix_space"),
+    (dict(pre_tokenizer=None), "'pre_tokenizer': None"),
+    (dict(pre_tokenizer__add_prefix_space=True), "'add_prefix_space': True"),
     (dict(added_tokens=[{"id": 265, "content": "[USER]"}]), "'[USER]'"),
     (dict(model__vocab=[["a", 0.5]]), "damaged"), (dict(model__merges=[]), "no merge")])
 def test_tokenizers_of_other_kinds(changes, says, toy_folder, tmp_path):
