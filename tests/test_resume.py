@@ -207,7 +207,7 @@ def test_ctrl_c_while_loading(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("value, step, log_every", [
-    (math.nan, 3, 1), (math.inf, 11, 1), (math.nan, 14, 100), (math.inf, 16, 100)])
+    (math.nan, 3, 1), slow(math.inf, 11, 1), (math.nan, 14, 100), slow(math.inf, 16, 100)])
 def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch, whole, value, step, log_every):
     """NaN or inf from a step on, seen at a log step (each one), before a checkpoint (save_every 4)
     or before the evaluation at an epoch's end (16): exit code 2, one line with step and learning
@@ -316,15 +316,15 @@ def test_a_run_that_died_before_its_first_checkpoint(tmp_path, capsys, whole, ag
 
 
 def test_several_seeds_resume(tmp_path, monkeypatch, whole):
-    """Stopped in the second of three seeds: the same command with --resume finishes the second,
-    does the third, and leaves the first as it is."""
-    words = [*flags(**run_settings(tmp_path / "out")), "--seeds", "2", "1", "3"]
+    """Stopped in the second of two seeds: the same command with --resume finishes the second and
+    leaves the first as it is."""
+    words = [*flags(**run_settings(tmp_path / "out")), "--seeds", "2", "1"]
     with monkeypatch.context() as patch:
         stop_at(patch, 30)
         assert main(words) == 143
     assert main([*words, "--resume"]) == 0
     same_runs(tmp_path / "out" / "seed-1", whole)
-    assert len(lines(tmp_path / "out" / "seed-2")) == len(lines(tmp_path / "out" / "seed-3")) == 24
+    assert len(lines(tmp_path / "out" / "seed-2")) == 24
 
 
 # ---- disk full, read-only -----------------------------------------------------------------------
@@ -357,7 +357,7 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch, whole):
     same_runs(tmp_path, whole)
 
 
-@pytest.mark.parametrize("path", ["adapter/adapter_model.safetensors", "result.json", "ranks.json"])
+@pytest.mark.parametrize("path", ["adapter/adapter_model.safetensors", "result.json"])
 def test_a_full_disk_at_the_end(tmp_path, monkeypatch, whole, path):
     """It is full when the adapter or the result is written: the old file or none stands there,
     and the run can be finished."""
