@@ -6,7 +6,8 @@ import re
 
 import pytest
 import torch
-from small import EXACT, adapted, feed, inputs, net_config, plain, randomize, trained, untouched
+from small import (
+    EXACT, adapted, close, feed, inputs, net_config, plain, randomize, trained, untouched)
 from torch import nn
 
 from dora import (
@@ -91,7 +92,7 @@ def test_merge_by_hand():
         update = sum(c * torch.outer(b, a) for a, b, c in zip(layer.A, layer.B.T, layer.c))
         merged = model.get_submodule(name)
         assert type(merged) is nn.Linear and not merged.weight.requires_grad
-        torch.testing.assert_close(merged.weight, layer.base.weight + layer.scale * update)
+        close(merged.weight, layer.base.weight + layer.scale * update, 1e-12)
         assert torch.equal(merged.bias, plain().get_submodule(name).bias)
 
 
@@ -112,29 +113,13 @@ def test_saved_files_by_hand(folder):
         assert torch.equal(tensors[key(name, "A")], layer.A[kept])
         for row, i in enumerate(kept):
             b = layer.scale * layer.c[i] * layer.B[:, i]
-            torch.testing.assert_close(tensors[key(name, "B")][:, row], b)
+            close(tensors[key(name, "B")][:, row], b, 1e-12)
 
     pattern = {r"^layer\.0\.down$": 1, r"^layer\.1\.down$": 1}
     expected = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "bias": "none", "use_dora": False,
                 "use_rslora": False, "fan_in_fan_out": False, "modules_to_save": ["head"],
                 "rank_pattern": pattern, "alpha_pattern": pattern}
     assert config_of(folder).items() >= expected.items()
-
-
-def test_head_is_what_trains(tmp_path):
-    """modules_to_save are the outermost modules all of whose parameters train; without a trained
-    head it is null."""
-    def heads(model):
-        save_adapter(model, tmp_path)
-        return config_of(tmp_path)["modules_to_save"]
-
-    model = pruned()
-    model.head.requires_grad_(False)
-    assert heads(model) is None
-    model.head = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 2)).double()
-    assert heads(model) == ["head"]
-    model.head[0].requires_grad_(False)
-    assert heads(model) == ["head.1"]
 
 
 # ---- what is loaded ------------------------------------------------------------------------------
@@ -158,7 +143,6 @@ def test_loaded_layers(folder, tmp_path):
 
 ALPHA_OF = [  # adapter_config.json of rank 2, and alpha / r of layer.0.up and layer.1.down
     (dict(r=2), (3, 3)),
-    (dict(r=2, lora_alpha=6.5), (3.25, 3.25)),
     (dict(r=2, alpha_pattern={"up": 8}), (4, 3)),
     (dict(r=2, alpha_pattern={"0.up": 2, "up": 8}), (1, 3)),  # the first that fits
     (dict(r=2, alpha_pattern={r"^layer\.0\.up$": 8}), (4, 3)),
@@ -166,7 +150,6 @@ ALPHA_OF = [  # adapter_config.json of rank 2, and alpha / r of layer.0.up and l
     (dict(r=2, alpha_pattern={"p": 8, "layer.0": 8, "ayer.0.up": 8, "^up": 8}), (3, 3)),
     (dict(r=2, alpha_pattern={"^.*up": 8}), (4, 3)),
     (dict(r=7, rank_pattern={"up": 2, "down": 2}), (3, 3)),  # the rank of the tensors
-    (dict(r=2, rank_pattern=None, alpha_pattern=None), (3, 3)),
 ]
 
 
@@ -183,7 +166,7 @@ def test_alpha_of_a_matrix(tmp_path):
             json.dumps({"peft_type": "LORA", "lora_alpha": 6, **config}))
         layers = load_adapter(plain(), tmp_path)
         for layer, update, scale in zip(layers.values(), (down.T @ up, up.T @ down), scales):
-            torch.testing.assert_close(layer.delta_weight(), scale * update)
+            close(layer.delta_weight(), scale * update, 1e-12)
 
 
 # ---- what is refused -----------------------------------------------------------------------------

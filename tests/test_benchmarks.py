@@ -7,8 +7,6 @@ import step_time
 import torch
 
 
-# ---- rank recovery -------------------------------------------------------------------------------
-
 def test_update_has_the_ranks_it_claims():
     """Singular values of Delta W*: as many as the true rank, each within the pattern's range. The
     same seed with other gains: the same outputs from other matrices."""
@@ -97,8 +95,6 @@ def test_default_finds_the_ranks_and_eq7_does_not():
     assert good["kept"] == [0, 3, 1] and good["loss"] < 1.05
     assert rr.misplaced(paper["kept"], pattern) > 0 and paper["loss"] > 1.05
 
-
-# ---- the time of a step --------------------------------------------------------------------------
 
 def test_operations_are_counted_without_views():
     """A matrix product, a sum and three views, forward and backward, against a count by hand."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small import Training, adapted, net_config, plain, refused
 
-from dora import METHODS, Pruner, budget, compact_, cost, inject, keep_mask
+from dora import Pruner, budget, compact_, cost, inject, keep_mask
 
 SLOW, FAST = "slow_first", "fast_first"
 
@@ -16,8 +16,6 @@ def curve(schedule, rank, start_rank, n_layers, total, **changes):
     config = net_config(schedule=schedule, rank=rank, start_rank=start_rank, **changes)
     return [budget(t, total, config, n_layers) for t in range(total + 1)]
 
-
-# ---- Eq. 9 --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("schedule, window", [
     # b0 = 24, bT = 12; slow first: 24 - 12 p^3, 12/64 = .19, 12/8 = 1.5, 12 * 27/64 = 5.06
@@ -73,8 +71,6 @@ def test_runs_without_a_step_to_prune_in(changes, total, names):
     refused(names, Pruner, {}, net_config(**changes), total)
 
 
-# ---- which components ---------------------------------------------------------------------------
-
 def test_keep_mask_with_costs_by_hand():
     """Falling scores 9, 8, 7, 6 that cost 5, 4, 3, 1: within 8 the first stays, the second does not
     fit into the 3 that are left, the third does, and nothing is left for the fourth."""
@@ -107,21 +103,13 @@ def test_keep_mask_against_its_definition(prices):
             left < costs[i] for i in range(n) if i not in kept)
 
 
-# ---- a budget in parameters ---------------------------------------------------------------------
-
 def test_a_component_costs_what_the_adapter_file_stores_for_it():
-    """One component of a (d_out, d_in) matrix costs d_in + d_out, or 1 in components; b(T) is r
-    times the cost of one in every matrix, which is the size of LoRA of rank r."""
-    parameters, components = net_config(budget_unit="parameters"), net_config()
-    linear = torch.nn.Linear(5, 8)
-    assert (cost(linear, parameters), cost(linear, components)) == (13, 1)
-    _, layers = adapted(parameters)  # per block: 5 x 5, 8 x 5, 5 x 8
-    pruner = Pruner(layers, parameters, 100)
-    assert pruner.per_rank == 2 * (10 + 13 + 13) and pruner.costs.tolist() == [
-        *[10] * 3, *[13] * 6, *[10] * 3, *[13] * 6]
-    lora = adapted(net_config(**METHODS["lora"], rank=2))[1]
-    assert budget(100, 100, parameters, pruner.per_rank) == sum(
-        m.A.numel() + m.B.numel() for m in lora.values())
+    """One component of a (d_out, d_in) matrix costs d_in + d_out, or 1 in components."""
+    linear, config = torch.nn.Linear(5, 8), net_config(budget_unit="parameters")
+    assert (cost(linear, config), cost(linear, net_config())) == (13, 1)
+    pruner = Pruner(adapted(config)[1], config, 100)  # per block: 5 x 5, 8 x 5, 5 x 8
+    assert pruner.per_rank == 2 * (10 + 13 + 13)
+    assert pruner.costs.tolist() == [*[10] * 3, *[13] * 6] * 2
 
 
 @pytest.mark.parametrize("rank, start_rank", [(1, 2), (0.5, 1), (1.5, 3), (2, 3)])

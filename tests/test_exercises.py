@@ -78,7 +78,6 @@ RIGHT = {
 
 WRONG = {
     1: [  # reversed, signed, sorted, per layer, another quantity, in place, at the wrong moment
-        score("torch.cat([layer.c.grad for layer in layers[::-1]]).abs()"),
         score("torch.cat([layer.c.grad for layer in layers])"),
         score("torch.cat([layer.c.grad.abs().sort().values for layer in layers])"),
         score("torch.cat([layer.A.grad.norm(dim=1) for layer in layers])"),
@@ -89,7 +88,6 @@ WRONG = {
               ROW.replace('"gradients"', '"weights"')),
     ],
     2: [  # a constant surplus, rounding in the other direction, other curves, no whole number
-        curve("10 - int(10 * p)"),
         curve("surplus - round(surplus * p)"),
         curve("surplus - __import__('math').ceil(surplus * p)"),
         curve("int(surplus * (1 - p))"),
@@ -102,7 +100,6 @@ WRONG = {
         floor("part[part.argsort()[:self.floor]] += 2 * scores.max()"),
         floor("part[best] += 100"),
         floor("part[best] = float('inf')"),
-        floor("part[best] += 2 * scores.max() * (self.t == self.last)"),
         floor("part[best] += 1 + 2 * scores.max()"),  # no check of scores that are all 0
         floor(RAISE).replace("super().scores().clone()", "super().scores() / self.costs"),
         floor(RAISE).replace("super().scores().clone()", "self.I_bar[0]"),  # changes the averages
@@ -110,7 +107,6 @@ WRONG = {
     4: [  # other norms, another n, one side only, the gates, live components, no gradient
         decay("return dem_penalty(layers)"),
         decay(f"return sum(rows.mean(1).square().sum() {ROWS}) / {N}"),
-        decay(f"return sum(rows.square().sum() {ROWS}) / {N}"),
         decay(f"return sum(rows.square().sum() / (rows.shape[1] - 1) {ROWS}) / {N}"),
         decay(f"return sum(layer.A.square().mean(1).sum() for layer in layers) / {N}"),
         decay("return sum((layer.c**2 * (layer.A.square().mean(1) + layer.B.square().mean(0)))"
@@ -123,7 +119,6 @@ WRONG = {
     5: [  # the prefix anywhere or without its dot, targets by any end, no error, no tuple, sorted
         skip(under='f".{skip}." in f".{name}."'),
         skip(under="name.startswith(skip)"),
-        skip(match="name.endswith(target)"),
         skip(match='f".{name}".endswith(f".{targets[0]}")'),
         skip(missing="False"),
         skip(missing="not any(name.startswith(skip) for name in found)"),

@@ -410,16 +410,7 @@ def test_going_back_to_earlier_weights(tmp_path):
 # ---- to change the method ------------------------------------------------------------------------
 
 def test_an_own_importance(monkeypatch):
-    """One function and one row: a run whose score is 0 for the first matrix and 1 for the second
-    leaves every component in the second. A score of a wrong shape is refused by the row's name."""
-    def last(layers):
-        return torch.cat([torch.full_like(layer.c, i / (len(layers) - 1))
-                          for i, layer in enumerate(layers)])
-
-    monkeypatch.setitem(dora.IMPORTANCE, "last", (last, "weights", torch.cat))
+    """A row whose function returns a score of a wrong shape is refused by its name."""
     monkeypatch.setitem(dora.IMPORTANCE, "short", (lambda _: torch.ones(2), "weights", torch.cat))
-    model = two_matrices()
-    pruner, _ = fit(model, inject(model, cfg("0", "2", importance="last")))
-    assert pruner.ranks() == {"0": 0, "2": 2}
     model = two_matrices()
     refused(r"short.*\(4,\).*\(2,\)", fit, model, inject(model, cfg("0", "2", importance="short")))

@@ -27,8 +27,6 @@ def randomize_what_trains(model):
             nn.init.normal_(p, std=0.5)
 
 
-# ---- names, ties, statistics ---------------------------------------------------------------------
-
 class Named(nn.Module):
     """A matrix and a head at any names: attributes, made of dotted paths."""
 
@@ -113,8 +111,6 @@ def test_running_statistics(tmp_path, affine):
     fit(model, layers)
     both_load(model, make, tmp_path)
 
-
-# ---- transformers --------------------------------------------------------------------------------
 
 SIZES = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
              intermediate_size=24)

@@ -71,8 +71,6 @@ def pruned(folder):
     return model, ranks
 
 
-# ---- our adapters in PEFT -----------------------------------------------------------------------
-
 @pytest.mark.parametrize("compact", [False, True])
 def test_peft_loads_our_adapter(tiny, tmp_path, compact):
     """PEFT on transformers' RoBERTa loads what we saved, with ranks 0 to 3 and with `output.dense`
@@ -134,8 +132,6 @@ def test_our_merged_model_loads_in_transformers(tiny, tmp_path):
         if "classifier" not in name:
             torch.testing.assert_close(loaded.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
 
-
-# ---- PEFT's adapters here -----------------------------------------------------------------------
 
 ALL = ["query", "key", "value", "output.dense", "intermediate.dense"]
 
