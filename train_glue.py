@@ -460,10 +460,7 @@ def read_config(path: Path) -> RobertaConfig:
     for name, size in sizes.items():
         require(size is not None or name == "classifier_dropout",
                 f"{path}: {name} is missing; take the model's own config.json")
-    config = RobertaConfig(**sizes)
-    require(config.hidden_size % config.num_attention_heads == 0, f"{path}: hidden_size "
-            f"{config.hidden_size} is not divisible by {config.num_attention_heads} heads")
-    return config
+    return RobertaConfig(**sizes)
 
 
 def head_order(path: Path, task: Task) -> list[int] | None:

@@ -20,27 +20,12 @@ from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 WAITING = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "is_nonzero")
 COPYING = ("copy_", "_to_copy")
 FREE = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
         "_unsafe_view", "_local_scalar_dense", "_fused_sdp_choice")  # these launch no kernel
-
-
-def each(function, value):
-    """The same nest of lists, tuples and dictionaries with function(leaf) for each leaf."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(each(function, item) for item in value)
-    if isinstance(value, dict):
-        return {key: each(function, item) for key, item in value.items()}
-    return function(value)
-
-
-def tensors_in(value):
-    """The tensors of such a nest."""
-    found = []
-    each(lambda leaf: found.append(leaf) if isinstance(leaf, torch.Tensor) else None, value)
-    return found
 
 
 class Simulated(torch.Tensor):
@@ -79,7 +64,7 @@ class Simulated(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        tensors = tensors_in((args, kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         simulation = next(t.simulation for t in tensors if isinstance(t, Simulated))
         return simulation.run(func, args, kwargs or {}, tensors)
 
@@ -204,11 +189,13 @@ class Device(TorchFunctionMode):
             return args[0].copy_(args[1].inner)
 
         back = {id(t.inner): t for t in tensors if isinstance(t, Simulated)}
-        args, kwargs = each(lambda t: t.inner if isinstance(t, Simulated) else t, (args, kwargs))
+
+        def inner(leaf):
+            return leaf.inner if isinstance(leaf, Simulated) else leaf
 
         def outer(out):
             if not isinstance(out, torch.Tensor):
                 return out
             return back[id(out)] if id(out) in back else self.wrap(out)  # known: changed in place
 
-        return each(outer, func(*args, **kwargs))
+        return tree_map(outer, func(*tree_map(inner, args), **tree_map(inner, kwargs)))

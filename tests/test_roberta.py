@@ -294,17 +294,17 @@ def test_the_dropout_of_the_head(folder):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("hidden_size", None), ("layer_norm_eps", None), ("num_attention_heads", 5),
+    ("hidden_size", None), ("layer_norm_eps", None),
     ("model_type", "bert"), ("hidden_act", "relu"), ("position_embedding_type", "relative_key"),
     ("is_decoder", True), ("add_cross_attention", True)])
 def test_fields_that_are_not_robertas(folder, field, value):
-    """A size that is not there (never roberta-base's instead), heads that do not divide it, and
-    another architecture: an error with file and field."""
+    """A size that is not there (never roberta-base's instead) and another architecture: an error
+    with file and field."""
     with_config(folder, **{field: value})
     with pytest.raises(DoRAError) as caught:
         load_roberta(folder, 2)
     assert str(folder / "config.json") in str(caught.value) and "\n" not in str(caught.value)
-    assert field in str(caught.value) or "not divisible by 5 heads" in str(caught.value)
+    assert field in str(caught.value)
 
 
 # ---- numbers of the reference -------------------------------------------------------------------
