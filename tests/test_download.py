@@ -17,8 +17,8 @@ BODY = bytes(range(256)) * 1000
 class Server:
     """Answers each path with its list of answers, one after the other, the last one for ever.
 
-    An answer is bytes, an HTTP status, or (status, headers, bytes). A "short" header announces
-    more bytes than are sent, "slow" sends the second half after so many seconds.
+    An answer is bytes, an HTTP status, or (bytes, what is odd): a "short" answer announces more
+    bytes than are sent, a "slow" one sends half of them late, a "chunked" one announces nothing.
     """
     def __init__(self):
         self.answers, self.asked, self.lock = {}, [], threading.Lock()
@@ -30,20 +30,16 @@ class Server:
                     outer.asked.append(self.path)
                     queue = outer.answers.get(self.path, [404])
                     answer = queue.pop(0) if len(queue) > 1 else queue[0]
-                status, headers, body = (answer if isinstance(answer, tuple) else (200, {}, answer)
-                                         if isinstance(answer, bytes) else (answer, {}, b""))
-                slow = headers.get("slow", 0)
-                self.send_response(status)
-                if "chunked" not in headers:
-                    self.send_header("Content-Length", str(len(body) + headers.get("short", 0)))
-                for key, value in headers.items():
-                    if key not in ("short", "slow", "chunked"):
-                        self.send_header(key, value)
+                body, odd = answer if isinstance(answer, tuple) else (answer, "")
+                self.send_response(answer if isinstance(answer, int) else 200)
+                body = b"" if isinstance(answer, int) else body
+                if odd != "chunked":
+                    self.send_header("Content-Length", str(len(body) + 5 * (odd == "short")))
                 self.end_headers()
                 try:
                     self.wfile.write(body[:len(body) // 2])
                     self.wfile.flush()
-                    time.sleep(slow)
+                    time.sleep(0.5 * (odd == "slow"))
                     self.wfile.write(body[len(body) // 2:])
                 except OSError:
                     pass
@@ -83,14 +79,14 @@ def refused(*says, use):
 
 def test_complete_file(server, tmp_path):
     """A plain download, an empty file and one without a Content-Length, against their bytes."""
-    server.answers = {"/a": [BODY], "/empty": [b""], "/c": [(200, {"chunked": 1}, BODY)]}
+    server.answers = {"/a": [BODY], "/empty": [b""], "/c": [(BODY, "chunked")]}
     for file, body in (("a", BODY), ("empty", b""), ("c", BODY)):
         data.fetch(data.GLUE, file, tmp_path / "new/folder/x")
         assert (tmp_path / "new/folder/x").read_bytes() == body
     assert os.listdir(tmp_path / "new/folder") == ["x"]  # no temporary file is left
 
 
-@pytest.mark.parametrize("trouble", [500, 502, 503, 429, (200, {"short": 5}, BODY)])
+@pytest.mark.parametrize("trouble", [500, 502, 503, 429, (BODY, "short")])
 def test_transient_trouble_is_tried_again(trouble, server, tmp_path):
     """Twice a server error or a short answer, then the file: it arrives complete. Always trouble:
     an error after four attempts, and no file under the final name or another."""
@@ -105,7 +101,7 @@ def test_transient_trouble_is_tried_again(trouble, server, tmp_path):
 def test_timeout_is_tried_again(server, tmp_path, monkeypatch):
     """An answer that stops in the middle for longer than the time-out, then the file."""
     monkeypatch.setattr(data, "TIMEOUT", 0.1)
-    server.answers = {"/a": [(200, {"slow": 0.5}, BODY), BODY]}
+    server.answers = {"/a": [(BODY, "slow"), BODY]}
     data.fetch(data.HUB, "a", tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == BODY
 
