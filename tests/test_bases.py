@@ -8,8 +8,7 @@ import torch
 from small import FLAT, cfg, chain, close, randomize, refused
 from torch import nn
 
-from dora import (
-    DoRAError, inject, load_adapter, merge_, read_safetensors, save_adapter, write_safetensors)
+from dora import DoRAError, inject, load_adapter, merge_, save_adapter
 
 IDS = torch.arange(40).view(8, 5) % 20
 
@@ -151,14 +150,3 @@ def test_a_base_that_was_changed_before(tmp_path):
         expected = saved(copy.deepcopy(changed), tmp_path / name)
         assert name in loads(Model(), tmp_path / name, expected)
         assert loads(changed, tmp_path / name, expected) is None
-
-
-def test_files_without_a_mark(tmp_path):
-    """PEFT's own files say nothing of their base, and those of earlier versions had a checksum
-    here: both load."""
-    saved(Model(), tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = {key: tensor.clone() for key, tensor in read_safetensors(path).items()}
-    for metadata in (None, {"base": "0a1b2c3d"}):
-        write_safetensors(path, tensors, metadata)
-        load_adapter(Model(seed=1), tmp_path)

@@ -68,8 +68,6 @@ def same_text(stored, fresh):
         x == y or abs(x - y) <= 5e-3 * max(abs(x), abs(y)) + 1e-9 for x, y in zip(a, b))
 
 
-# ---- form: no kernel needed ---------------------------------------------------------------------
-
 def test_the_folder():
     """At least 12 notebooks, numbered from 00 without a gap, have less than 4 MB together, pictures
     included. The first cell of each names the paper and which DoRA it is, and links to the
@@ -118,8 +116,6 @@ def test_same_text(stored, fresh, same):
     """The comparison sees another word, sign, count or third digit, and nothing finer."""
     assert same_text(stored, fresh) is same
 
-
-# ---- a whole run --------------------------------------------------------------------------------
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)

@@ -22,17 +22,13 @@ PRUNING = ("dora", "paper", "adalora")  # the methods that use `interval`
 EXAMPLES = functools.cache(lambda: tempfile.TemporaryDirectory(prefix="dora-test-"))
 
 
-def tiny_config(**changes):
-    """Two layers of width 32."""
-    return RobertaConfig(**{**dict(
+def tiny_model(num_labels=2, seed=0, **changes):
+    """Two layers of width 32 with seeded random weights, biases too, in evaluation mode."""
+    config = RobertaConfig(**{**dict(
         vocab_size=437, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=64, max_position_embeddings=64, initializer_range=0.1), **changes})
-
-
-def tiny_model(num_labels=2, seed=0, **changes):
-    """With seeded random weights, biases too, in evaluation mode."""
     torch.manual_seed(seed)
-    model = RobertaForSequenceClassification(tiny_config(**changes), num_labels).eval()
+    model = RobertaForSequenceClassification(config, num_labels).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
