@@ -133,6 +133,17 @@ def feed(pruner, scores, open_gates=True):
     pruner.step()
 
 
+def prune(layers, config, scores):
+    """Random components, of which those with the best of these scores are live; the Pruner."""
+    pruner = Pruner(layers, config, 20)
+    for _ in range(20):
+        feed(pruner, scores)
+    randomize(layers)
+    for layer in layers.values():
+        layer.c.data.mul_(layer.mask)
+    return pruner
+
+
 def masks(layers):
     """The masks of all matrices, (n,)."""
     return torch.cat([layer.mask for layer in layers.values()])

@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 from small import (
-    EXACT, adapted, close, feed, inputs, net_config, plain, randomize, trained, untouched)
+    EXACT, adapted, close, inputs, net_config, plain, prune, trained, untouched)
 from torch import nn
 
 from dora import (
-    METHODS, DoRALinear, Pruner, compact_, load_adapter, merge_, read_safetensors,
+    METHODS, DoRALinear, compact_, load_adapter, merge_, read_safetensors,
     save_adapter, write_safetensors)
 
 SCORES = [0, 0, 9, 8, 7, 1, 0, 0, 6, 5, 4, 1]  # of two components per matrix; six are kept
@@ -24,13 +24,7 @@ def pruned():
     """A model whose six matrices kept 0, 2, 1, 0, 2 and 1 random components."""
     config = net_config(rank=1, start_rank=2, interval=2, **EXACT)
     model, layers = adapted(config)
-    pruner = Pruner(layers, config, 20)
-    for _ in range(20):
-        feed(pruner, SCORES)
-    randomize(layers)
-    for layer in layers.values():
-        layer.c.data.mul_(layer.mask)
-    assert pruner.ranks() == RANKS
+    assert prune(layers, config, SCORES).ranks() == RANKS
     return model
 
 
@@ -155,8 +149,7 @@ ALPHA_OF = [  # adapter_config.json of rank 2, and alpha / r of layer.0.up and l
 
 def test_alpha_of_a_matrix(tmp_path):
     """A hand-made adapter of rank 2 on layer.0.up and layer.1.down: the update is alpha / r B A
-    with the alpha that PEFT's rule gives, a regular expression for a whole dotted suffix of the
-    name."""
+    with the alpha of PEFT's rule, a regular expression for a whole dotted suffix of the name."""
     up, down = torch.randn(2, 5).double(), torch.randn(2, 8).double()
     tensors = {key("layer.0.up", "A"): up, key("layer.0.up", "B"): down.T,
                key("layer.1.down", "A"): down, key("layer.1.down", "B"): up.T}

@@ -14,8 +14,7 @@ IDS = torch.arange(40).view(8, 5) % 20
 
 
 class Model(nn.Module):
-    """Token ids (N, T) to (N, 3): each kind of tensor that a base has, an adapted matrix and a new
-    head."""
+    """Token ids (N, T) to (N, 3), with each kind of tensor that a base has and a new head."""
 
     def __init__(self, seed=0, head=0):
         super().__init__()
@@ -93,8 +92,7 @@ def test_every_tensor_of_the_base(tmp_path, unfreeze):
 
 def test_a_head_that_was_never_unfrozen(tmp_path):
     """Training around a new random head, of which the file holds nothing: elsewhere, with another
-    random head, the adapter is refused by the head's name. So is one whose head was frozen again
-    before saving."""
+    random head, the adapter is refused by the head's name. So is one whose head was refrozen."""
     expected = saved(Model(head=1), tmp_path)
     assert "head.0.weight" in loads(Model(head=2), tmp_path, expected)
     assert loads(Model(head=1), tmp_path, expected) is None

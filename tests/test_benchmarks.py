@@ -66,8 +66,7 @@ def test_recorded_runs_are_found():
 
 
 def test_a_finished_run_is_never_repeated(tmp_path, monkeypatch):
-    """A log whose last line was cut off: only the run of that line is made again, and it ends as it
-    did before."""
+    """A log whose last line was cut off: only that run is made again, and it ends as before."""
     tiny = {"tiny": rr.Pattern((0, 2, 1), width=8, batch=8, steps=20)}
     monkeypatch.setattr(rr, "patterns_of", lambda title: tiny)
     rows = {"a": rr.BASE, "b": {**rr.BASE, "beta2": None}}

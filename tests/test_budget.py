@@ -30,9 +30,8 @@ def test_eq9_by_hand(schedule, window):
 
 @pytest.mark.parametrize("schedule", [SLOW, FAST])
 def test_eq9_against_exact_fractions(schedule):
-    """100 random cases: every b(t) is the exact cubic, rounded to a whole component (slow first:
-    up, fast first: down; where the cubic is whole, floats may add one); it starts at r'L, ends at
-    rL, never rises."""
+    """100 random cases: b(t) starts at r'L, never rises, ends at rL, and is the exact cubic rounded
+    up (slow first) or down (fast first; where the cubic is whole, floats may add one)."""
     rng = random.Random(0)
     for _ in range(100):
         total, n_layers = rng.randint(20, 300), rng.randint(1, 80)
@@ -116,8 +115,7 @@ def test_a_component_costs_what_the_adapter_file_stores_for_it():
 @pytest.mark.parametrize("schedule", [SLOW, FAST])
 def test_a_run_in_parameters_ends_at_the_size_of_lora(rank, start_rank, schedule):
     """A whole run: after every pruning the live components cost at most b(t) and fall short of it
-    by less than one component; at the end that is LoRA's size, and the adapter file holds as many
-    numbers as were counted."""
+    by less than one; at the end that is LoRA's size, and as many numbers are in the layers."""
     training = Training(net_config(rank=rank, start_rank=start_rank, schedule=schedule, interval=4,
                                    budget_unit="parameters"))
     pruner, spent = training.pruner, None

@@ -30,8 +30,7 @@ def layer_of(d_out, d_in, **changes):
 # ---- Eq. 6 ---------------------------------------------------------------------------------------
 
 def test_delta_weight_by_hand():
-    """One component and two, alpha / r = 8 / 2: the update equals the matrix worked out on
-    paper."""
+    """One component and two, alpha / r = 8 / 2: the update equals the one worked out on paper."""
     layer = layer_of(2, 3, rank=2, start_rank=2, alpha=8.0)
     layer.A.data = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]]).double()
     layer.B.data = torch.tensor([[5.0, 1.0], [7.0, -1.0]]).double()
@@ -81,8 +80,7 @@ def test_dropout_acts_where_the_setting_says(dropout_on):
 @pytest.mark.parametrize("dropout_on", ["input", "components"])
 @pytest.mark.parametrize("init", ["zero_b", "kaiming", "gaussian"])
 def test_step_0_changes_nothing(init, dropout_on):
-    """The adapted model's output equals the base model's bit for bit in three dtypes, with dropout
-    and without."""
+    """The adapted model's output equals the base's bit for bit, with dropout and without."""
     config = net_config(init=init, dropout_on=dropout_on, dropout=0.3)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x = inputs(dtype=dtype)

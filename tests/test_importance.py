@@ -122,9 +122,8 @@ def test_norm_scores_are_those_of_the_updated_weights():
 
 
 def test_ema_and_uncertainty_by_hand():
-    """Sensitivities 1, 3, 2 of one component with beta1 0.5 and beta2 0.8: I_bar .5, 1.75, 1.875;
-    U_bar .2 * .5 = .1, .8 * .1 + .2 * 1.25 = .33, .8 * .33 + .2 * .125 = .289; the score is their
-    product."""
+    """Sensitivities 1, 3, 2 with beta1 0.5 and beta2 0.8 have I_bar .5, 1.75, 1.875 and U_bar
+    .2 * .5 = .1, .8 * .1 + .2 * 1.25 = .33, .8 * .33 + .2 * .125 = .289; a score is I_bar U_bar."""
     _, pruner = one([[1, 0]], [[1, 0]], [1], beta1=0.5, beta2=0.8)
     for number, expected in ((1, .5 * .1), (3, 1.75 * .33), (2, 1.875 * .289)):
         feed(pruner, [number])
@@ -151,8 +150,7 @@ def test_sensitivity_is_the_removal_derivative():
 
 @pytest.mark.parametrize("dropout_on", ["input", "components"])
 def test_three_euler_products_agree(dropout_on):
-    """a_i . dℓ/da_i = b_i . dℓ/db_i = c_i dℓ/dc_i, under dropout too: the output is linear in
-    each."""
+    """a_i . dℓ/da_i = b_i . dℓ/db_i = c_i dℓ/dc_i, even under dropout, as y is linear in each."""
     model, layers = random_model(dropout=0.4, dropout_on=dropout_on)
     loss_of(model.train()).backward()
     for layer in layers.values():
@@ -246,8 +244,7 @@ def test_eq10_by_hand():
 
 
 def test_eq10_against_the_double_loop():
-    """R and its gradients equal a loop over matrices and components, of differing shapes; gates and
-    masks play no part in it."""
+    """R and its gradients equal a loop over all matrices and components; a gate plays no part."""
     _, layers = random_model()
     layers["layer.0.up"].c.data.zero_()
     variances = []

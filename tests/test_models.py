@@ -36,8 +36,7 @@ def two_names():
 @pytest.mark.parametrize("make, target, head, x", [
     (Tied, "mid", "proj", IDS), (two_names, "0", "2", X)])
 def test_a_shared_head(tmp_path, make, target, head, x):
-    """A head that shares its weight with the embedding, or is one module under two names: trained,
-    it reloads as such."""
+    """A head that is tied to the embedding, or has two names, trains and reloads as such."""
     model = make()
     randomize(inject(model, cfg(target, **FLAT)))
     nn.init.normal_(model.get_submodule(head).requires_grad_(True).weight)
@@ -143,8 +142,7 @@ def test_an_optimizer_made_before_inject(tmp_path, method):
 
 
 def test_layers_that_the_model_does_not_use():
-    """The penalty gives A and B of a copy's layers a gradient, the loss gives none: only the gates
-    count, and observe() refuses."""
+    """The loss gives a copy's layers no gradient, although the penalty does: observe() refuses."""
     model = two_matrices()
     layers = inject(copy.deepcopy(model), cfg("0", "2"))
     inject(model, cfg("0", "2"))
@@ -152,8 +150,7 @@ def test_layers_that_the_model_does_not_use():
 
 
 def test_a_pruner_of_some_layers():
-    """A Pruner of a part of the layers, or with other settings than those of inject(): refused, for
-    the budget is the whole model's."""
+    """A Pruner of a part of the layers, or with other settings than inject() got, is refused."""
     layers = inject(two_matrices(), cfg("0", "2"))
     refused("layers", Pruner, {"0": layers["0"]}, cfg("0", "2"), 20)
     refused("^0: ", Pruner, layers, cfg("0", "2", eta=0.4), 20)
@@ -290,8 +287,7 @@ def test_outputs_of_one_number(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(tmp_path, dtype):
-    """Autocast on the CPU: a run reloads, and autocast outputs equal the float32 ones to the
-    precision of the dtype."""
+    """A run under autocast reloads, and its outputs equal the float32 ones to that precision."""
     def output(model):
         with torch.autocast("cpu", dtype):
             return model(X)

@@ -135,8 +135,7 @@ def backward(model, pruner, factor=1.0):
 @pytest.mark.parametrize("importance", ["sensitivity", "triplet", "norm", "frobenius"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_score_that_is_not_finite_stops_the_run(importance, bad):
-    """One gate that is NaN or infinite: the next pruning stops and names its step, the masks as
-    before."""
+    """One gate is NaN or infinite: the next pruning stops with its step, and changes no mask."""
     config = net_config(importance=importance, interval=4)
     model, layers = adapted(config)
     randomize(layers)
@@ -177,9 +176,8 @@ def through_a_file(state):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_state_dict_continues_bit_for_bit(method):
-    """A run cut in any phase, its trained weights and states through torch.save and weights_only
-    load into a new model, optimizer and Pruner, in either order, ends bit for bit as the uncut
-    run does."""
+    """A run cut in any phase, whose weights and states go through a file into new objects, in either
+    order, ends bit for bit as the uncut run does."""
     config = net_config(**METHODS[method], rank=1)
     whole = trained(config).model
     for stop, weights_first in ((3, True), (11, False), (11, True), (20, True), (27, False)):

@@ -88,8 +88,7 @@ def test_what_pruning_does(table):
 
 
 def test_exact_budget_with_ties(table):
-    """All scores equal: PEFT's AdaLoRA keeps another number than its budget, this one exactly
-    b(T)."""
+    """All scores equal: PEFT's AdaLoRA keeps another number than b(T), this one exactly b(T)."""
     theirs, here = adalora(), ours()
     for step in range(1, STEPS - 4 + 1):
         for name, p in theirs.named_parameters():

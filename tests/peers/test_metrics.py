@@ -50,8 +50,7 @@ def test_metric(name):
 @pytest.mark.filterwarnings("ignore")
 def test_scales_and_nan(name):
     """Predictions tiny, huge, far from 0 or negated: the reference's value to 1e-6 (at 1e6 ± 1e-6
-    float64 itself has no more digits). NaN and infinite ones: NaN, but for the ranks of an infinite
-    one."""
+    float64 itself has no more digits). If one is NaN or infinite: NaN, but ranks may order it."""
     labels = np.random.default_rng(1).uniform(0, 5, 50)
     odd = labels.copy()
     for scale, shift in ((1e-150, 0), (1e150, 0), (1e-6, 1e6), (-1, 0), (3, 7)):

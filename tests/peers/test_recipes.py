@@ -45,8 +45,7 @@ def differ(a, b):
 
 
 def check_adapter(names, folder="adapter"):
-    """The saved adapter on a plain model gives what the trained model gives, and not what the plain
-    one does."""
+    """The saved adapter makes a plain model, which differed, give what the trained one gives."""
     plain, ids = names["make_model"](), names["ids"]
     expected = logits(names["model"], ids)
     differ(logits(plain, ids), expected)
