@@ -176,7 +176,7 @@ def through_a_file(state):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_state_dict_continues_bit_for_bit(method):
-    """A run cut in any phase, whose weights and states go through a file into new objects, in either
+    """A run cut in any phase, with weights and states through a file into new objects, in either
     order, ends bit for bit as the uncut run does."""
     config = net_config(**METHODS[method], rank=1)
     whole = trained(config).model
