@@ -272,7 +272,7 @@ def recorded():
 
 
 def test_recorded_pieces(recorded):
-    """Pieces of 30 texts against those that the tokenizers library gave (record_bpe.py)."""
+    """Pieces of 30 texts against those that the tokenizers library gave (fixtures/record.py)."""
     for row in recorded["texts"]:
         assert BPE.pieces(row["text"]) == row["pieces"]
 
@@ -616,7 +616,7 @@ def test_metrics_by_hand():
 
 def test_recorded_metrics():
     """Metrics of random vectors, ties included, against scikit-learn's and scipy's
-    (record_metrics.py)."""
+    (fixtures/record.py)."""
     recorded = json.loads((RECORDED / "metrics.json").read_text())
     for row in recorded["classes"] + recorded["reals"]:
         for name in row.keys() & data.METRICS.keys():

@@ -260,7 +260,7 @@ def test_every_matrix_has_its_own_cell(kind):
 
 def test_lora_equals_the_recorded_peft():
     """METHODS["lora"] gives the outputs and gradients that PEFT's LoRA gave for the same weights
-    (fixtures/record_peft.py; live in peers/test_recordings.py)."""
+    (fixtures/record.py; live in peers/test_recordings.py)."""
     recorded = json.loads(RECORDED.read_text())["lora"]
     weights = {name: torch.tensor(rows) for name, rows in recorded["weights"].items()}
     base = nn.Linear(*weights["W"].shape[::-1])

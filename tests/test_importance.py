@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures.record_peft import INTERVAL, R_PRIME, SHAPES, T_F, T_I, R, T, fed
+from fixtures.record import INTERVAL, R_PRIME, SHAPES, T_F, T_I, R, T, fed
 from small import EXACT, adapted, close, feed, gates, inputs, net_config, randomize, refused
 from torch import nn
 
@@ -215,7 +215,7 @@ def test_triplet_by_hand():
 
 def test_adalora_equals_the_recorded_peft():
     """Fed with the same weights and gradients, `adalora` has the scores and masks that PEFT's
-    RankAllocator had (fixtures/record_peft.py; live in peers/test_recordings.py)."""
+    RankAllocator had (fixtures/record.py; live in peers/test_recordings.py)."""
     recorded = json.loads(RECORDED.read_text())["adalora"]
     config = net_config(**METHODS["adalora"], rank=R, start_rank=R_PRIME, interval=INTERVAL,
                         initial_phase=T_I / T, final_phase=T_F / T)

@@ -303,7 +303,7 @@ def test_fields_that_are_not_robertas(folder, field, value):
 @pytest.mark.skipif(not MINILM.exists(), reason="needs ../shared/models")
 def test_recorded_hidden_states():
     """The shared encoder's states of padded sentences against those that transformers computed
-    (fixtures/record_transformers.py), to 1e-5."""
+    (fixtures/record.py), to 1e-5."""
     recorded = json.loads((HERE / "fixtures" / "transformers.json").read_text())
     ids = torch.tensor(recorded["ids"])
     with torch.no_grad():
