@@ -93,7 +93,7 @@ def test_truncation(bpe):
     reference._tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>",
         special_tokens=[("<s>", 0), ("</s>", 2)])
-    for max_len in (5, 6, 7, 8, 9, 12, 16, 33, 128):
+    for max_len in (5, 6, 7, 8, 9, 12, 33):
         reference.enable_truncation(max_len, strategy="longest_first")
         lengths = {(n, max(0, m)) for n in range(max_len + 3) for m in (
             0, 1, 2, 3, n - 1, n, n + 1, max_len - n, max_len // 2, max_len + 1)}
