@@ -30,6 +30,12 @@ def resume(out, **changes):
     return run(out, resume=True, **changes)
 
 
+@pytest.fixture(autouse=True)
+def signals_arrive(monkeypatch):
+    """Even where the tests run in the background or under nohup, and signals are ignored."""
+    monkeypatch.setattr(signal, "SIG_IGN", "nobody's handler")
+
+
 def each_loss(monkeypatch, change):
     """change(n, loss) takes the place of the n-th loss."""
     real, calls = train_glue.task_loss, []
@@ -74,7 +80,6 @@ def test_interrupted_and_resumed(tmp_path, capsys, monkeypatch, whole, step, num
     to continue, returns 128 + signal, and the old handlers are back. With --resume the run's end
     equals the uninterrupted one's. An epoch ends at 8, 16 and 24, prunings are at 7, 10 and 12, at
     12 the dead components leave."""
-    monkeypatch.setattr(signal, "SIG_IGN", "nobody")  # these tests may run under nohup, too
     words, before = flags(**run_settings(tmp_path / "out")), signal.getsignal(number)
     with monkeypatch.context() as patch:
         stop_at(patch, step, number)
@@ -90,6 +95,7 @@ def test_interrupted_and_resumed(tmp_path, capsys, monkeypatch, whole, step, num
 
 def test_nohup(tmp_path, monkeypatch):
     """A run that nohup started, for which SIGHUP is ignored, continues."""
+    monkeypatch.setattr(signal, "SIG_IGN", signal.Handlers.SIG_IGN)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         stop_at(monkeypatch, 2, signal.SIGHUP)
