@@ -104,17 +104,12 @@ def test_form(name):
         assert any(isinstance(node, ast.Assert) for node in nodes), title
 
 
-@pytest.mark.parametrize("stored, fresh, same", [
-    ("loss 0.1234", "loss 0.1236", True),
-    ("loss 0.1234", "loss 0.1264", False),
-    ("12,288 of 589,824", "13,288 of 589,824", False),
-    ("ranks [3, 0, 1]", "ranks [2, 1, 1]", False),
-    ("-1.5e-3", "1.5e-3", False),
-    ("W0 and A[1]", "W0  and\nA[1]", True),
-])
-def test_same_text(stored, fresh, same):
+def test_same_text():
     """The comparison sees another word, sign, count or third digit, and nothing finer."""
-    assert same_text(stored, fresh) is same
+    assert same_text("W0 and A[1] = 0.1234", "W0  and\nA[1] = 0.1236")
+    for fresh in ("W0 and A[1] = 0.1264", "W0 and A[2] = 0.1234", "W0 and A[1] = -0.1234",
+                  "W0 and A[1] is 0.1234", "W0 and A[1] = 0.1234 more"):
+        assert not same_text("W0 and A[1] = 0.1234", fresh)
 
 
 @pytest.mark.slow

@@ -54,22 +54,6 @@ def test_exactly_b_gates_after_every_prune(schedule, equal):
         assert pruner.live == sum(expected) == 12
 
 
-@pytest.mark.parametrize("method", ["dora", "paper", "adalora"])
-def test_real_runs_end_on_budget(method):
-    """Whole training runs with AdamW: at every step after a prune, and at every step from the last
-    one on, exactly b(t) gates are open (the rest is 0, however much momentum it has)."""
-    for rank, start_rank in ((1, 2), (0.5, None), (1.5, 3), (2, 2)):
-        config = net_config(**METHODS[method] | dict(
-            rank=rank, start_rank=start_rank, interval=4, budget_unit="components"))
-        training = Training(config)
-        randomize(training.layers)  # no gate is 0 by itself
-        for t in range(1, 41):
-            training.step()
-            if t in (10, 14, 18) or t >= 20:
-                assert gates(training.layers).ne(0).sum() == budget(t, 40, config, 6)
-        assert training.pruner.live == round(rank * 6)
-
-
 # ---- regrowth, and the end of it -----------------------------------------------------------------
 
 def test_a_pruned_component_comes_back_before_the_final_mask():

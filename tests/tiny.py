@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_flatten_with_path
 
 import data
 from train_glue import (
@@ -104,21 +105,16 @@ def newest(folder):
     return torch.load(path, weights_only=True)
 
 
-def same(a, b, path=""):
+def same(a, b):
     """Assert that two trees of dicts, lists, tensors and numbers are equal bit for bit."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            same(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
-            same(x, y, f"{path}.{i}")
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), path
-    else:
-        assert a == b, path
+    (ours, spec), (theirs, other) = map(tree_flatten_with_path, (a, b))
+    assert spec == other
+    for (path, x), (_, y) in zip(ours, theirs):
+        assert type(x) is type(y), path
+        if isinstance(x, torch.Tensor):
+            assert x.dtype == y.dtype and torch.equal(x, y), path
+        else:
+            assert x == y, path
 
 
 def same_runs(a, b):
