@@ -56,7 +56,7 @@ def test_eq6_is_the_sum_of_outer_products(scale, divisor, dropout_on):
 
     layer(x).sin().sum().backward()
     expected.sin().sum().backward()
-    close([layer.A.grad, layer.B.grad, layer.c.grad], [A.grad, B.grad, c.grad], 1e-12)
+    close([layer.A.grad, layer.B.grad, layer.c.grad], [A.grad, B.grad, c.grad], 1e-11)
     assert layer.base.weight.grad is None and layer.base.bias.grad is None
 
 
@@ -95,6 +95,7 @@ def test_starts_have_the_stated_distributions():
     """Bounds of the uniform starts and the deviation of the Gaussian one, on 200,000 entries, equal
     the formulas; and c, B are 0 or 1 where they should be."""
     d_in, r = 2000, 100
+    torch.manual_seed(0)
     zero_b, kaiming, gaussian = (
         DoRALinear(nn.Linear(d_in, 100), net_config(init=init, rank=r, start_rank=r))
         for init in ("zero_b", "kaiming", "gaussian"))
@@ -104,10 +105,11 @@ def test_starts_have_the_stated_distributions():
               kaiming.A: math.sqrt(6 / d_in),  # a = 0
               kaiming.B: math.sqrt(6 / r)}
     for weight, bound in bounds.items():
-        assert weight.abs().max().item() == pytest.approx(bound, rel=1e-2)
-        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        assert weight.abs().max().item() == pytest.approx(bound, rel=1e-3)
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
     for weight in (gaussian.A, gaussian.B):
         assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert abs(weight.mean()) < 1e-3
 
 
 # ---- inject --------------------------------------------------------------------------------------
@@ -217,18 +219,20 @@ def test_methods_are_rows_of_one_table():
 # ---- the rank map --------------------------------------------------------------------------------
 
 def test_rank_map_by_hand():
-    """The table of two layers of three matrices equals the text below, sums included. A matrix that
-    a layer lacks is a dot."""
-    def rows(ranks):
-        return [line.split() for line in rank_map(ranks).splitlines()]
-
-    assert rows({"encoder.layer.0.attention.self.query": 3, "encoder.layer.0.output.dense": 0,
-                 "encoder.layer.10.attention.self.query": 1, "encoder.layer.10.output.dense": 12}
-                ) == [["layer", "query", "output", "total"], ["0", "3", "0", "3"],
-                      ["10", "1", "12", "13"], ["total", "4", "12", "16"]]
-    assert rows({"a.0.up": 2, "a.1.down": 1}) == [
-        ["layer", "up", "down", "total"], ["0", "2", ".", "2"], ["1", ".", "1", "1"],
-        ["total", "2", "1", "3"]]
+    """The words of two tables equal those below, sums included. A matrix that a layer lacks is a
+    dot."""
+    ranks = {"encoder.layer.0.attention.self.query": 3, "encoder.layer.0.output.dense": 0,
+             "encoder.layer.10.attention.self.query": 1, "encoder.layer.10.output.dense": 12}
+    assert rank_map(ranks).split() == """
+        layer  query  output  total
+            0      3       0      3
+           10      1      12     13
+        total      4      12     16""".split()
+    assert rank_map({"a.0.up": 2, "a.1.down": 1}).split() == """
+        layer  up  down  total
+            0   2     .      2
+            1   .     1      1
+        total   2     1      3""".split()
 
 
 T5 = ((0, "SelfAttention.q"), (0, "SelfAttention.v"), (1, "EncDecAttention.q"))
