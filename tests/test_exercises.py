@@ -1,4 +1,4 @@
-"""The exercises of notebook 08: a right solution passes its check, and a wrong one is refused.
+"""The exercises of notebooks 04 and 08: a right solution passes its check, a wrong one is refused.
 
 Needs notebooks/requirements.txt; without it this file is skipped.
 """
@@ -64,10 +64,9 @@ WRONG = {  # by exercise: the same, and what is wrong
 }
 
 
-def solution(number, right="", other=""):
+def solution(cell, right="", other=""):
     """Return the code in the exercise's folded solution, with one part replaced by another."""
-    source = CELLS[START[number - 1]].source
-    code = re.search(r"Solution</summary>\n\n```python\n(.*?)```", source, re.DOTALL)[1]
+    code = re.search(r"Solution</summary>\n\n```python\n(.*?)```", cell.source, re.DOTALL)[1]
     assert right in code
     return code.replace(right, other) if right else code
 
@@ -102,7 +101,8 @@ def test_right(number):
     assert len(START) == 5
     lines = outcome(number, None)
     assert lines and all("not yet (AssertionError" in line for line in lines)
-    for code in (solution(number), solution(number, *RIGHT[number])):
+    cell = CELLS[START[number - 1]]
+    for code in (solution(cell), solution(cell, *RIGHT[number])):
         lines = outcome(number, code)
         assert lines and all(line.endswith(": done") for line in lines), (code, lines)
 
@@ -112,5 +112,42 @@ def test_right(number):
 def test_wrong(number):
     """A solution that is wrong in one place is refused by at least one check of its exercise."""
     for right, wrong in WRONG[number]:
-        lines = outcome(number, solution(number, right, wrong))
+        lines = outcome(number, solution(CELLS[START[number - 1]], right, wrong))
         assert any("not yet" in line for line in lines), (right, wrong)
+
+
+# ---- notebook 04: a pruner of one's own ----------------------------------------------------------
+
+YOURS = nbformat.read(FOLDER / "04_budget_and_pruning.ipynb", as_version=4).cells
+WRONG_PRUNERS = [
+    ("self.I_bar * self.U_bar", "self.I_bar"),  # no uncertainty
+    (" or after == window)", ")"),  # the last pruning depends on the interval
+    ("sum(layer.base.weight.shape) for", "1 for"),  # components in place of parameters
+    ("left -= self.costs[i] * int(self.mask[i])", "left -= self.costs[i]"),  # pays for the pruned
+    ("elif after <= window:", "else:"),  # the mask is not held after the last pruning
+    ("(1 - after / window) ** 3", "(1 - (after / window) ** 3)"),  # slow first
+]
+
+
+def first_differences(code):
+    """Yield what the exercise's check finds for a solution: a step for each case, None if equal."""
+    from toy import race
+
+    layer, cases = (next(cell.source for cell in YOURS if cell.source.startswith(start))
+                    for start in ("class Components", "cases ="))
+    names = {"torch": torch, "nn": torch.nn}
+    for source in (layer, code, cases.split("for case")[0]):
+        exec(source, names)
+    for case in names["cases"]:
+        yield race(names["Components"], names["MyPruner"], **case)
+
+
+@pytest.mark.slow
+def test_your_turn():
+    """The folded solution equals dora.py's Pruner bit for bit in every step of every case. One that
+    is wrong in one place differs in at least one case."""
+    torch.set_default_dtype(torch.float64)
+    cell = next(cell for cell in YOURS if "```python\nclass MyPruner" in cell.source)
+    assert [*first_differences(solution(cell))] == [None] * 5
+    for right, wrong in WRONG_PRUNERS:
+        assert any(first_differences(solution(cell, right, wrong))), wrong

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
@@ -130,47 +129,3 @@ def test_runs(name):
         figures = [sum("image/png" in output.get("data", {}) for output in cell.outputs)
                    for cell in (old, new)]
         assert figures[0] == figures[1]
-
-
-# ---- your turn: the exercise of notebook 04 ------------------------------------------------------
-
-YOURS = read("04_budget_and_pruning.ipynb").cells
-SOLUTION = next(re.search(r"```python\n(.*?)```", cell.source, re.DOTALL)[1] for cell in YOURS
-                if "class MyPruner" in cell.source and cell.cell_type == "markdown")
-WRONG = [  # a part of the solution, and what is wrong in its place
-    ("self.I_bar * self.U_bar", "self.I_bar"),  # no uncertainty
-    (" or after == window)", ")"),  # the last pruning depends on the interval
-    ("sum(layer.base.weight.shape) for", "1 for"),  # components in place of parameters
-    ("left -= self.costs[i] * int(self.mask[i])", "left -= self.costs[i]"),  # pays for the pruned
-    ("elif after <= window:", "else:"),  # the mask is not held after the last pruning
-    ("(1 - after / window) ** 3", "(1 - (after / window) ** 3)"),  # slow first
-]
-
-
-def first_differences(solution):
-    """Yield what the exercise's check finds for a solution: a step for each case, None if equal."""
-    from toy import race
-
-    layer, cases = (next(cell.source for cell in YOURS if cell.source.startswith(start))
-                    for start in ("class Components", "cases ="))
-    names = {"torch": torch, "nn": torch.nn}
-    for source in (layer, solution, cases.split("for case")[0]):
-        exec(source, names)
-    for case in names["cases"]:
-        yield race(names["Components"], names["MyPruner"], **case)
-
-
-@pytest.mark.slow
-def test_your_turn(monkeypatch):
-    """The folded solution equals dora.py's Pruner bit for bit in every step of every case. One that
-    is wrong in one place differs in at least one case."""
-    monkeypatch.syspath_prepend(FOLDER)
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert [*first_differences(SOLUTION)] == [None] * 5
-        for right, wrong in WRONG:
-            assert right in SOLUTION
-            assert any(first_differences(SOLUTION.replace(right, wrong))), wrong
-    finally:
-        torch.set_default_dtype(dtype)
