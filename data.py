@@ -693,7 +693,8 @@ def merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 # ---- files and their checks ----------------------------------------------------------------------
 
-CHECK_MODEL_DIR = "check --model-dir, a folder with a RoBERTa model (none: download roberta-base)"
+CHECK_MODEL_DIR = ("check --model-dir, a folder with a RoBERTa model, or leave it out to download "
+                   "roberta-base")
 
 
 def expanded(path: AnyPath) -> Path:

@@ -504,7 +504,7 @@ def save_model(model: RobertaForSequenceClassification, folder: str | Path,
               "label2id": {label: i for i, label in enumerate(labels)}}
     folder = data.expanded(folder)
     write_safetensors(folder / "model.safetensors", model.state_dict())
-    write_json(folder / "config.json", config)
+    data.write_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -1016,9 +1016,8 @@ class Run:
                   "epochs": self.records, "steps": self.total, **self.counts,
                   "adapter_parameters_after_pruning": live_parameters(self.pruner),
                   "seconds": self.note_seconds()}
-        if self.writes:
-            write_json(self.folder / "ranks.json", ranks)
-            write_json(self.folder / "result.json", result)
+        self.write("ranks.json", ranks)
+        self.write("result.json", result)
         result = {**result, "ranks": ranks, "folder": str(self.folder)}
         self.bar.close()
         self.say("\n" + summary(result))
@@ -1033,15 +1032,15 @@ class Run:
             self.started -= data.read_json(self.folder / "run.json")["seconds"]
         self.note_seconds()
         self.mask, self.live = self.pruner.mask, live_components(self.pruner)  # as last logged
+        settings = {**dataclasses.asdict(self.config), "resume": False, "overwrite": False}
+        self.write("config.json", settings)
         if self.writes:
-            settings = {**dataclasses.asdict(self.config), "resume": False, "overwrite": False}
-            write_json(self.folder / "config.json", settings)
             for part in self.folder.glob("checkpoints/.*.part"):  # left by a killed process
                 part.unlink()
-            for path in (self.folder / "metrics.jsonl", self.folder / "ranks.jsonl"):
-                lines = path.read_text().splitlines() if path.exists() and self.step else []
-                kept = [f"{line}\n" for line in lines if not self.repeats(line)]
-                data.write_file(path, "".join(kept))
+            for name in ("metrics.jsonl", "ranks.jsonl"):
+                log = self.folder / name
+                lines = log.read_text().splitlines() if log.exists() and self.step else []
+                self.write(name, "".join(f"{line}\n" for line in lines if not self.repeats(line)))
         if not self.step and self.pruner.layers:
             costs = {name: layer.in_features + layer.out_features
                      for name, layer in self.pruner.layers.items()}
@@ -1053,6 +1052,13 @@ class Run:
         one that was cut short."""
         line = json.loads(text) if text.endswith("}") else {"step": math.inf}
         return line.get("step", 0) > self.step or "epoch" in line and line not in self.records
+
+    def write(self, name: str, content: Any) -> None:
+        """Write a file of the folder atomically: text, bytes, or else JSON."""
+        if not isinstance(content, (str, bytes, memoryview)):
+            content = json.dumps(content, indent=2) + "\n"
+        if self.writes:
+            data.write_file(self.folder / name, content)
 
     def append(self, name: str, line: str) -> None:
         """Add a line to a file in the folder."""
@@ -1073,12 +1079,11 @@ class Run:
         """Write run.json: what speed and last digits depend on, and the seconds of all calls, which
         are returned."""
         seconds = round(time.monotonic() - self.started, 3)
-        if self.writes:
-            write_json(self.folder / "run.json", {
-                "steps": self.total, "command": shlex.join(["python", *sys.argv]),
-                "device": device_name(self.device), "processes": process()[1],
-                "platform": platform.platform(), "python": platform.python_version(),
-                "torch": torch.__version__, "numpy": np.__version__, "seconds": seconds})
+        self.write("run.json", {
+            "steps": self.total, "command": shlex.join(["python", *sys.argv]),
+            "device": device_name(self.device), "processes": process()[1],
+            "platform": platform.platform(), "python": platform.python_version(),
+            "torch": torch.__version__, "numpy": np.__version__, "seconds": seconds})
         return seconds
 
     # ---- after a step, and after an epoch
@@ -1132,16 +1137,15 @@ class Run:
         """Save the adapter with its head and its card, or the whole model if there is no adapter.
         """
         if self.writes and self.pruner.layers:
-            folder = self.folder / "adapter"
-            save_adapter(self.model, folder, metadata=about(self.config, self.model), peft={
-                "task_type": "SEQ_CLS", "base_model_name_or_path": self.base})
-            data.write_file(folder / "README.md", model_card(self))
+            save_adapter(self.model, self.folder / "adapter", peft={
+                "task_type": "SEQ_CLS", "base_model_name_or_path": self.base},
+                metadata=about(self.config, self.model))
+            self.write("adapter/README.md", model_card(self))
         elif self.writes:
             save_model(self.model, self.folder / "model", TASKS[self.config.task])
             for name in ("vocab.json", "merges.txt", "tokenizer.json"):
                 if (self.model_dir / name).exists():
-                    copy = self.folder / "model" / name
-                    data.write_file(copy, (self.model_dir / name).read_bytes())
+                    self.write(f"model/{name}", (self.model_dir / name).read_bytes())
 
     # ---- its checkpoints
 
@@ -1157,8 +1161,7 @@ class Run:
                  "rng": {kind: RANDOM[kind].get_rng_state() for kind in {"cpu", self.device.type}}}
         buffer = io.BytesIO()  # torch.save into a file would hide why a write failed
         torch.save(state, buffer)
-        path = self.folder / f"checkpoints/step-{self.step:08d}.pt"
-        data.write_file(path, buffer.getbuffer())
+        self.write(f"checkpoints/step-{self.step:08d}.pt", buffer.getbuffer())
         for old in checkpoints_in(self.folder)[:-2]:
             old.unlink()
 
@@ -1215,11 +1218,6 @@ def refuse_foreign(folder: Path, is_ours: Any) -> None:
     names = sorted(path.name for path in folder.glob("*") if not path.name.startswith("."))
     require(is_ours or not names, f"{folder} is neither empty nor a run's (it has "
             f"{', '.join(names):.60}); use another --out")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    data.write_file(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager
@@ -1518,7 +1516,8 @@ def run_command(flags: dict[str, Any]) -> None:
     require(len({*seeds}) == len(seeds), f"--seeds {' '.join(map(str, seeds))}: name each seed "
             f"once")
     configs = [make_config(**settings, seed=seed) for seed in seeds]
-    data.find_task(configs[0].task, split or "")  # whether it has a test set
+    for part in ("train", split or ""):  # AX has no train set, the toy no test set
+        data.find_task(configs[0].task, part)
     if len(seeds) > 1 and flags.get("out"):
         refuse_foreign(run_folder(configs[0]), [*run_folder(configs[0]).glob("seed-*")])
         configs = [dataclasses.replace(config, out=f"{config.out}/seed-{config.seed}")
