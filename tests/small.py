@@ -188,6 +188,12 @@ def two_matrices():
     return chain(nn.Linear, nn.Tanh, nn.Linear)
 
 
+def two_adapted(*targets, **changes):
+    """(model, layers): the same with components in these targets."""
+    model = two_matrices()
+    return model, inject(model, cfg(*targets, **changes))
+
+
 class Tied(nn.Module):
     """Token ids (N, T) to (N, T, 20), the last matrix tied to the embedding."""
 

@@ -13,7 +13,7 @@ import torch
 from simulated import Device
 from small import (
     FLAT, IDS, X, Y, Tied, adamw, cfg, chain, close, fit, loss_of, randomize, refused, reloads,
-    trainable, two_matrices, unfinished, untouched)
+    trainable, two_adapted, two_matrices, unfinished, untouched)
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -88,14 +88,13 @@ def test_modules_that_cannot_be_adapted():
     untouched("0 .*2 ", inject, chain(shared, nn.Tanh, shared), cfg("0"))
     block = nn.Sequential(nn.Linear(8, 8))
     untouched(r"0\.0 .*1\.0 ", inject, nn.ModuleList([block, block]), cfg("0.0"))
-    model = two_matrices()
-    inject(model, cfg("0"))
+    model, _ = two_adapted("0")
     untouched("already", inject, model, cfg("2"))
 
 
 def test_the_layers_taken_for_the_model():
     """`model = inject(...)`, then a call, a method, a head: each error names inject()."""
-    taken = inject(two_matrices(), cfg("0"))
+    _, taken = two_adapted("0")
     for use in (lambda: taken(X), lambda: taken.parameters(), lambda: taken.classifier):
         with pytest.raises(AttributeError, match=r"inject\(\)"):
             use()
@@ -106,8 +105,7 @@ def test_what_a_file_has_no_place_for(tmp_path):
     """PEFT's format holds whole modules without adapted matrices. A parameter of the model itself
     that trains, the frozen weight or bias of an adapted matrix, and a model that was frozen before
     saving, so that nothing tells which head trained: refused, and no file is written."""
-    model = two_matrices()
-    layers = inject(model, cfg("0", "2"))
+    model, layers = two_adapted("0", "2")
     fit(model, layers)
     model.gain = nn.Parameter(torch.ones(8))
     refused("gain", save_adapter, model, tmp_path / "x")
@@ -151,7 +149,7 @@ def test_layers_that_the_model_does_not_use():
 
 def test_a_pruner_of_some_layers():
     """A Pruner of a part of the layers, or with other settings than inject() got, is refused."""
-    layers = inject(two_matrices(), cfg("0", "2"))
+    _, layers = two_adapted("0", "2")
     refused("layers", Pruner, {"0": layers["0"]}, cfg("0", "2"), 20)
     refused("^0: ", Pruner, layers, cfg("0", "2", eta=0.4), 20)
 
@@ -194,8 +192,7 @@ def test_several_optimizers_through_compact(order):
     die, or keep momentum for parameters that are gone."""
     ends = []
     for compacts in (True, False):
-        model = two_matrices()
-        layers = inject(model, cfg("0"))
+        model, layers = two_adapted("0")
         model[2].requires_grad_(True)
         A, B, c = (getattr(layers["0"], name) for name in "ABc")
         optimizers = [torch.optim.SGD([A, B], lr=0.1, momentum=0.9),
@@ -218,8 +215,7 @@ def test_several_optimizers_through_compact(order):
 def test_a_graph_that_is_still_held(dtype):
     """A graph of an earlier step, which still knows the old shapes, does no harm after compact_;
     hooks on parameters still run."""
-    model = two_matrices()
-    layers = inject(model, cfg("0", start_rank=3))
+    model, layers = two_adapted("0", start_rank=3)
     _, optimizer = fit(model, layers)
     model.to(dtype)
     calls, A = [], layers["0"].A
@@ -343,9 +339,9 @@ for name in ("uint16", "uint32", "uint64", *dir(torch)):
 sys.path[:0] = ["..", "."]
 from pathlib import Path
 import dora
-from small import cfg, compact_, fit, inject, reloads, two_matrices
-model = two_matrices()
-pruner, optimizer = fit(model, inject(model, cfg("0", "2")))
+from small import compact_, fit, reloads, two_adapted, two_matrices
+model, layers = two_adapted("0", "2")
+pruner, optimizer = fit(model, layers)
 reloads(compact_(model, optimizer), two_matrices, Path(sys.argv[1]))
 print(dora.rank_map(pruner.ranks()))
 """
@@ -368,8 +364,8 @@ def test_a_module_that_was_reloaded(tmp_path):
     spec = importlib.util.spec_from_file_location("reloaded_dora", TESTS.parent / "dora.py")
     reloaded = sys.modules["reloaded_dora"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reloaded)
-    model = two_matrices()
-    randomize(inject(model, cfg("0", **FLAT)))
+    model, layers = two_adapted("0", **FLAT)
+    randomize(layers)
     with pytest.raises(reloaded.DoRAError, match="DoRALinear"):
         reloaded.merge_(model)
     assert isinstance(model[0], DoRALinear)
@@ -403,5 +399,4 @@ def test_going_back_to_earlier_weights(tmp_path):
 def test_an_own_importance(monkeypatch):
     """A row whose function returns a score of a wrong shape is refused by its name."""
     monkeypatch.setitem(dora.IMPORTANCE, "short", (lambda _: torch.ones(2), "weights", torch.cat))
-    model = two_matrices()
-    refused(r"short.*\(4,\).*\(2,\)", fit, model, inject(model, cfg("0", "2", importance="short")))
+    refused(r"short.*\(4,\).*\(2,\)", fit, *two_adapted("0", "2", importance="short"))

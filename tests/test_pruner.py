@@ -15,10 +15,10 @@ HALF = dict(rank=1, start_rank=2)  # of twelve components six stay
 
 
 def pruner_of(total, **changes):
-    """(layers, Pruner) of Net's six matrices."""
+    """(model, layers, Pruner): Net with six adapted matrices."""
     config = net_config(**changes)
-    _, layers = adapted(config)
-    return layers, Pruner(layers, config, total)
+    model, layers = adapted(config)
+    return model, layers, Pruner(layers, config, total)
 
 
 def best(scores, k):
@@ -37,8 +37,8 @@ def test_exactly_b_gates_after_every_prune(schedule, equal):
     the steps between none is closed; after the last pruning its mask is held."""
     g = torch.Generator().manual_seed(0)
     for total, interval in ((40, 3), (40, 1), (41, 4), (100, 7), (100, 50), (23, 100)):
-        layers, pruner = pruner_of(total, schedule=schedule, interval=interval, rank=2,
-                                   start_rank=4, **EXACT)
+        _, layers, pruner = pruner_of(total, schedule=schedule, interval=interval, rank=2,
+                                      start_rank=4, **EXACT)
         first, last = round(0.15 * total), total - round(0.5 * total)
         expected = [True] * 24
         for t in range(1, total + 1):
@@ -60,8 +60,8 @@ def test_a_pruned_component_comes_back_before_the_final_mask():
     """The pair closed by the first prunings is the better one from step 7 on, and comes back in the
     place of the other; from the final mask, of step 8, on nobody comes back, however good it
     becomes and whatever is written into its gate."""
-    layers, pruner = pruner_of(16, targets=("query",), **HALF, interval=1, initial_phase=0.25,
-                               **EXACT)
+    _, layers, pruner = pruner_of(16, targets=("query",), **HALF, interval=1, initial_phase=0.25,
+                                  **EXACT)
     history = []
     for t in range(1, 17):
         feed(pruner, [1, 2, 3, 4] if t < 7 else [4, 3, 2, 1] if t < 9 else [0, 0, 9, 9])
@@ -94,7 +94,7 @@ def test_observe_once_in_every_step():
     """step() without observe(), at the start, twice in a row, and in the final phase, and a second
     observe() in a step, which would count the first micro-batch of two twice: an error that names
     the call and the step, and changes no average."""
-    _, pruner = pruner_of(20)
+    _, _, pruner = pruner_of(20)
     refused(r"step 1\b.*observe\(\)", pruner.step)
     for step in range(1, 17):
         feed(pruner, torch.ones(18))
@@ -120,10 +120,8 @@ def backward(model, pruner, factor=1.0):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_score_that_is_not_finite_stops_the_run(importance, bad):
     """One gate is NaN or infinite: the next pruning stops with its step, and changes no mask."""
-    config = net_config(importance=importance, interval=4)
-    model, layers = adapted(config)
+    model, layers, pruner = pruner_of(40, importance=importance, interval=4)
     randomize(layers)
-    pruner = Pruner(layers, config, 40)
     layers["layer.1.up"].c.data[0] = bad
     for _ in range(9):
         backward(model, pruner)
@@ -135,10 +133,8 @@ def test_a_score_that_is_not_finite_stops_the_run(importance, bad):
 def test_a_gradient_that_overflowed_is_not_observed(importance):
     """Under a GradScaler some steps have gradients that are not finite, and the optimizer skips
     them. The averages after such steps equal those before them, bit for bit."""
-    config = net_config(importance=importance)
-    model, layers = adapted(config)
+    model, layers, pruner = pruner_of(40, importance=importance)
     randomize(layers)
-    pruner = Pruner(layers, config, 40)
     backward(model, pruner)
     before = averages(pruner)
     for factor in (float("nan"), float("inf")):
