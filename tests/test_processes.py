@@ -63,7 +63,7 @@ def test_two_processes(tmp_path, changes):
     a, b = lines(alone), lines(pair)
     assert len(a) == len(b) == 50
     for x, y in zip(a, b):
-        assert x == pytest.approx(y, rel=1e-9, abs=1e-9)
+        assert x == pytest.approx(y, rel=1e-9, abs=1e-9) and x["lr"] == y["lr"]
     masks = [(tmp_path / name).read_text() for name in
              ("alone.masks.0", "pair.masks.0", "pair.masks.1")]
     assert masks[0] == masks[1] == masks[2] and len(masks[0].splitlines()) > 5
