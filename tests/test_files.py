@@ -202,15 +202,6 @@ def test_a_configuration_of_another_model(place, capsys):
         refused(capsys, place, path)
 
 
-def test_broken_tables(place, capsys):
-    """train.tsv, broken in each way but the last, which leaves a shorter table."""
-    path = place[0] / "toy" / "train.tsv"
-    ways = broken(path)
-    for _ in range(4):
-        next(ways)
-        refused(capsys, place, path)
-
-
 def test_broken_adapters(place, capsys, tmp_path):
     """--eval-only --adapter with either file broken, or with a matrix that the model lacks."""
     run(tmp_path / "run", max_steps=5, interval=1)

@@ -239,17 +239,12 @@ def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch, whole, value, 
 
 # ---- damaged checkpoints ------------------------------------------------------------------------
 
-def rest(path):
-    """A checkpoint of another version."""
-    torch.save({"step": 14}, path)
-
-
 @pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(path.read_bytes()[:-1000]), slow(rest),
-    slow(lambda path: path.write_bytes(b"")), slow(lambda path: torch.save([1, 2], path))])
+    lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+    slow(lambda path: torch.save({"step": 14}, path))])
 def test_a_damaged_checkpoint(tmp_path, monkeypatch, whole, damage):
-    """The newest is cut short, empty, or holds something else: it is refused by name. Without it,
-    the run continues from the one before, and ends as the uninterrupted run."""
+    """The newest is cut short, or of another version: it is refused by name. Without it, the run
+    continues from the one before, and ends as the uninterrupted run."""
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(patch, 14)
         run(tmp_path, save_every=5)
