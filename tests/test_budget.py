@@ -82,9 +82,8 @@ def test_keep_mask_with_costs_by_hand():
 
 @pytest.mark.parametrize("prices", [[1], [3, 5, 12]])
 def test_keep_mask_against_its_definition(prices):
-    """200 random vectors with many ties: in the order of sorted (score, position) pairs each one
-    stays that still fits. With equal costs these are exactly the k best; otherwise what is left of
-    the budget is less than any dropped one costs."""
+    """200 random vectors with ties: in the order of sorted (score, position) pairs each one stays
+    that fits; these are the k best if costs are equal, and otherwise no dropped one would fit."""
     rng = random.Random(0)
     for _ in range(200):
         n = rng.randint(1, 60)

@@ -1,7 +1,5 @@
 """The exercises of notebooks 04 and 08: a right solution passes its check, a wrong one is refused.
-
-Needs notebooks/requirements.txt; without it this file is skipped.
-"""
+It is skipped without notebooks/requirements.txt."""
 import re
 from pathlib import Path
 from unittest.mock import patch

@@ -1,6 +1,5 @@
 """dora.py on models and in programs that it was not written for: right, or refused in one line.
-(Which base an adapter fits: test_bases.py. The same questions with PEFT:
-peers/test_other_models.py.)"""
+(Which base an adapter fits: test_bases.py. The same with PEFT: peers/test_other_models.py.)"""
 import copy
 import importlib.util
 import os
@@ -102,9 +101,8 @@ def test_the_layers_taken_for_the_model():
 
 
 def test_what_a_file_has_no_place_for(tmp_path):
-    """PEFT's format holds whole modules without adapted matrices. A parameter of the model itself
-    that trains, the frozen weight or bias of an adapted matrix, and a model that was frozen before
-    saving, so that nothing tells which head trained: refused, and no file is written."""
+    """A parameter of the model itself that trains, the base of an adapted matrix that does, and a
+    model that was frozen before saving are refused, since PEFT's format holds whole modules."""
     model, layers = two_adapted("0", "2")
     fit(model, layers)
     model.gain = nn.Parameter(torch.ones(8))
@@ -186,10 +184,8 @@ def test_compiled_and_wrapped_models(tmp_path, wrap):
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
 def test_several_optimizers_through_compact(order):
-    """Muon's way, an optimizer for matrices, one for gates, one for the head: compact_ cuts the
-    state of all, in any order, and the rest of the run ends at the outputs of the masks alone.
-    Given only some of them, it names the layer and changes nothing: the others' next step would
-    die, or keep momentum for parameters that are gone."""
+    """An optimizer for matrices, one for gates, one for the head: compact_ cuts the states, in
+    any order, and the run ends at the outputs of the masks alone. Some of them are refused."""
     ends = []
     for compacts in (True, False):
         model, layers = two_adapted("0")
@@ -235,9 +231,8 @@ def gradients(y, *parameters):
 
 
 def test_inputs_of_any_shape():
-    """Inputs with 1 to 5 dimensions, empty ones, and views that are transposed, strided or
-    overlap: outputs and gradients equal those of other people's code, which reads weight and bias
-    as of an nn.Linear; the input stays as it is."""
+    """Inputs with 1 to 5 dimensions, empty ones and odd views: outputs and gradients equal those of
+    code that reads weight and bias as of an nn.Linear, and the input stays as it is."""
     layer = inject(chain(nn.Linear), cfg("0", rank=2))["0"]
     assert (layer.in_features, layer.out_features) == (8, 8)
     randomize({"0": layer})
@@ -358,9 +353,8 @@ def test_a_plain_torch(tmp_path):
 
 
 def test_a_module_that_was_reloaded(tmp_path):
-    """A notebook that reloads dora.py has two classes of the same name. merge_, compact_ and
-    save_adapter of one find no layer of the other's: an error, not a model that stays as it is. So
-    they say of a plain model, and of one that was merged before."""
+    """A reloaded dora.py finds no layer of the first one's classes: an error, not a model that is
+    left as it was. So it is with a plain model, and with one that was merged before."""
     spec = importlib.util.spec_from_file_location("reloaded_dora", TESTS.parent / "dora.py")
     reloaded = sys.modules["reloaded_dora"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reloaded)
@@ -374,9 +368,8 @@ def test_a_module_that_was_reloaded(tmp_path):
 
 
 def test_going_back_to_earlier_weights(tmp_path):
-    """The best epoch's weights, restored at the end of a run. From after the last pruning: saved,
-    and they reload. From before it, with their masks or without: more components than the budget,
-    so save_adapter, merge_ and compact_ refuse and say when to save."""
+    """The best epoch's weights, restored at the end of a run, reload if they come after the last
+    pruning. From before it, with their masks or without, they are refused."""
     model, states = two_matrices(), {}
 
     def keep(pruner):

@@ -1,7 +1,5 @@
 """The notebooks: each runs from top to bottom, prints again what is stored, and keeps to its form.
-
-Needs notebooks/requirements.txt; without it this file is skipped.
-"""
+It is skipped without notebooks/requirements.txt."""
 import ast
 import copy
 import re
@@ -68,9 +66,8 @@ def same_text(stored, fresh):
 
 
 def test_the_folder():
-    """At least 12 notebooks, numbered from 00 without a gap, have less than 4 MB together, pictures
-    included. The first cell of each names the paper and which DoRA it is, and links to the
-    neighbours."""
+    """At least 12 notebooks, numbered from 00 without a gap, have less than 4 MB together. Their
+    first cells name the paper and which DoRA it is, and link to the neighbours."""
     assert [int(name[:2]) for name in NAMES] == list(range(len(NAMES))) and len(NAMES) >= 12
     assert sum((FOLDER / name).stat().st_size for name in NAMES) < 4e6
     for i, name in enumerate(NAMES):

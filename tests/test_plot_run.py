@@ -38,9 +38,8 @@ def values(found, *names):
 
 
 def test_the_picture_of_a_run(folders, monkeypatch):
-    """The lines of each axis against metrics.jsonl and ranks.jsonl, which is the one source of live
-    components; their parameters, counted by hand, are never above the line of the budget. The
-    shaded phases end and begin at the steps of `phases`, 4 and 12 of 24."""
+    """The lines of each axis against metrics.jsonl and ranks.jsonl; parameters, counted here, are
+    never above the line of the budget, and the shaded phases end and begin at steps 4 and 12."""
     monkeypatch.setattr(plot_run, "SHARE", 8)  # a mean of three lines
     steps, dev = lines(folders / "dora"), evaluations(folders / "dora")
     figure = plot_run.draw([plot_run.read_run(folders / "dora")])

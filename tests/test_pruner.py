@@ -32,9 +32,8 @@ def best(scores, k):
 @pytest.mark.parametrize("schedule", ["slow_first", "fast_first"])
 @pytest.mark.parametrize("equal", [False, True])
 def test_exactly_b_gates_after_every_prune(schedule, equal):
-    """Through whole runs of several lengths and intervals, with random scores and with all scores
-    equal: after every step due exactly b(t) gates are not 0, those of the b(t) best components; in
-    the steps between none is closed; after the last pruning its mask is held."""
+    """After each step due exactly the b(t) best gates are not 0, if scores are random or equal;
+    in the steps between none is closed, and after the last pruning its mask is held."""
     g = torch.Generator().manual_seed(0)
     for total, interval in ((40, 3), (40, 1), (41, 4), (100, 7), (100, 50), (23, 100)):
         _, layers, pruner = pruner_of(total, schedule=schedule, interval=interval, rank=2,
@@ -57,9 +56,8 @@ def test_exactly_b_gates_after_every_prune(schedule, equal):
 # ---- regrowth, and the end of it -----------------------------------------------------------------
 
 def test_a_pruned_component_comes_back_before_the_final_mask():
-    """The pair closed by the first prunings is the better one from step 7 on, and comes back in the
-    place of the other; from the final mask, of step 8, on nobody comes back, however good it
-    becomes and whatever is written into its gate."""
+    """The pair closed by the first prunings is the better one from step 7 on, and comes back. From
+    the final mask, of step 8, on nobody does, whatever is written into a score or a gate."""
     _, layers, pruner = pruner_of(16, targets=("query",), **HALF, interval=1, initial_phase=0.25,
                                   **EXACT)
     history = []
@@ -91,9 +89,8 @@ def averages(pruner):
 
 
 def test_observe_once_in_every_step():
-    """step() without observe(), at the start, twice in a row, and in the final phase, and a second
-    observe() in a step, which would count the first micro-batch of two twice: an error that names
-    the call and the step, and changes no average."""
+    """step() without observe(), in any phase, and a second observe() in a step, which would count a
+    micro-batch twice: an error that names the call and the step, and changes no average."""
     _, _, pruner = pruner_of(20)
     refused(r"step 1\b.*observe\(\)", pruner.step)
     for step in range(1, 17):
@@ -219,9 +216,8 @@ OPTIMIZERS = [(torch.optim.AdamW, {}), (torch.optim.AdamW, dict(amsgrad=True, fu
 @pytest.mark.parametrize("method", ["dora", "paper"])
 @pytest.mark.parametrize("optimizer, options", OPTIMIZERS)
 def test_compaction_keeps_the_trajectory(optimizer, options, method):
-    """Two equal runs, one compacted at the last pruning, with the same Parameter objects: 30 steps
-    later all live components, the head and the outputs are those of the masked run to 1e-9;
-    matrices of rank 0 became nn.Linear."""
+    """Of two equal runs one is compacted at the last pruning: 30 steps later live components, the
+    head and the outputs are equal to 1e-9, and matrices of rank 0 became nn.Linear."""
     config = net_config(**METHODS[method] | dict(rank=0.5, start_rank=2, interval=2))
     masked, small = (Training(config, 60, optimizer, **options) for _ in range(2))
     for training in (masked, small):

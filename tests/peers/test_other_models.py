@@ -65,9 +65,8 @@ NAMES = [  # a matrix, a head, and how the file names the head
 
 @pytest.mark.parametrize("matrix, head, name", NAMES)
 def test_odd_names(tmp_path, matrix, head, name):
-    """Names that are PEFT's own words, end like its modules or like other modules, hold characters
-    of regular expressions or are not ASCII: PEFT's outputs equal. A head whose name is the end of
-    another one is written with PEFT's prefix."""
+    """Names that PEFT could confuse, or that are not ASCII: PEFT's outputs equal. A head whose name
+    is the end of another one is written with PEFT's prefix."""
     model = Named(matrix, head)
     layers = inject(model, cfg(matrix))
     model.get_submodule(head).requires_grad_(True)

@@ -150,9 +150,8 @@ def save_lora(folder, tmp_path, **config):
     dict(r=2, target_modules="all-linear", exclude_modules=["key"]),
 ])
 def test_we_load_pefts_adapters(tiny, tmp_path, config):
-    """What PEFT's LoRA saved, with patterns of rank and alpha too, gives the logits here that it
-    gives in PEFT, to 1e-5. (Loaded, not before saving: PEFT sorts the patterns when it saves them,
-    and the first that fits counts, so its own logits may change.)"""
+    """What PEFT's LoRA saved, patterns included, gives the logits that it gives in PEFT, to 1e-5
+    (loaded: PEFT sorts the patterns when it saves them, and the first that fits counts)."""
     save_lora(tiny, tmp_path, **config)
     expected = logits(PeftModel.from_pretrained(theirs(tiny), tmp_path))
     model = ours(tiny)

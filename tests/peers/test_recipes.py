@@ -64,9 +64,8 @@ def test_every_recipe_is_run():
 
 
 def test_trainer(names):
-    """The Trainer's run prunes to the budget, and the adapter holds it. Why the page says
-    save_strategy="no": from_pretrained on the model saved whole has other outputs; after merge_ the
-    same."""
+    """The Trainer's run prunes, and the adapter holds it. The model saved whole has other outputs
+    after from_pretrained, which is why the page says save_strategy="no", and merged the same."""
     model, ids = run("🤗 Trainer", names), names["ids"]
     check_pruner(names["prune"].pruner)
     check_adapter(names)

@@ -29,9 +29,8 @@ def equal(a, b):
 
 
 def test_round_trips(tmp_path):
-    """The library reads our files and we read its, with and without metadata: every type, scalars,
-    empty tensors and transposed ones bit for bit. Our metadata says "pt", which transformers asks
-    for. So it is with the shared encoder's file."""
+    """The library reads our files and we read its, bit for bit: every type, scalars, empty tensors,
+    views, and the shared encoder's. Our metadata says "pt", which transformers asks for."""
     path = tmp_path / "x.safetensors"
     for seed in range(5):
         tensors = {**tensors_of(seed), "view": torch.randn(4, 6).T}
