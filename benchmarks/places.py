@@ -325,7 +325,7 @@ def others_table(setting, seeds):
         if own:
             body.append([arm, report.spread([arms[arm] for arms in own], 3), percentile(own, arm),
                          f"{chance(beaten(own, arm)):.3f}"])
-    return report.table([str(setting), "median (range, number)", "percentile", "p"], body)
+    return report.table([f"arms: {setting}", "median (range, number)", "percentile", "p"], body)
 
 
 def plot(found):
@@ -342,7 +342,7 @@ def plot(found):
             setting.dtype != "bf16")
         panels.setdefault(title, {})[label] = seeds
 
-    columns = min(2, len(panels))
+    columns = min(len(panels), 3 if len(panels) % 2 else 2)
     rows = math.ceil(len(panels) / columns)
     figure = report.figure(8, 0.4 + 2.6 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()

@@ -160,16 +160,19 @@ def test_the_table_of_results():
 
 def test_places():
     """What the text says of places, compared with the tables of places.py and surgical.py."""
-    best, half, more = (cell("places.md", f"STS-B, {setting}", "percentile of dora's places")
-                        for setting in ("6 components, 300 steps, rate 0.004",
-                                        "6 components, 300 steps, rate 0.002",
-                                        "18 components, 300 steps, rate 0.004"))
+    six = "STS-B, 6 components, {} steps, rate {}"
+    (fresh, p), (long, _), (best, p_best) = (
+        [cell("places.md", six.format(*row), column) for column in (
+            "percentile of dora's places", "p")]
+        for row in ((300, "0.002, seeds 4 to 8"), (1200, "0.002"), (300, "0.004")))
     wins = "its places minus shuffled"
     counts = [cell("surgical.md", wins, column).split(",")[0]
               for column in ("mirrored", "swapped", "renamed", "placebo")]
     ada, own = (cell("surgical.md", row, "mirrored").split(" / ")[0] for row in ("adalora", "dora"))
-    for words in (f"beats {best} of random places at", f"and {half} at half that rate. With 18 "
-                  f"components it beats {more},", f"shuffled ones with {counts[0]} seeds. [More",
+    for words in (f"beat {fresh} of random places after 300 steps",
+                  f"(p = {p.lstrip('0')}; 50 % is chance), and {long} after 1,200",
+                  f"they beat {best} (p = {p_best.lstrip('0')})",
+                  f"shuffled ones with {counts[0]} seeds. [More",
                   "{} seeds on digits that are mirrored, {} if pixels are swapped, {} if classes "
                   "are renamed, and {} if nothing changes".format(*counts),
                   f"mirrored digits, {ada} % against {own} %"):
