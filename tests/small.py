@@ -119,10 +119,8 @@ def trained(config, steps=40):
 
 
 def feed(pruner, scores, open_gates=True):
-    """One step in which `sensitivity` of component i is scores[i]: c = 1 and dℓ/dc = the score.
-
-    With beta1 = 0 and beta2 = None the pruner's score is this number itself.
-    """
+    """One step in which `sensitivity` of component i is scores[i]: c = 1 and dℓ/dc = the score. With
+    EXACT settings the Pruner's score is this number itself."""
     parts = torch.as_tensor(scores, dtype=torch.float64).split(
         [len(layer.c) for layer in pruner.layers.values()])
     for layer, part in zip(pruner.layers.values(), parts, strict=True):

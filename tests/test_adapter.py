@@ -54,8 +54,6 @@ def key(name, matrix):
     return f"base_model.model.{name}.lora_{matrix}.weight"
 
 
-# ---- one function, four forms --------------------------------------------------------------------
-
 @pytest.mark.parametrize("method", METHODS)
 def test_masked_compacted_merged_reloaded(method, tmp_path):
     """After a run of each method the masked model, the compacted, the merged, and the saved and
@@ -89,8 +87,6 @@ def test_merge_by_hand():
         close(merged.weight, layer.base.weight + layer.scale * update, 1e-12)
         assert torch.equal(merged.bias, plain().get_submodule(name).bias)
 
-
-# ---- what is saved -------------------------------------------------------------------------------
 
 def test_saved_files_by_hand(folder):
     """The two files hold what PEFT's format asks for: live rows of A, columns of B with c and the
@@ -126,8 +122,6 @@ def test_head_is_what_trains(tmp_path):
     save_adapter(model, tmp_path / "part")
     assert config_of(tmp_path / "part")["modules_to_save"] == ["head.1"]
 
-
-# ---- what is loaded ------------------------------------------------------------------------------
 
 def test_loaded_layers(folder, tmp_path):
     """The layers returned are those in the model, with their ranks; A, B and the head train, the
@@ -172,8 +166,6 @@ def test_alpha_of_a_matrix(tmp_path):
         for layer, update, scale in zip(layers.values(), (down.T @ up, up.T @ down), scales):
             close(layer.delta_weight(), scale * update, 1e-12)
 
-
-# ---- what is refused -----------------------------------------------------------------------------
 
 VARIANTS = [  # kinds of LoRA that Eq. 6 does not cover
     dict(use_dora=True), dict(use_rslora=True), dict(bias="lora_only"), dict(fan_in_fan_out=True),

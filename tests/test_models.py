@@ -152,8 +152,6 @@ def test_a_pruner_of_some_layers():
     refused("^0: ", Pruner, layers, cfg("0", "2", eta=0.4), 20)
 
 
-# ---- wrappers ------------------------------------------------------------------------------------
-
 def compiled(module):
     return torch.compile(module, backend="eager")
 

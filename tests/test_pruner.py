@@ -195,17 +195,6 @@ def test_a_state_of_other_settings(changes, steps, blocks, names):
     assert other.t == 0 and not other.I_bar
 
 
-def test_back_to_an_earlier_state():
-    """After observe() of a bad step, the restored Pruner waits for observe() again."""
-    training = Training(net_config())
-    training.step()
-    state = training.pruner.state_dict()
-    training.pruner.observe()
-    training.pruner.load_state_dict(state)
-    training.step()
-    assert training.pruner.t == 2
-
-
 # ---- compaction ----------------------------------------------------------------------------------
 
 OPTIMIZERS = [(torch.optim.AdamW, {}), (torch.optim.AdamW, dict(amsgrad=True, fused=True)),
