@@ -119,7 +119,7 @@ def trained(config, steps=40):
 
 
 def feed(pruner, scores, open_gates=True):
-    """One step in which `sensitivity` of component i is scores[i]: c = 1 and dℓ/dc = the score. With
+    """One step in which `sensitivity` of component i is scores[i]: c = 1, dℓ/dc = the score. With
     EXACT settings the Pruner's score is this number itself."""
     parts = torch.as_tensor(scores, dtype=torch.float64).split(
         [len(layer.c) for layer in pruner.layers.values()])
