@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from fixtures.record import HERE
 from small import Net, adapted, close, inputs, net_config, plain, randomize, refused, untouched
 from tiny import tiny_model
 from torch import nn
 
 import dora
 from dora import METHODS, DoRAConfig, DoRALinear, inject, rank_map
-
-RECORDED = Path(__file__).parent / "fixtures/peft.json"
 
 
 def layer_of(d_out, d_in, **changes):
@@ -260,12 +259,10 @@ def test_every_matrix_has_its_own_cell(kind):
     assert sorted(cells) == sorted(ranks.values()) and total == sum(ranks.values())
 
 
-# ---- against recorded numbers --------------------------------------------------------------------
-
 def test_lora_equals_the_recorded_peft():
     """METHODS["lora"] gives the outputs and gradients that PEFT's LoRA gave for the same weights
     (fixtures/record.py; live in peers/test_recordings.py)."""
-    recorded = json.loads(RECORDED.read_text())["lora"]
+    recorded = json.loads((HERE / "peft.json").read_text())["lora"]
     weights = {name: torch.tensor(rows) for name, rows in recorded["weights"].items()}
     base = nn.Linear(*weights["W"].shape[::-1])
     config = net_config(**METHODS["lora"], rank=recorded["r"], alpha=recorded["alpha"])

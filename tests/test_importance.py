@@ -1,17 +1,14 @@
 """dora.py: what a component is worth (Eq. 7, Eq. 8, sensitivity, AdaLoRA's triplet), the
 penalties."""
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from fixtures.record import INTERVAL, R_PRIME, SHAPES, T_F, T_I, R, T, fed
+from fixtures.record import HERE, INTERVAL, R_PRIME, SHAPES, T_F, T_I, R, T, fed
 from small import EXACT, adapted, close, feed, gates, inputs, net_config, randomize, refused
 from torch import nn
 
 from dora import IMPORTANCE, METHODS, DoRALinear, Pruner, dem_penalty, norm_score, sensitivity
-
-RECORDED = Path(__file__).parent / "fixtures/peft.json"
 
 
 def one(A, B, c, **changes):
@@ -216,7 +213,7 @@ def test_triplet_by_hand():
 def test_adalora_equals_the_recorded_peft():
     """Fed with the same weights and gradients, `adalora` has the scores and masks that PEFT's
     RankAllocator had (fixtures/record.py; live in peers/test_recordings.py)."""
-    recorded = json.loads(RECORDED.read_text())["adalora"]
+    recorded = json.loads((HERE / "peft.json").read_text())["adalora"]
     config = net_config(**METHODS["adalora"], rank=R, start_rank=R_PRIME, interval=INTERVAL,
                         initial_phase=T_I / T, final_phase=T_F / T)
     layers = {name: DoRALinear(nn.Linear(d_in, d_out).double(), config)

@@ -292,17 +292,12 @@ def test_autocast(tmp_path, dtype):
 # ---- other programs ------------------------------------------------------------------------------
 
 def whole_run(model, other, folder, device):
-    """Train, resume, compact and save the model; load into the other; return its merged outputs."""
+    """Train, compact and save the model; load into the other; return its merged outputs."""
     torch.manual_seed(5)
     layers = inject(model, cfg("0", "2", rank=0.5, start_rank=2))
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
-
-    def resume(pruner):
-        if pruner.t == 5:
-            pruner.load_state_dict(pruner.state_dict())
-
     x, y = X.to(device), Y.to(device)
-    fit(model, layers, 20, [optimizer], resume, lambda model: loss_of(model, x, y))
+    fit(model, layers, optimizers=[optimizer], loss=lambda model: loss_of(model, x, y))
     save_adapter(compact_(model, optimizer), folder)
     load_adapter(other, folder)
     return merge_(other)(x).detach().cpu()

@@ -270,8 +270,6 @@ def test_a_component_that_is_not_finite_after_the_last_pruning(method, tmp_path)
     save_adapter(training.model, tmp_path / "adapter")
 
 
-# ---- the paper's own form against its authors' algorithm ----------------------------------------
-
 class Authors:
     """What the authors' code does after each optimizer step, one component at a time, from the
     facts in their paper and code, with a Pruner's methods. One thing is ours: exactly `number`

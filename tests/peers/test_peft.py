@@ -75,9 +75,6 @@ def test_peft_loads_our_adapter(tiny, tmp_path, compact):
     found = {name.removeprefix("base_model.model."): module.r["default"]
              for name, module in loaded.named_modules() if hasattr(module, "lora_A")}
     assert found == {name: rank for name, rank in ranks.items() if rank}
-    assert {0, 1, 2, 3} == set(ranks.values())
-    name = "roberta.encoder.layer.0.{}output.dense"
-    assert ranks[name.format("")] != ranks[name.format("attention.")]
 
 
 def test_pefts_auto_class_loads_a_run(tmp_path, monkeypatch):

@@ -32,13 +32,11 @@ def reference():
     return ByteLevelBPETokenizer(*FILES, add_prefix_space=False)
 
 
-def reference_pieces(text):
-    """Pieces of the text as the library cuts them; its offsets count characters of the text."""
-    return [text[a:b] for _, (a, b) in SPLITTER.pre_tokenize_str(text)]
-
-
 def differences(bpe, reference, texts):
     """The texts whose ids or pieces differ from the library's."""
+    def reference_pieces(text):
+        return [text[a:b] for _, (a, b) in SPLITTER.pre_tokenize_str(text)]
+
     encoded = reference.encode_batch(texts)
     return [text for text, theirs in zip(texts, encoded)
             if bpe.encode(text) != theirs.ids or bpe.pieces(text) != reference_pieces(text)]
