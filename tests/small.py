@@ -1,8 +1,6 @@
-"""Models, data and training loops small enough for a test; no test of its own.
-
-Net, net_config and Training have numbers that can be worked out by hand. chain, cfg and fit are for
-any modules of width 8, in tests of models that dora.py was not written for.
-"""
+"""Models, data and training loops small enough for a test; no test of its own. Net, net_config and
+Training have numbers that can be worked out by hand; chain, cfg and fit take any modules of width
+8, in tests of models that dora.py was not written for."""
 import pytest
 import torch
 from torch import nn

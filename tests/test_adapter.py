@@ -28,13 +28,6 @@ def pruned():
     return model
 
 
-def base_with_another_head():
-    """The base model as it is before an adapter is loaded."""
-    model = plain()
-    nn.init.normal_(model.head.weight)
-    return model
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A saved adapter of `pruned()`."""
@@ -68,7 +61,7 @@ def test_masked_compacted_merged_reloaded(method, tmp_path):
 
     for i, source in enumerate((masked, compacted)):
         save_adapter(source, tmp_path / str(i))
-        models.append(base_with_another_head())
+        models.append(plain())
         load_adapter(models[-1], tmp_path / str(i))
         models.append(merge_(copy.deepcopy(models[-1])))
     for other in models:
@@ -126,7 +119,7 @@ def test_head_is_what_trains(tmp_path):
 def test_loaded_layers(folder, tmp_path):
     """The layers returned are those in the model, with their ranks; A, B and the head train, the
     base and c do not. Saved again, they have the same tensors, bit for bit."""
-    model = base_with_another_head()
+    model = plain()
     layers = load_adapter(model, folder)
     assert {name: layer.rank for name, layer in layers.items()} == LIVE
     assert all(model.get_submodule(name) is layer for name, layer in layers.items())

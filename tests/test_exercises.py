@@ -82,10 +82,9 @@ def outcome(number, solution):
 
 
 @pytest.fixture(autouse=True)
-def untouched(monkeypatch):
-    """Undo what a notebook changes for all: the path, dora.py's tables, torch's settings."""
+def untouched():
+    """Undo what a notebook changes for all: dora.py's tables and torch's settings."""
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    monkeypatch.syspath_prepend(str(FOLDER))
     with patch.dict(IMPORTANCE), patch.dict(SCHEDULES), patch.dict(PENALTIES):
         yield
     torch.set_default_dtype(dtype)
@@ -113,8 +112,6 @@ def test_wrong(number):
         lines = outcome(number, solution(CELLS[START[number - 1]], right, wrong))
         assert any("not yet" in line for line in lines), (right, wrong)
 
-
-# ---- notebook 04: a pruner of one's own ----------------------------------------------------------
 
 YOURS = nbformat.read(FOLDER / "04_budget_and_pruning.ipynb", as_version=4).cells
 WRONG_PRUNERS = [

@@ -1,6 +1,5 @@
 """notebooks/plot_run.py draws what the files of a run say; it needs matplotlib, else it is skipped.
 """
-import importlib.util
 import operator
 import os
 import shutil
@@ -8,13 +7,11 @@ import subprocess
 import sys
 from bisect import bisect
 
+import plot_run
 import pytest
 from tiny import ROOT, evaluations, json_lines, lines, run
 
 pytest.importorskip("matplotlib")
-spec = importlib.util.spec_from_file_location("plot_run", ROOT / "notebooks/plot_run.py")
-plot_run = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(plot_run)
 
 
 @pytest.fixture(scope="module")

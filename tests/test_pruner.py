@@ -143,14 +143,6 @@ def test_a_gradient_that_overflowed_is_not_observed(importance):
 
 # ---- the same run again, and in two parts --------------------------------------------------------
 
-def through_a_file(state):
-    """The same content, saved by torch and loaded with weights_only."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_state_dict_continues_bit_for_bit(method):
     """A run cut in any phase, with weights and states through a file into new objects, in either
@@ -161,8 +153,10 @@ def test_state_dict_continues_bit_for_bit(method):
         first, second = Training(config), Training(config)
         first.step(stop)
         trains = {name: p for name, p in first.model.named_parameters() if p.requires_grad}
-        weights, moments, memory = through_a_file(
-            [trains, first.optimizer.state_dict(), first.pruner.state_dict()])
+        file = io.BytesIO()
+        torch.save([trains, first.optimizer.state_dict(), first.pruner.state_dict()], file)
+        file.seek(0)
+        weights, moments, memory = torch.load(file, weights_only=True)
 
         for p in trainable(second.model):
             nn.init.normal_(p)
