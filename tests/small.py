@@ -72,6 +72,13 @@ def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def randomize_trainable(model, std=1.0):
+    """Random values in all that trains."""
+    torch.manual_seed(5)
+    for p in trainable(model):
+        nn.init.normal_(p, std=std)
+
+
 def adamw(model):
     """AdamW of all that trains."""
     return torch.optim.AdamW(trainable(model), lr=1e-2)

@@ -4,8 +4,8 @@ import io
 import pytest
 import torch
 from small import (
-    EXACT, Training, adapted, feed, gates, inputs, masks, net_config, randomize, refused, trained,
-    trainable, unfinished)
+    EXACT, Training, adapted, feed, gates, inputs, masks, net_config, randomize,
+    randomize_trainable, refused, trained, unfinished)
 from torch import nn
 
 from dora import (
@@ -158,8 +158,7 @@ def test_state_dict_continues_bit_for_bit(method):
         file.seek(0)
         weights, moments, memory = torch.load(file, weights_only=True)
 
-        for p in trainable(second.model):
-            nn.init.normal_(p)
+        randomize_trainable(second.model)
         if weights_first:
             second.model.load_state_dict(weights, strict=False)
         second.pruner.load_state_dict(memory)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from small import IDS, X, Tied, cfg, chain, close, fit, refused, reloads
+from small import IDS, X, Tied, cfg, chain, close, fit, randomize_trainable, refused, reloads
 from torch import nn
 
 from dora import METHODS, DoRAConfig, inject, load_adapter, read_safetensors
@@ -18,13 +18,6 @@ def both_load(model, make, folder, call=lambda model: model(X)):
     expected = call(model.eval())
     reloads(model, make, folder, call)
     close(call(PeftModel.from_pretrained(make().eval(), folder).eval()), expected)
-
-
-def randomize_what_trains(model):
-    torch.manual_seed(5)
-    for p in model.parameters():
-        if p.requires_grad:
-            nn.init.normal_(p, std=0.5)
 
 
 class Named(nn.Module):
@@ -80,7 +73,7 @@ def test_a_tied_weight_of_peft(tmp_path):
     equal PEFT's, and the embedding is as it was."""
     config = LoraConfig(r=2, target_modules=["mid"], modules_to_save=["proj"])
     reference = get_peft_model(Tied(), config)
-    randomize_what_trains(reference)
+    randomize_trainable(reference, 0.5)
     reference.save_pretrained(tmp_path)
     model = Tied()
     load_adapter(model, tmp_path)
@@ -172,7 +165,7 @@ def test_lora_on_the_head_of_peft(tmp_path):
     the outputs equal PEFT's. A model with another lm_head is refused by its name."""
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["lm_head"])
     reference = get_peft_model(seeded(t5), config)
-    randomize_what_trains(reference)
+    randomize_trainable(reference, 0.5)
     reference.save_pretrained(tmp_path, save_embedding_layers=True)
     keys = read_safetensors(tmp_path / "adapter_model.safetensors")
     assert "base_model.model.lm_head.base_layer.weight" in keys

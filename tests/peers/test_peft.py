@@ -7,9 +7,8 @@ import pytest
 import torch
 import transformers
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from small import EXACT, close, prune, refused
+from small import EXACT, close, prune, randomize_trainable, refused
 from tiny import files, run, tiny_model
-from torch import nn
 
 import data
 import train_glue
@@ -125,10 +124,7 @@ ALL = ["query", "key", "value", "output.dense", "intermediate.dense"]
 def save_lora(folder, tmp_path, **config):
     """Save an adapter that PEFT made, with random components and a random head."""
     model = get_peft_model(theirs(folder), LoraConfig(modules_to_save=["classifier"], **config))
-    torch.manual_seed(4)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.2)
+    randomize_trainable(model, 0.2)
     model.save_pretrained(tmp_path)
 
 
