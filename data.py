@@ -193,7 +193,7 @@ def known_name(word: str, names: Iterable[str]) -> str:
 
 
 def plain(name: str) -> str:
-    """Return a name without what people write differently: STS-B -> stsb."""
+    """Return a name in the form in which names are compared: STS-B -> stsb."""
     return re.sub(r"(?<=[^\W_])[\s_-]+(?=[^\W_])", "", name.strip().lower())
 
 

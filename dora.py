@@ -326,7 +326,7 @@ def keep_mask(scores: Tensor, costs: Tensor, budget: int) -> Tensor:
 
 
 def dem_penalty(layers: Layers) -> Tensor:
-    """R = (1/n) sum_i Var(a_i) + Var(b_i) over all n components, scalar (Eq. 10)."""
+    """R = (1/n) sum_i (Var(a_i) + Var(b_i)) over all n components, scalar (Eq. 10)."""
     # differs: the authors' code divides by 2n; like theirs, the variance is the unbiased one
     vectors = [rows for layer in layers for rows in (layer.A, layer.B.T)]  # (r', d)
     groups = alike(vectors, lambda rows: rows.shape[1])  # a few kernels then do all the work
@@ -350,7 +350,7 @@ class Pruner:
 
         costs = [cost(layer, config) for layer in layers.values()]
         self.per_rank = sum(costs)  # the cost of one component in every matrix
-        # (n,), on the CPU as all that decides: only a pruning step then waits for the device
+        # (n,), on the CPU, like all that decides: only a pruning step then waits for the device
         self.costs = torch.tensor(costs, device="cpu").repeat_interleave(config.r_prime)
         self.mask = torch.ones_like(self.costs, dtype=torch.bool)  # (n,), even after compact_
         self.t = 0  # optimizer steps done

@@ -1234,7 +1234,7 @@ def locked(folder: Path) -> Iterator[None]:
             raise DoRAError(f"{folder}: another run is writing here; use another --out or wait "
                             f"until it ends") from None
         except (ImportError, OSError):  # such as a network's file system
-            say(f"{folder} cannot be locked here, so see to it that no other run writes to it")
+            say(f"{folder} cannot be locked here, so make sure that no other run writes to it")
         yield
 
 
@@ -1249,7 +1249,7 @@ def signals_wait() -> Iterator[None]:
     """Let Ctrl-C, SIGTERM and SIGHUP wait for stop_if_signalled, when the state can be saved."""
     numbers = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]  # Windows
     if threading.current_thread() is not threading.main_thread():
-        numbers = []  # Python allows no handlers there: a signal is the main thread's affair
+        numbers = []  # Python allows no handlers there: signals arrive in the main thread only
     handlers = {number: signal.signal(number, lambda number, frame: ARRIVED.append(number))
                 for number in numbers if signal.getsignal(number) is not signal.SIG_IGN}  # nohup
     try:
@@ -1368,30 +1368,36 @@ def toy(config: TrainConfig) -> dict[str, Any]:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             return train(changed)  # what it says is in its log.txt
 
-    def show(what: str, *results: dict[str, Any]) -> None:
+    def show(what: str, *results: dict[str, Any]) -> float:
         middle = sorted(results, key=lambda result: result["best"]["matthews"])[len(results) // 2]
         size = middle["adapter_parameters_after_pruning"]
         say(f"{middle['best']['matthews']:7.3f}  {what:<46}{size:>10,}")
+        return float(middle["best"]["matthews"])
 
     no_adapter = dataclasses.asdict(DoRAConfig(**METHODS["lora"]))
     say("A tiny RoBERTa learns singular and plural from short sentences, and is frozen.")
     run("pretrain", "untrained", **{**no_adapter, "task": "toy-pretrain", "method": "full",
                                     "lr": 1e-3, "batch_size": 32, "epochs": 3, "max_steps": None})
     say(f"""Now adapters learn to notice errors like "these dogs near the king sees a bird".
+An adapter is a sum of components, small changes to one matrix each. DoRA starts
+with components in every matrix and drops the least important ones in training.
+LoRA keeps its components in the matrices that it is given. A score of 1 is
+perfect, 0 is guessing.
 
   score  {'(Matthews correlation on dev)':<46}parameters""")
     found = run("adapted")
-    show(config.method + ", which finds its places itself" * bool(config.schedule), found)
+    own = show(config.method + ", which finds its places itself" * bool(config.schedule), found)
     if config.schedule:
         size = found["adapter_parameters_after_pruning"]
         for what, runs in other_places(config, layers, size).items():
-            show(what, *(run(name, **changes) for name, changes in runs.items()))
+            other = show(what, *(run(name, **changes) for name, changes in runs.items()))
     show("only the head", run("head", **{**no_adapter, "method": "head"}))
     show(f"{config.method} without pretraining", run("blind", "untrained"))
 
     if config.schedule:
         say(f"\nWhere {config.method} kept its components, layer by matrix:\n"
-            f"{rank_map(found['ranks'])}\n{places_in_words(found['ranks'])}")
+            f"{rank_map(found['ranks'])}\n{places_in_words(found['ranks'])}\n"
+            f"These places score {own:.3f}, and random ones {other:.3f}.")
     say(f"""
 What to try next (files are in {root}):
   python train_glue.py --method paper  # the settings of the paper
@@ -1612,6 +1618,7 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      usage="%(prog)s [--task TASK] [--SETTING VALUE ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # so that -1e-3 is a value, too
     hints, rules = get_type_hints(TrainConfig), TrainConfig.RANGES
     for config, title in ((TrainConfig, "the run"), (DoRAConfig, "the method")):
         group = parser.add_argument_group(
