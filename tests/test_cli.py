@@ -85,7 +85,7 @@ def test_flags(words, value):
 
 
 @pytest.mark.parametrize("words, says", [
-    ("--nope 1", "--nope"), ("--lr x", "float value: 'x'"), ("--lr -1", "lr = -1.0"),
+    ("--nope 1", "--nope"), ("--lr x", "float value: 'x'"), ("--lr -1e-3", "lr = -0.001"),
     ("--lr nan", "lr = nan"), ("--epochs 1.5", "int value: '1.5'"), ("--ep 3", "--ep"),
     ("--task ax", "ax has no split 'train'"), ("--seeds a", "--seeds"), ("--seeds -1", "seed = -1"),
     ("--seeds 5 5", "--seeds 5 5"), ("--predict dev", "--predict"), ("stray", "stray"),
