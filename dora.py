@@ -531,13 +531,16 @@ def rank_map(ranks: dict[str, int]) -> str:
     rows = [*dict.fromkeys(row for row, _ in cells if row != "total"), "total"]
     matrices = [*dict.fromkeys(matrix for _, matrix in cells if matrix != "total"), "total"]
     labels = ["layer", *rows]
-    if len({row.rpartition(".")[0] for row in rows[:-1]}) == 1:
+    stems = {row.rpartition(".")[0] for row in rows[:-1]}
+    if len(stems) == 1:
         labels = ["layer", *(row.rpartition(".")[2] for row in rows)]
 
     tables: list[list[str]] = []
     for matrix in matrices:
-        column = justified([matrix, *(str(cells.get((row, matrix), ".")) for row in rows)])
-        if not tables or len(tables[-1][0]) + 2 + len(column[0]) > 80:
+        numbers = [str(cells.get((row, matrix), ".")) for row in rows]
+        column = justified([matrix, *numbers])
+        width = len(tables[-1][0] + column[0]) + 2 if tables else 81
+        if width > 80:
             tables.append(justified(labels))
         tables[-1] = [f"{line}  {cell}" for line, cell in zip(tables[-1], column)]
     return "\n\n".join(map("\n".join, tables))
@@ -564,7 +567,8 @@ def triplet(layers: Layers) -> list[Tensor]:
 def triplet_total(s: list[Tensor]) -> Tensor:
     """s(c_i) + mean s(a_i) + mean s(b_i), (n,), from tensors in the order of `triplet`."""
     groups = zip(s[::3], s[1::3], s[2::3])  # c (r',), A (r', d_in), B^T (r', d_out)
-    return torch.cat([c + A.mean(1) + B.mean(1) for c, A, B in groups])
+    sums = [c + A.mean(1) + B.mean(1) for c, A, B in groups]  # (r',) each
+    return torch.cat(sums)
 
 
 def orthogonal_penalty(layers: Layers) -> Tensor:
@@ -580,7 +584,8 @@ def orthogonal_penalty(layers: Layers) -> Tensor:
 
 def frobenius(layers: Layers) -> Tensor:
     """||c_i b_i a_i^T||_F = |c_i| ||a_i|| ||b_i||, (n,): Eq. 7 without its denominator."""
-    return torch.cat([m.c.abs() * m.A.norm(dim=1) * m.B.norm(dim=0) for m in layers])
+    norms = [m.c.abs() * m.A.norm(dim=1) * m.B.norm(dim=0) for m in layers]  # (r',) each
+    return torch.cat(norms)
 
 
 IMPORTANCE["triplet"] = (triplet, "gradients", triplet_total)
@@ -624,7 +629,8 @@ def gradient(p: nn.Parameter) -> Tensor:
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put a module in the place of the one with this name."""
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new)
+    owner = model.get_submodule(parent)
+    setattr(owner, leaf, new)
 
 
 def shrink_(p: nn.Parameter, dim: int, live: Tensor, optimizers: Iterable[Any]) -> None:
@@ -764,9 +770,9 @@ def check_plain(model: Any) -> None:
     not average the gradients of new parameters."""
     require(isinstance(model, nn.Module), f"expected a model, got a {type(model).__name__}")
     parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
-    require(not any(isinstance(m, parallel) or hasattr(m, "_orig_mod") for m in model.modules()),
-            f"the {type(model).__name__} is, or contains, a model in torch.compile or (Distributed)"
-            f"DataParallel; pass the plain model, and wrap it after inject()")
+    wrappers = [m for m in model.modules() if isinstance(m, parallel) or hasattr(m, "_orig_mod")]
+    require(not wrappers, f"the {type(model).__name__} is, or contains, a model in torch.compile "
+            f"or (Distributed)DataParallel; pass the plain model, and wrap it after inject()")
 
 
 def check_target(what: str, names: list[str], module: Any) -> None:
@@ -825,8 +831,8 @@ def check_scores(pruner: Pruner, scores: Tensor) -> None:
     """Refuse scores that cannot decide what stays: not one each, not finite, or all 0."""
     require(scores.shape == pruner.mask.shape, f"importance = {pruner.config.importance}: expected "
             f"scores of shape {tuple(pruner.mask.shape)}, got {tuple(scores.shape)}")
-    gates = torch.cat([layer.c for layer in pruner.layers.values()]).cpu()
-    if not (scores.isfinite() & gates.isfinite()).all():
+    gates = torch.cat([layer.c for layer in pruner.layers.values()])
+    if not (scores.isfinite().all() and gates.isfinite().all()):
         raise NotFiniteError(f"step {pruner.t}: a score is not finite; lower the learning rate")
     require(scores.any(), f"step {pruner.t}: every score is 0, so nothing has trained; make the "
             f"optimizer after inject(), and check the learning rate")
@@ -1032,7 +1038,8 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def mark(tensor: Tensor) -> list[float]:
     """Return a rough mark of a tensor: the norm of a sample, and its products with three waves."""
-    x = tensor.flatten()[:: tensor.numel() // 4096 | 1].cpu().double()  # of 8192 entries at most
+    step = tensor.numel() // 4096 | 1  # odd; the sample has 8192 entries at most
+    x = tensor.flatten()[::step].cpu().double()
     x = torch.where(x.abs() < 1e4, x, 0.0)  # -inf and the like of attention masks
     waves = torch.outer(x.new_tensor([1, 2, 3]), torch.ones_like(x).cumsum(0)).cos()
     return [float(f"{number:.4g}") for number in (x.norm(), *(waves @ x))]
@@ -1050,8 +1057,9 @@ def check_base(folder: Path, marks: dict[str, list[float]], base: dict[str, Tens
 
 def check_trained(layers: dict[str, DoRALinear]) -> None:
     """Refuse components that did not train, and a model that was frozen before it is saved."""
-    require(any(layer.c.any() and layer.A.any() and layer.B.any() for layer in layers.values()),
-            "every update is exactly 0, so nothing trained; make the optimizer after inject()")
+    moved = [layer.c.any() and layer.A.any() and layer.B.any() for layer in layers.values()]
+    require(any(moved), "every update is exactly 0, so nothing trained; make the optimizer after "
+            "inject()")
     gates = [layer.c[layer.mask] for layer in layers.values() if layer.config.gate]
     require(not gates or not all((c == 1).all() for c in gates), "no gate c has moved from 1; give "
             "the optimizer all parameters that require a gradient")
@@ -1140,7 +1148,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
         parent, _, leaf = key.rpartition(".")
         old = getattr(modules[parent], leaf)
         new = tensor.to(old, copy=True)  # and not into `old`, which other modules may share
-        setattr(modules[parent], leaf, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new)
+        setattr(modules[parent], leaf, new)
     return layers
 
 
