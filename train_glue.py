@@ -998,6 +998,9 @@ class Run:
         if self.writes:
             refuse_foreign(folder, settings_of_run(folder))
         if self.config.overwrite:
+            start = data.expanded(self.config.model_dir or "/").resolve()
+            require(start != (folder / "model").resolve(), f"--overwrite would delete {start}, "
+                    f"from which this run starts; use another --out")
             for file in (f for name in self.FILES for f in folder.glob(name) if self.writes):
                 file.unlink()
             return []

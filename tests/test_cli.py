@@ -203,6 +203,14 @@ def test_overwrite(tmp_path, capsys):
     assert not (tmp_path / "bitfit" / "model" / "config.json").exists()
 
 
+def test_overwrite_keeps_what_the_run_starts_from(tmp_path, capsys):
+    """--overwrite is refused where it would delete --model-dir."""
+    run(tmp_path / "out", method="full", max_steps=8)
+    given = run_settings(tmp_path / "out", model_dir=tmp_path / "out" / "model")
+    assert "would delete" in failed(capsys, *flags(**given), "--overwrite")
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
 # ---- folders ------------------------------------------------------------------------------------
 
 def contents(folder):
