@@ -199,16 +199,13 @@ def test_overwrite(tmp_path, capsys):
     other = {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*")}
     new = {p.relative_to(tmp_path / "new") for p in (tmp_path / "new").rglob("*")}
     assert {str(p) for p in other - new} == {"notes.txt", "adapter/notes.txt"}
-    assert main([*flags(**{**given, "out": tmp_path / "bitfit"}), "--overwrite"]) == 0
+
+    given |= {"out": tmp_path / "bitfit"}
+    start = {**given, "model_dir": tmp_path / "bitfit" / "model"}  # the run's own start would go
+    assert "would delete" in failed(capsys, *flags(**start), "--overwrite")
+    assert (tmp_path / "bitfit" / "model" / "config.json").exists()
+    assert main([*flags(**given), "--overwrite"]) == 0
     assert not (tmp_path / "bitfit" / "model" / "config.json").exists()
-
-
-def test_overwrite_keeps_what_the_run_starts_from(tmp_path, capsys):
-    """--overwrite is refused where it would delete --model-dir."""
-    run(tmp_path / "out", method="full", max_steps=8)
-    given = run_settings(tmp_path / "out", model_dir=tmp_path / "out" / "model")
-    assert "would delete" in failed(capsys, *flags(**given), "--overwrite")
-    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
 
 
 # ---- folders ------------------------------------------------------------------------------------
