@@ -546,8 +546,8 @@ class TrainConfig(DoRAConfig):
         **dict.fromkeys(("log_every", "save_every"), ">= 1")}
 
     def __post_init__(self) -> None:
-        if isinstance(self.targets, list):  # from JSON, or from the command line
-            object.__setattr__(self, "targets", tuple(self.targets))
+        if isinstance(self.targets, list):  # from JSON, or from the command line: a b or a,b
+            object.__setattr__(self, "targets", tuple(",".join(self.targets).split(",")))
         super().__post_init__()
         for name, table in (("task", TASKS), ("method", METHOD_ROWS)):
             value = data.known_name(getattr(self, name), table)

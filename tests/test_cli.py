@@ -74,7 +74,7 @@ def test_help_shows_the_tasks_defaults(words, parts):
 @pytest.mark.parametrize("words, value", [
     ("--lr 0.5", 0.5), ("--batch-size 3", 3), ("--max-steps none", None), ("--out a/b", "a/b"),
     ("--compile", True), ("--no-compile", False), ("--clip 2", 2.0), ("--dtype bf16", "bf16"),
-    ("--start-rank 6", 6), ("--beta2 none", None), ("--targets query value", ("query", "value")),
+    ("--start-rank 6", 6), ("--beta2 none", None), ("--targets a,b c", ("a", "b", "c")),
     ("--task STS-B", "stsb"), ("--method Lora", "lora"), ("--schedule slow_first", "slow_first"),
     ("--penalty none", None)])
 def test_flags(words, value):
