@@ -131,7 +131,7 @@ ALL = {**ROWS, **CONTROLS, **RECORDED, **STEPS}
 
 
 def run(c):
-    """Make a run. Return what the log is to hold of it."""
+    """Make a run. Return its line of the log."""
     row, out = ALL[c["row"]], report.RUNS / "budget-curve" / report.key_of(c)
     settings, ranks = row.settings, []
     if row.places:  # plain LoRA of the highest rank, of which FixedRanks leaves a part

@@ -201,7 +201,7 @@ def tried_rates(row):
 
 
 def run(c):
-    """Make a run. Return what the log is to hold of it; the NLL is None if it diverged."""
+    """Make a run. Return its line of the log; the NLL is None if it diverged."""
     model, tokenizer = load()
     pairs, scored, test = sets()
     if c["split"] == "test":

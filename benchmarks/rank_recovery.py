@@ -165,7 +165,7 @@ def make_config(settings, pattern):
 
 
 def run(settings, pattern, seed):
-    """Train one student, about 3 ms per step. Return what the log is to hold."""
+    """Train one student, about 3 ms per step. Return its line of the log."""
     teacher, student = problem(pattern, seed)
     torch.manual_seed(seed)  # the start of A and B
     config = make_config(settings, pattern)

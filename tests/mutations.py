@@ -28,7 +28,7 @@ MUTATIONS = [
     ("an adapter's B is saved without the scale", "dora.py",
      "B = (layer.scale * layer.c * layer.B)[:, layer.mask]",
      "B = (layer.c * layer.B)[:, layer.mask]", "test_adapter.py"),
-    ("the penalty goes on after the last pruning", "dora.py",
+    ("the penalty continues after the last pruning", "dora.py",
      "if self.config.penalty is None or self.done:",
      "if self.config.penalty is None:", "test_importance.py"),
     ("a resumed run draws other random numbers", "train_glue.py",

@@ -77,7 +77,7 @@ def test_eq7_closed_form(d_out, d_in, r):
 
 def test_eq7_where_all_cancels():
     """All components cancel: rounding leaves the closed form's sum around 0, on either side; the
-    scores are finite, positive numbers all the same."""
+    scores are finite, positive numbers nevertheless."""
     for seed in range(20):
         torch.manual_seed(seed)
         a, b = torch.randn(1, 30), torch.randn(1, 40)

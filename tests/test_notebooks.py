@@ -29,7 +29,7 @@ def code_cells(notebook):
 
 
 def python(source):
-    """A cell's syntax tree; a line for IPython, such as %matplotlib, is none for ast."""
+    """A cell's syntax tree; a line for IPython, such as %matplotlib, is not Python."""
     return ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.MULTILINE))
 
 

@@ -179,7 +179,7 @@ def test_state_dict_continues_bit_for_bit(method):
     (dict(importance="norm"), 40, 2, "importance = sensitivity.*norm"),
     ({}, 40, 1, "components = 12.* 6")])
 def test_a_state_of_other_settings(changes, steps, blocks, names):
-    """A run that goes on with another number of steps or components or another setting is neither
+    """A run that continues with another number of steps or components or another setting is neither
     of the two runs: refused by the setting and both values, and the Pruner is as it was."""
     state = trained(net_config(**HALF)).pruner.state_dict()
     config = net_config(**HALF | changes)

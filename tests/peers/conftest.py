@@ -6,7 +6,7 @@ import transformers
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-transformers.utils.logging.set_verbosity_error()  # a new head is no news here
+transformers.utils.logging.set_verbosity_error()  # a new head is not worth a warning here
 transformers.utils.logging.disable_progress_bar()
 
 
