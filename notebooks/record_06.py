@@ -35,7 +35,7 @@ def pretrain(root, seed):
     train_glue.save_model(RobertaForSequenceClassification(tiny, 4), root / "untrained")
     train(make_config("toy-pretrain", "full", data_dir=str(root), max_len=48, seed=seed,
                       model_dir=str(root / "untrained"), out=str(root / "pretrain"), lr=1e-3,
-                      batch_size=32, epochs=3))
+                      batch_size=32, epochs=3, deterministic=True))
 
 
 def shuffle_labels(root, seed):
