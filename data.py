@@ -176,9 +176,9 @@ def find_task(name: str, split: str = "") -> Task:
 
     Raises DataError if there is no such row, metric or split.
     """
-    require(known_name(name, TASKS) in TASKS,
-            f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
-    task = TASKS[known_name(name, TASKS)]
+    known = known_name(name, TASKS)
+    require(known in TASKS, f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
+    task = TASKS[known]
     for metric_name in task.metrics:
         require(metric_name in METRICS, f"task {task.name!r}: unknown metric {metric_name!r}, "
                 f"expected one of {', '.join(METRICS)}")

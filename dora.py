@@ -535,12 +535,11 @@ def rank_map(ranks: dict[str, int]) -> str:
     if len(stems) == 1:
         labels = ["layer", *(row.rpartition(".")[2] for row in rows)]
 
-    tables: list[list[str]] = []
+    tables = [justified(labels)]
     for matrix in matrices:
         numbers = [str(cells.get((row, matrix), ".")) for row in rows]
         column = justified([matrix, *numbers])
-        width = len(tables[-1][0] + column[0]) + 2 if tables else 81
-        if width > 80:
+        if len(tables[-1][0]) + 2 + len(column[0]) > 80:
             tables.append(justified(labels))
         tables[-1] = [f"{line}  {cell}" for line, cell in zip(tables[-1], column)]
     return "\n\n".join(map("\n".join, tables))
