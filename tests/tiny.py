@@ -21,6 +21,7 @@ NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 ROWS = {"train": 61, "dev": 40}         # 61 is not a multiple of a batch: the last one is short
 PRUNING = ("dora", "paper", "adalora")  # the methods that use `interval`
 EXAMPLES = functools.cache(lambda: tempfile.TemporaryDirectory(prefix="dora-test-"))
+torch.set_num_threads(1)  # as in the processes of command(): sums then have one order
 
 
 def tiny_model(num_labels=2, seed=0, **changes):
@@ -49,10 +50,11 @@ def files(dropout=True):
 
 
 def run_settings(out, dropout=True, **changes):
-    """make_config's arguments for a run of 24 steps, 8 per epoch. It prunes at 7, 10 and 12."""
+    """make_config's arguments for a run of 24 steps, 8 per epoch. It prunes at 7, 10 and 12. All
+    runs choose kernels alike, so that they can be compared bit for bit."""
     data_dir, model_dir = files(dropout)
     given = dict(task="toy", data_dir=str(data_dir), model_dir=str(model_dir), out=str(out),
-                 device="cpu", batch_size=8, epochs=3, max_len=48, log_every=1)
+                 device="cpu", batch_size=8, epochs=3, max_len=48, log_every=1, deterministic=True)
     if changes.get("method", "dora") in PRUNING:
         given.update(rank=2.0, interval=3, budget_unit="components")  # 12 matrices end with 24
     if changes.get("method") not in ("full", "bitfit"):  # whose rates are lower
