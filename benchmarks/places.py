@@ -21,7 +21,7 @@ from torch import nn
 
 import data
 import train_glue
-from dora import METHODS, DoRAConfig, Pruner, inject, keep_mask
+from dora import IMPORTANCE, METHODS, DoRAConfig, Pruner, inject, keep_mask, sensitivity
 
 LOG = report.RESULTS / "places.jsonl"
 SCALE, DROPOUT, BATCH, STEPS = 8.0, 0.1, 16, 300
@@ -32,6 +32,10 @@ WIDE, PLACES = 0.03, "dora's places"
 FIRST, MORE = [f"random {i}" for i in range(4)], [f"random {i}" for i in range(4, 8)]
 MAIN = ["dora", PLACES, *FIRST]
 FRESH = range(4, 9)
+LOOK, SEARCH = range(201, 207), 100  # seeds that only compare ways to find places; steps of a search
+VARIANTS = {"AdaLoRA's start": dict(init="gaussian"), "AdaLoRA's score": dict(importance="triplet"),
+            "score per parameter": dict(importance="per parameter"),
+            "r' = 2": dict(start_rank=2), "longer look": dict(initial_phase=0.3)}
 OTHERS = ["adalora", "adalora's places", "paper", "paper's places",
           *(f"layer {i}" for i in range(6))]
 
@@ -68,12 +72,19 @@ def costs_of(model):
             if isinstance(m, nn.Linear) and ".layer." in name}
 
 
+def source_of(run):
+    """Return the run that finds the places of this one, or the run itself."""
+    if run["arm"] == "short search":
+        return {**run, "arm": "dora", "steps": SEARCH}
+    return {**run, "arm": run["arm"].removesuffix("'s places")}
+
+
 def places(run, costs):
     """Return the number of components of each matrix, for an arm whose places are fixed."""
-    kind, _, which = run["arm"].partition(" ")
-    if which == "places":
-        source = {**run, "arm": kind.removesuffix("'s")}
+    source = source_of(run)
+    if source != run:
         return dict(zip(costs, report.finished(LOG)[report.key_of(source)]["ranks"]))
+    kind, which = run["arm"].split()
     if kind == "layer":
         return {name: 1 for name in costs if f".layer.{which}." in name}
 
@@ -83,9 +94,19 @@ def places(run, costs):
     return dict(zip(costs, mask.long().tolist()))
 
 
+def per_parameter(layers):
+    """Return the sensitivity of each component, (n,), by what it stores."""
+    costs = torch.tensor([sum(layer.base.weight.shape) for layer in layers for _ in layer.c])
+    return sensitivity(layers) / costs
+
+
+IMPORTANCE["per parameter"] = per_parameter, "gradients", torch.cat
+
+
 def method(run):
     """Return the settings of an arm that finds its places, at the scale that all arms have."""
-    settings = {**METHODS[run["arm"]], "budget_unit": "parameters", "dropout_on": "components",
+    settings = {**METHODS.get(run["arm"], {}), **VARIANTS.get(run["arm"], {}),
+                "budget_unit": "parameters", "dropout_on": "components",
                 "rank": run["budget"] / 36, "dropout": DROPOUT}
     config = DoRAConfig(**settings)
     divisor = max(1.0, config.rank) if config.scale == "rank" else config.r_prime
@@ -103,7 +124,7 @@ def make(run):
     model = train_glue.load_roberta(report.MINILM, task.num_labels)
     model.roberta.to(torch.bfloat16 if run["dtype"] == "bf16" else torch.float32)
     costs, pruner = costs_of(model), None
-    if run["arm"] in METHODS:
+    if run["arm"] in {**METHODS, **VARIANTS}:
         config = method(run)
         pruner = Pruner(inject(model, config), config, run["steps"])
     else:
@@ -150,22 +171,37 @@ def to_do():
     yield from block("stsb", (6,), [*MAIN, *MORE])
     yield from block("stsb", (6,), [*MAIN, *MORE], FRESH, factor=0.5)
     yield from block("stsb", (6,), MAIN, factor=0.5, steps=1200)
-    yield from block("stsb", (3,), MAIN, factor=0.5)
     yield from block("stsb", (6,), OTHERS)
     # the rate, chosen at 6, makes some runs collapse at 18: so all budgets at half of it, too
-    yield from block("stsb", (6, 18), MAIN)
-    yield from block("stsb", (18, 12, 36), MAIN, factor=0.5)
+    yield from block("stsb", (3, 6, 18, 12, 36), MAIN, factor=0.5)
+    yield from block("stsb", (18,), MAIN)
     yield from block("mrpc", (6,), MAIN)
-    yield from block("stsb", (6,), MORE, factor=0.5)
-    yield from block("stsb", (6,), [*MAIN, *MORE], (4, 5))
-    yield from block("stsb", (6,), MAIN, (1,), dtype="float32")
     yield from block("mrpc", (6,), MAIN, factor=0.5)
+    yield from ways_to_find()
+    for task, factor in itertools.product(("cola", "rte", "sst2"), (1, 0.5)):
+        yield from block(task, (6,), MAIN, factor=factor)
+    yield from block("stsb", (6,), [*MAIN, *MORE], (4, 5))
+    yield from block("stsb", (6,), MORE, factor=0.5)
+    yield from block("stsb", (6,), MAIN, (1,), dtype="float32")
     yield from block("stsb", (6,), MAIN, steps=1200)
     for task, budget in itertools.product(TITLES, (6, 18)):
         yield from block(task, (budget,), MAIN)
 
 
-def block(task, budgets, arms, seeds=(1, 2, 3), factor=1.0, steps=STEPS, dtype="bf16"):
+def ways_to_find():
+    """Yield the runs that compare ways to find places, on the held-out tenth of STS-B."""
+    shared = dict(budgets=(6,), split="held out")
+    for seed in LOOK:
+        yield from block("stsb", arms=MAIN, seeds=(seed,), **shared)
+        for arm in VARIANTS:
+            yield from block("stsb", arms=(arm, f"{arm}'s places"), seeds=(seed,), **shared)
+        yield from block("stsb", arms=("dora",), seeds=(seed,), steps=SEARCH, **shared)
+        rest = STEPS - SEARCH
+        yield from block("stsb", arms=("short search",), seeds=(seed,), steps=rest, **shared)
+
+
+def block(task, budgets, arms, seeds=(1, 2, 3), factor=1.0, steps=STEPS, dtype="bf16",
+          split="dev"):
     """Yield the runs of some arms, and before them those that choose the task's rate."""
     if (rate := rate_of(task)) is None:
         yield from itertools.chain(*trials(task).values())
@@ -173,9 +209,9 @@ def block(task, budgets, arms, seeds=(1, 2, 3), factor=1.0, steps=STEPS, dtype="
 
     known = report.finished(LOG)
     for budget, seed, arm in itertools.product(budgets, seeds, arms):
-        run = dict(task=task, split="dev", steps=steps, budget=budget, seed=seed, arm=arm,
+        run = dict(task=task, split=split, steps=steps, budget=budget, seed=seed, arm=arm,
                    lr=factor * rate, dtype=dtype)
-        source = {**run, "arm": arm.removesuffix("'s places")}
+        source = source_of(run)
         if source == run or report.key_of(source) in known:
             yield run
 
