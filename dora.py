@@ -50,7 +50,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -96,12 +96,6 @@ class DoRAConfig:
     eta: float = 0.3  # weight of the regulariser (paper: 0.3 or 0.5)
     # differs: the paper applies dropout to x; on the r' values A x it costs almost nothing
     dropout_on: Literal["input", "components"] = "components"  # what dropout applies to: x or A x
-
-    RANGES: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("rank", "alpha", "eps"), "> 0"), "eta": ">= 0",
-        **dict.fromkeys(("start_rank", "interval"), ">= 1"),
-        **dict.fromkeys(("dropout", "beta1", "beta2", "initial_phase", "final_phase"), ">= 0, < 1"),
-    }
 
     @property
     def r_prime(self) -> int:
@@ -204,10 +198,6 @@ class DoRALinear(nn.Module):
     def rank(self) -> int:
         """The number of live components."""
         return int(self.mask.sum())
-
-    def extra_repr(self) -> str:
-        """What print(model) shows of this layer."""
-        return f"live={self.rank} of {len(self.mask)}, scale={self.scale:g}"
 
 
 def inject(model: nn.Module, config: DoRAConfig) -> dict[str, DoRALinear]:
@@ -409,9 +399,8 @@ class Pruner:
 
         I = function(list(self.layers.values()))
         I = [I] if isinstance(I, Tensor) else I
-        if not self.I_bar:
-            self.I_bar = [torch.zeros_like(part) for part in I]
-            self.U_bar = [torch.zeros_like(part) for part in I]
+        self.I_bar = self.I_bar or [torch.zeros_like(part) for part in I]
+        self.U_bar = self.U_bar or [torch.zeros_like(part) for part in I]
         smoothed = map(self._smooth, I, self.I_bar, self.U_bar)
         self.I_bar, self.U_bar = map(list, zip(*smoothed))
 
@@ -554,20 +543,17 @@ def justified(words: list[str]) -> list[str]:
 
 
 def triplet(layers: Layers) -> list[Tensor]:
-    """|w dℓ/dw| of every entry of c (r',), A (r', d_in) and B^T (r', d_out), per layer: AdaLoRA's
-    Eq. 8."""
+    """|w dℓ/dw| of every entry of c (r',), A (r', d_in) and B (d_out, r') of each layer (AdaLoRA's
+    Eq. 8)."""
     weights: list[Any] = [w for layer in layers for w in (layer.c, layer.A, layer.B)]
     products = torch._foreach_mul(weights, [gradient(w) for w in weights])
-    I = list(torch._foreach_abs(products))  # one operation for all, as the product
-    I[2::3] = [B.T for B in I[2::3]]
-    return I
+    return list(torch._foreach_abs(products))  # one operation for all, as the product
 
 
 def triplet_total(s: list[Tensor]) -> Tensor:
     """s(c_i) + mean s(a_i) + mean s(b_i), (n,), from tensors in the order of `triplet`."""
-    groups = zip(s[::3], s[1::3], s[2::3])  # c (r',), A (r', d_in), B^T (r', d_out)
-    sums = [c + A.mean(1) + B.mean(1) for c, A, B in groups]  # (r',) each
-    return torch.cat(sums)
+    layers = zip(s[::3], s[1::3], s[2::3])  # c (r',), A (r', d_in), B (d_out, r')
+    return torch.cat([c + A.mean(1) + B.mean(0) for c, A, B in layers])
 
 
 def orthogonal_penalty(layers: Layers) -> Tensor:
@@ -604,11 +590,17 @@ def dora_layers(model: nn.Module) -> dict[str, DoRALinear]:
 
 
 def finished_layers(model: nn.Module) -> dict[str, DoRALinear]:
-    """Return the model's layers. Raises DoRAError without any, or before the last pruning."""
+    """Return the model's layers. Raises DoRAError for none, and for one that is not final."""
     check_plain(model)
     layers = dora_layers(model)
     require(layers, "the model has no DoRALinear (was dora.py reloaded?); call inject() first")
-    check_final(layers)
+    for name, layer in layers.items():
+        if not all(p.isfinite().all() for p in layer.parameters(recurse=False)):
+            raise NotFiniteError(f"{name}: a component is NaN or infinite; lower the learning rate")
+        require(layer.final, f"{name}: these weights are from before the last pruning; finish the "
+                f"run, calling pruner.step() in every step, or restore later ones")
+        require(not layer.c[~layer.mask].any(), f"{name}: a pruned gate is not 0; call "
+                f"pruner.step() after every optimizer.step()")
     return layers
 
 
@@ -668,6 +660,10 @@ def require(condition: Any, message: str) -> None:
 
 CHOICES: dict[str, dict[str, Any]] = {
     "importance": IMPORTANCE, "schedule": SCHEDULES, "penalty": PENALTIES}
+RANGES = {
+    **dict.fromkeys(("rank", "alpha", "eps"), "> 0"), "eta": ">= 0",
+    **dict.fromkeys(("start_rank", "interval"), ">= 1"),
+    **dict.fromkeys(("dropout", "beta1", "beta2", "initial_phase", "final_phase"), ">= 0, < 1")}
 COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt}
 PEFT_NAMES = {"r": "rank", "target_r": "rank", "init_r": "start_rank", "lora_alpha": "alpha",
               "lora_dropout": "dropout", "target_modules": "targets", "deltaT": "interval"}
@@ -694,22 +690,16 @@ def choices(name: str, hint: Any) -> list[Any]:
 
 
 def check_settings(config: Any) -> None:
-    """Refuse an unknown choice, a value of a wrong type or out of range, and a combination."""
-    hints = get_type_hints(type(config))
-    for name in (f.name for f in fields(config)):
-        value, hint = getattr(config, name), hints[name]
-        known = choices(name, hint)
-        if known:
-            words = ", ".join("none" if choice is None else choice for choice in known)
-            require(value in known, f"{name} = {value!r}: choose one of {words}")
+    """Refuse an unknown choice, a number out of range, and a combination that cannot work."""
+    for name, hint in get_type_hints(type(config)).items():
+        value, known = getattr(config, name), choices(name, hint)
+        words = ", ".join("none" if choice is None else choice for choice in known)
+        require(not known or value in known, f"{name} = {value!r}: choose one of {words}")
+        if value is None and type(None) in get_args(hint):
             continue
-        kinds = (tuple,) if get_origin(hint) is tuple else get_args(hint) or (hint,)
-        words = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
-        require(isinstance(value, (*kinds, int) if float in kinds else kinds),
-                f"{name} = {value!r}: must be of type {words}")
-        rule = config.RANGES.get(name, "") if value is not None else ""
-        for sign, limit in re.findall(r"([<>]=?) ([^,]+)", rule):
-            require(COMPARE[sign](value, float(limit)), f"{name} = {value}: must be {rule}")
+        for sign, limit in re.findall(r"([<>]=?) ([^,]+)", RANGES.get(name, "")):
+            require(isinstance(value, (int, float)) and COMPARE[sign](value, float(limit)),
+                    f"{name} = {value!r}: must be {RANGES[name]}")
 
     rank, r, flat = config.rank, config.r_prime, config.schedule is None
     require(config.targets and "" not in config.targets,
@@ -797,8 +787,6 @@ def check_pruner(layers: Any, config: DoRAConfig, total_steps: int) -> None:
         require(layer.config == config, f"{name}: pass the Pruner the config that inject() got")
         require(layer.L in (None, len(layers)), f"{name}: is one of {layer.L} layers that share a "
                 f"budget; pass all that inject() returned, not {len(layers)}")
-        require(len(layer.c) == config.r_prime, f"{name}: has {len(layer.c)} of {config.r_prime} "
-                f"components; a compacted model is final, inject() into a fresh one")
         check_frozen(name, layer)
 
 
@@ -839,31 +827,17 @@ def check_scores(pruner: Pruner, scores: Tensor) -> None:
 
 def check_state(pruner: Pruner, state: dict[str, Any]) -> None:
     """Refuse the state of another model or another run."""
-    now = pruner.state_dict()
-    require(state.keys() == now.keys(), "not a Pruner's state; pass what its state_dict() returned")
-    for name, value in now["settings"].items():
+    for name, value in pruner.state_dict()["settings"].items():
         before = state["settings"].get(name)
         require(before == value, f"the state is of a run with {name} = {before}, not {value}")
-
-
-def check_final(layers: dict[str, DoRALinear]) -> None:
-    """Refuse layers whose last pruning is not done, whose mask is not held, or that are NaN."""
-    for name, layer in layers.items():
-        if not all(p.isfinite().all() for p in layer.parameters(recurse=False)):
-            raise NotFiniteError(f"{name}: a component is NaN or infinite; lower the learning rate")
-        require(layer.final, f"{name}: these weights are from before the last pruning; finish the "
-                f"run, calling pruner.step() in every step, or restore later ones")
-        require(not layer.c[~layer.mask].any(), f"{name}: a pruned gate is not 0; call "
-                f"pruner.step() after every optimizer.step()")
 
 
 def check_optimizers(layers: dict[str, DoRALinear], optimizers: Sequence[Any]) -> None:
     """Refuse optimizers that miss a parameter that trains."""
     held = {p for o in optimizers for group in o.param_groups for p in group["params"]}
-    for name, layer in layers.items():
-        trained = {p for p in (layer.A, layer.B, layer.c) if p.requires_grad}
-        require(not optimizers or trained <= held, f"{name}: a parameter is in none of the "
-                f"optimizers; pass all that train it, compact_(model, first, second)")
+    trained = {p for m in layers.values() for p in m.parameters(recurse=False) if p.requires_grad}
+    require(not optimizers or trained <= held, "a component is in none of the optimizers; pass all "
+            "that train it, compact_(model, first, second)")
 
 
 # ---- safetensors ---------------------------------------------------------------------------------
@@ -921,8 +895,7 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 dtype, shape, span = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
                 count = math.prod(shape)
                 start, end = end, end + count * dtype.itemsize
-                whole = all(type(i) is int and 0 <= i < 2**48 for i in shape + span)
-                if span != [start, end] or not whole:
+                if span != [start, end]:
                     raise ValueError(f"{name!r:.80} {shape} is at {span}, not {[start, end]}")
                 flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin + start) if (
                     count) else torch.empty(0, dtype=dtype, device="cpu")
@@ -1133,8 +1106,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
         require(tensor.shape == expected, f"{folder}: {key!r:.120} is {tuple(tensor.shape)}, in "
                 f"the model {expected}; is the adapter for another task or base model?")
 
-    # change the model
-    model.requires_grad_(False)
+    # change the model; a head replaces its tensors, which other modules may share
+    head = {key: tensor.to(base[key], copy=True) for key, tensor in head.items()}
+    model.load_state_dict(head, strict=False, assign=True)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(name in head)
     layers = {}
     for name, (A, B) in pairs.items():
         layer = layers[name] = DoRALinear(modules[name], DoRAConfig(
@@ -1143,13 +1119,6 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
         layer.A.copy_(A)
         layer.B.copy_(B)
         replace(model, name, layer)
-    for key, tensor in head.items():
-        parent, _, leaf = key.rpartition(".")
-        old = getattr(modules[parent], leaf)
-        new = tensor.to(old, copy=True)  # and not into `old`, which other modules may share
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new)
-        setattr(modules[parent], leaf, new)
     return layers
 
 

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -42,9 +42,9 @@ from tqdm import tqdm
 
 import data
 from data import TASKS, DataError, Example, Task
-from dora import (METHODS, PEFT_NAMES, DoRAConfig, DoRAError, DoRALinear, NotFiniteError, Pruner,
-                  budget, choices, compact_, did_you_mean, inject, load_adapter, mark, rank_map,
-                  read_file, read_safetensors, require, save_adapter, write_safetensors)
+from dora import (METHODS, PEFT_NAMES, RANGES, DoRAConfig, DoRAError, DoRALinear, NotFiniteError,
+                  Pruner, budget, choices, compact_, did_you_mean, inject, load_adapter, mark,
+                  rank_map, read_file, read_safetensors, require, save_adapter, write_safetensors)
 
 
 class Interrupted(Exception):
@@ -538,12 +538,6 @@ class TrainConfig(DoRAConfig):
     deterministic: bool = False  # only deterministic kernels, no TF32, no oneDNN; slower
     resume: bool = False  # continue from the run folder's newest checkpoint
     overwrite: bool = False  # delete the files of the run in the folder, and start again
-
-    RANGES: ClassVar[dict[str, str]] = {
-        **DoRAConfig.RANGES, "lr": "> 0", "clip": "> 0", "seed": ">= 0, < 1e18",
-        "weight_decay": ">= 0", "warmup": ">= 0, < 1", "max_len": ">= 8",
-        **dict.fromkeys(("batch_size", "accumulate", "epochs", "max_steps"), ">= 1"),
-        **dict.fromkeys(("log_every", "save_every"), ">= 1")}
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, list):  # from JSON, or from the command line: a b or a,b
@@ -1600,6 +1594,11 @@ def evaluate_only(place: str, flags: dict[str, Any], split: str | None) -> None:
                 say(f"wrote {data.write_submission(TASKS[name], part, predictions, folder)}")
 
 
+RANGES.update({
+    "lr": "> 0", "clip": "> 0", "weight_decay": ">= 0", "seed": ">= 0, < 1e18",
+    "warmup": ">= 0, < 1", "max_len": ">= 8",
+    **dict.fromkeys(("batch_size", "accumulate", "epochs", "max_steps"), ">= 1"),
+    **dict.fromkeys(("log_every", "save_every"), ">= 1")})
 PEFT_NAMES.update({  # also transformers' names and others, for did_you_mean
     "learning_rate": "lr", "num_train_epochs": "epochs", "output_dir": "out", "seed": "seeds",
     "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "accumulate",
@@ -1622,12 +1621,12 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
                                      usage="%(prog)s [--task TASK] [--SETTING VALUE ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # so that -1e-3 is a value, too
-    hints, rules = get_type_hints(TrainConfig), TrainConfig.RANGES
+    hints = get_type_hints(TrainConfig)
     for config, title in ((TrainConfig, "the run"), (DoRAConfig, "the method")):
         group = parser.add_argument_group(
             f"{title}, with the defaults of --task {chosen.task} --method {chosen.method}")
         for name, text in help_of(config).items():
-            rule = f"{rules[name]}; " if name in rules else ""
+            rule = f"{RANGES[name]}; " if name in RANGES else ""
             text += f" ({rule}default: {shown(getattr(chosen, name))})"
             if name != "seed":
                 group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,

@@ -155,9 +155,9 @@ def test_inject_freezes_the_rest(changes, expected):
 # ---- configuration -------------------------------------------------------------------------------
 
 BAD_VALUES = dict(
-    rank=[0, -1, "2", None], start_rank=[3.5, 0], alpha=[0, math.nan], eps=[0], eta=[-1],
+    rank=[0, -1, "2", None], start_rank=[0], alpha=[0, math.nan], eps=[0], eta=[-1],
     dropout=[1.0, -0.1], beta1=[1.0], beta2=[-1], initial_phase=[-0.1], final_phase=[1.0],
-    interval=[0], gate=[1, False], targets=[(), "query", ["0"], ("",), ("0", ""), None])
+    interval=[0], gate=[False], targets=[(), ("",), ("0", ""), None])
 BAD_CHOICES = {"init": "kaiming", "scale": "start_rank", "importance": "sensitivity",
                "schedule": "fast_first", "penalty": "dem", "dropout_on": "components"}
 BAD_COMBINATIONS = [  # and what the message names
