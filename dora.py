@@ -138,9 +138,10 @@ class DoRALinear(nn.Module):
         (d_out, d_in), r = base.weight.shape, config.r_prime
         # float32 even over a half-precision base, which would round small updates away
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        self.A = nn.Parameter(base.weight.new_empty((r, d_in), dtype=dtype))
-        self.B = nn.Parameter(base.weight.new_empty((d_out, r), dtype=dtype))
-        self.c = nn.Parameter(base.weight.new_empty((r,), dtype=dtype), requires_grad=config.gate)
+        like = base.weight.new_empty(0, dtype=dtype)
+        self.A = nn.Parameter(like.new_empty(r, d_in))
+        self.B = nn.Parameter(like.new_empty(d_out, r))
+        self.c = nn.Parameter(like.new_empty(r), requires_grad=config.gate)
         self.register_buffer("mask", torch.ones_like(self.c, dtype=torch.bool))
         self.register_buffer("final", self.mask.new_tensor(config.schedule is None))
         self.scale = config.alpha / (max(1, config.rank) if config.scale == "rank" else r)
@@ -480,7 +481,11 @@ def compact_(model: nn.Module, *optimizers: torch.optim.Optimizer) -> nn.Module:
     plain nn.Linear again. Call it before you wrap the model in DistributedDataParallel.
     """
     layers = finished_layers(model)
-    check_optimizers(layers, optimizers)
+    trained = {p for m in layers.values() for p in (m.A, m.B, m.c) if p.requires_grad}
+    held = {p for o in optimizers for group in o.param_groups for p in group["params"]}
+    require(not optimizers or trained <= held, "a component is in none of the optimizers; pass all "
+            "that train it, compact_(model, first, second)")
+
     for name, layer in layers.items():
         live = layer.mask.nonzero()[:, 0]  # (rank,)
         for p, dim in ((layer.A, 0), (layer.B, 1), (layer.c, 0)):
@@ -509,29 +514,29 @@ def rank_map(ranks: dict[str, int]) -> str:
     A name is cut after its first number: "encoder.layer.3.output.dense" is in the row "3", or
     "encoder.layer.3" if other rows begin otherwise, and in the column "output".
     """
-    cells: dict[tuple[str, str], int] = {}
+    table: dict[str, dict[str, int]] = {}
     for name, rank in ranks.items():
         match = re.fullmatch(r"((?:.*?\.)?\d+)\.(.+)", name)
         row, matrix = match.groups() if match else (name, "live")
         matrix = re.sub(r"^attention\.self\.|\.dense$", "", matrix)  # RoBERTa's
-        for place in ((row, matrix), (row, "total"), ("total", matrix), ("total", "total")):
-            cells[place] = cells.get(place, 0) + rank
+        table.setdefault(row, {})[matrix] = rank
+    labels = [*table]
+    if len({row.rpartition(".")[0] for row in table}) == 1:
+        labels = [row.rpartition(".")[2] for row in table]
 
-    rows = [*dict.fromkeys(row for row, _ in cells if row != "total"), "total"]
-    matrices = [*dict.fromkeys(matrix for _, matrix in cells if matrix != "total"), "total"]
-    labels = ["layer", *rows]
-    stems = {row.rpartition(".")[0] for row in rows[:-1]}
-    if len(stems) == 1:
-        labels = ["layer", *(row.rpartition(".")[2] for row in rows)]
+    matrices = [*dict.fromkeys(matrix for row in table.values() for matrix in row)]
+    table["total"] = {m: sum(row.get(m, 0) for row in table.values()) for m in matrices}
+    for row in table.values():
+        row["total"] = sum(row.values())
 
-    tables = [justified(labels)]
-    for matrix in matrices:
-        numbers = [str(cells.get((row, matrix), ".")) for row in rows]
-        column = justified([matrix, *numbers])
-        if len(tables[-1][0]) + 2 + len(column[0]) > 80:
-            tables.append(justified(labels))
-        tables[-1] = [f"{line}  {cell}" for line, cell in zip(tables[-1], column)]
-    return "\n\n".join(map("\n".join, tables))
+    first = justified(["layer", *labels, "total"])
+    parts = [first]
+    for m in [*matrices, "total"]:
+        column = justified([m, *(str(row.get(m, ".")) for row in table.values())])
+        if len(parts[-1][0]) + 2 + len(column[0]) > 80:
+            parts.append(first)
+        parts[-1] = [f"{line}  {cell}" for line, cell in zip(parts[-1], column)]
+    return "\n\n".join(map("\n".join, parts))
 
 
 def justified(words: list[str]) -> list[str]:
@@ -558,11 +563,10 @@ def triplet_total(s: list[Tensor]) -> Tensor:
 
 def orthogonal_penalty(layers: Layers) -> Tensor:
     """Mean of ||A A^T - I||_F and ||B^T B - I||_F over all layers, scalar (AdaLoRA's code)."""
-    norms = []
     vectors = [*(layer.A for layer in layers), *(layer.B.T for layer in layers)]
-    for group in alike(vectors, lambda rows: rows.shape):
-        X = torch.stack(group)  # (matrices, r', d_in) or (matrices, r', d_out)
-        eye = torch.eye(X.shape[1], device=X.device, dtype=X.dtype)
+    norms = []
+    for X in map(torch.stack, alike(vectors, lambda rows: rows.shape)):  # (matrices, r', d)
+        eye = torch.eye(X.shape[1]).to(X)
         norms.append(torch.linalg.vector_norm(X @ X.mT - eye, dim=(1, 2)))
     return torch.cat(norms).mean()
 
@@ -726,12 +730,13 @@ def find_targets(model: nn.Module, config: DoRAConfig) -> dict[str, nn.Linear]:
     check_plain(model)
     require(not dora_layers(model), "the model is adapted already; inject() all targets at once")
     modules = [*model.named_modules(remove_duplicate=False)]
-    linear = {re.sub(r"^.*\.\d+\.", "", name) for name, m in modules if type(m) is nn.Linear}
+    linear = [name for name, module in modules if type(module) is nn.Linear]
+    ends = {re.sub(r"^.*\.\d+\.", "", name) for name in linear}
     chosen: dict[str, Any] = {}
     for target in config.targets:
         matches = {name: m for name, m in modules if f".{name}".endswith(f".{target}")}
         require(matches, f"target {target!r} matches no module; candidates: "
-                f"{', '.join(sorted(linear - {''})) or 'none'}")
+                f"{', '.join(sorted(ends - {''})) or 'none'}")
         for name, module in matches.items():
             check_target(f"target {target!r}", [n for n, m in modules if m is module], module)
         chosen.update(matches)
@@ -758,19 +763,18 @@ def check_plain(model: Any) -> None:
     """Refuse a wrapped model: its names are not the plain one's, and DistributedDataParallel would
     not average the gradients of new parameters."""
     require(isinstance(model, nn.Module), f"expected a model, got a {type(model).__name__}")
-    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
-    wrappers = [m for m in model.modules() if isinstance(m, parallel) or hasattr(m, "_orig_mod")]
-    require(not wrappers, f"the {type(model).__name__} is, or contains, a model in torch.compile "
-            f"or (Distributed)DataParallel; pass the plain model, and wrap it after inject()")
+    for module in model.modules():
+        wraps = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        require(not wraps and not hasattr(module, "_orig_mod"),
+                f"the {type(model).__name__} is, or contains, a model in torch.compile or "
+                f"(Distributed)DataParallel; pass the plain model, and wrap it after inject()")
 
 
 def check_target(what: str, names: list[str], module: Any) -> None:
     """Refuse a module, which has these names, that a DoRALinear cannot replace."""
     kind = type(module)
-    remedy = "make it an nn.Linear, as notebooks/RECIPES.md shows for GPT-2" if (
-        kind.__name__ == "Conv1D") else "choose other targets"
-    require(kind is nn.Linear, f"{what}: {names[0]} is a {kind.__module__}.{kind.__name__}, not an "
-            f"nn.Linear; {remedy}")
+    require(kind is nn.Linear, f"{what}: {names[0]} is a {kind.__module__}.{kind.__name__}; choose "
+            f"an nn.Linear, or make it one as notebooks/RECIPES.md does for GPT-2's Conv1D")
     require(not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks),
             f"{what}: {names[0]} has hooks (weight_norm, pruning); add them after inject()")
     require(len(names) == 1, f"{what}: {' and '.join(names)} are one module, and a saved adapter "
@@ -800,9 +804,9 @@ def check_gradients(pruner: Pruner) -> None:
     """Refuse a second observe() in a step, and one without gradients."""
     require(not pruner.observed, f"step {pruner.t + 1}: a second observe() before step(); when "
             f"accumulating gradients, call it once, after the last backward()")
-    # where gates train, only theirs count: A and B also have the gradient of the penalty
-    parameters = [p for layer in pruner.layers.values()
-                  for p in ((layer.c,) if pruner.config.gate else (layer.A, layer.B))]
+    # gates, where they train: A and B also have the gradient of the penalty
+    layers = pruner.layers.values()
+    parameters = [layer.c if pruner.config.gate else layer.B for layer in layers]
     require(not parameters or any(p.grad is not None for p in parameters), "no component has a "
             "gradient; call observe() between backward() and zero_grad(), and use "
             "use_reentrant=False in gradient checkpointing")
@@ -832,24 +836,13 @@ def check_state(pruner: Pruner, state: dict[str, Any]) -> None:
         require(before == value, f"the state is of a run with {name} = {before}, not {value}")
 
 
-def check_optimizers(layers: dict[str, DoRALinear], optimizers: Sequence[Any]) -> None:
-    """Refuse optimizers that miss a parameter that trains."""
-    held = {p for o in optimizers for group in o.param_groups for p in group["params"]}
-    trained = {p for m in layers.values() for p in m.parameters(recurse=False) if p.requires_grad}
-    require(not optimizers or trained <= held, "a component is in none of the optimizers; pass all "
-            "that train it, compact_(model, first, second)")
-
-
 # ---- safetensors ---------------------------------------------------------------------------------
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a binary file for writing that replaces `path` only when it is complete.
-
-    The content goes to a temporary file in the same folder, is flushed to disk and then renamed,
-    so that a crash leaves the old content or the new, and two processes never mix theirs.
-    """
+    """Open a binary file for writing that replaces `path` when it is complete: a crash leaves the
+    old content or the new, and two processes never mix theirs."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.urandom(6).hex()}.part")
@@ -1029,9 +1022,9 @@ def check_base(folder: Path, marks: dict[str, list[float]], base: dict[str, Tens
 
 def check_trained(layers: dict[str, DoRALinear]) -> None:
     """Refuse components that did not train, and a model that was frozen before it is saved."""
-    moved = [layer.c.any() and layer.A.any() and layer.B.any() for layer in layers.values()]
-    require(any(moved), "every update is exactly 0, so nothing trained; make the optimizer after "
-            "inject()")
+    still = [layer for layer in layers.values() if not (layer.c.any() and layer.B.any())]
+    require(len(still) < len(layers), "every update is exactly 0, so nothing trained; make the "
+            "optimizer after inject()")
     gates = [layer.c[layer.mask] for layer in layers.values() if layer.config.gate]
     require(not gates or not all((c == 1).all() for c in gates), "no gate c has moved from 1; give "
             "the optimizer all parameters that require a gradient")
@@ -1043,22 +1036,21 @@ def modules_to_save(model: nn.Module, layers: dict[str, DoRALinear]) -> list[str
     """Return the names of the modules outside the layers that trained, or that have running
     statistics. Where all in the module around one trains, that module takes its place."""
     trains = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    found = {name for name, module in model.named_modules(remove_duplicate=False)
-             if getattr(module, "running_mean", None) is not None}
+    found = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        inside = [trains[key] for key in trains if key.startswith(f"{name}.")]
+        if getattr(module, "running_mean", None) is not None or inside and all(inside):
+            found.add(name)
 
-    for name in (name for name in trains if trains[name]):
-        inside = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
-        if inside is not None:
-            check_frozen(inside, layers[inside])
-            continue
-        owner = name.rpartition(".")[0]
-        around = owner.rpartition(".")[0]
-        while around and all(trains[name] for name in trains if name.startswith(f"{around}.")):
-            owner, around = around, around.rpartition(".")[0]
-        require(owner and not any(layer.startswith(f"{owner}.") for layer in layers),
-                f"{name} trains, but an adapter holds whole modules, and {owner or 'the model'} "
-                f"contains adapted matrices; freeze it")
-        found.add(owner)
+    for name, layer in layers.items():
+        check_frozen(name, layer)
+    for key in [key for key in trains if trains[key]]:
+        owner = key.rpartition(".")[0]
+        if owner not in layers:
+            require(owner and not any(layer.startswith(f"{owner}.") for layer in layers),
+                    f"{key} trains, but an adapter holds whole modules, and {owner or 'the model'} "
+                    f"contains adapted matrices; freeze it")
+            found.add(owner)
     return sorted(name for name in found if not any(name.startswith(f"{o}.") for o in found))
 
 
