@@ -67,6 +67,12 @@ def randomize(layers, seed=1):
                 p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64))
 
 
+def numbers(text):
+    """A vector "1 2 3" or a matrix "1 2; 3 4" (of one row: "1 2;") in float64."""
+    rows = [[*map(float, row.split())] for row in text.strip(";").split(";")]
+    return torch.tensor(rows if ";" in text else rows[0], dtype=torch.float64)
+
+
 def trainable(model):
     """The parameters that require a gradient."""
     return [p for p in model.parameters() if p.requires_grad]

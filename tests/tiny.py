@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils._pytree import tree_flatten_with_path
 
@@ -77,6 +78,16 @@ def flags(**given):
         words += [flag] if value is True else [f"--no{flag[1:]}"] if value is False else \
             [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
     return words
+
+
+def refused(*says, use):
+    """Assert that use() raises a DataError of one line that has all of these parts; return it."""
+    with pytest.raises(data.DataError) as caught:
+        use()
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500
+    assert [part for part in says if part not in message] == [], message
+    return message
 
 
 def json_lines(path):
