@@ -45,8 +45,10 @@ def files(dropout=True):
     bpe = data.write_toy(root, model_dir)
     for split, rows in ROWS.items():
         path = root / "toy" / f"{split}.tsv"
-        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:rows]))
-    save_model(tiny_model(vocab_size=len(bpe.vocab), **({} if dropout else NO_DROPOUT)), model_dir)
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[:rows]))
+    changes = {} if dropout else NO_DROPOUT
+    save_model(tiny_model(vocab_size=len(bpe.vocab), **changes), model_dir)
     return root, model_dir
 
 
@@ -74,9 +76,12 @@ def flags(**given):
     """The same settings as flags of the command line."""
     words = []
     for name, value in given.items():
-        flag = "--" + name.replace("_", "-")
-        words += [flag] if value is True else [f"--no{flag[1:]}"] if value is False else \
-            [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values = value if isinstance(value, tuple) else [value]
+            words += [f"--{flag}", *map(str, values)]
     return words
 
 
@@ -88,6 +93,10 @@ def refused(*says, use):
     assert "\n" not in message and len(message) < 500
     assert [part for part in says if part not in message] == [], message
     return message
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
 
 
 def json_lines(path):
@@ -107,7 +116,7 @@ def evaluations(folder):
 
 def result(folder):
     """result.json, seconds apart."""
-    found = json.loads((Path(folder) / "result.json").read_text())
+    found = read_json(Path(folder) / "result.json")
     del found["seconds"]
     return found
 
@@ -135,7 +144,8 @@ def same_runs(a, b):
     for byte, scores, ranks, adapter, final weights, optimizer, masks and random states."""
     for name in ("metrics.jsonl", "ranks.jsonl", "ranks.json", "adapter/adapter_model.safetensors",
                  "adapter/adapter_config.json"):
-        assert (Path(a) / name).read_bytes() == (Path(b) / name).read_bytes(), name
+        first, second = (Path(folder) / name for folder in (a, b))
+        assert first.read_bytes() == second.read_bytes(), name
     assert result(a) == result(b)
     same(newest(a), newest(b))
 
