@@ -73,6 +73,11 @@ def numbers(text):
     return torch.tensor(rows if ";" in text else rows[0], dtype=torch.float64)
 
 
+def table(text):
+    """The rows of a text table, split into words."""
+    return [line.split() for line in text.strip().split("\n")]
+
+
 def trainable(model):
     """The parameters that require a gradient."""
     return [p for p in model.parameters() if p.requires_grad]

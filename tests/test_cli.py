@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from small import table
 from tiny import files, flags, read_json, result, run, run_settings, same_runs
 
 import data
@@ -141,7 +142,7 @@ TABLE_8 = """
     mrpc  0.0025  16          30      0.3  50
     stsb  0.003   16          45      0.3  10
 """
-TITLES, *TASK_ROWS = [line.split() for line in TABLE_8.strip().split("\n")]
+TITLES, *TASK_ROWS = table(TABLE_8)
 
 
 @pytest.mark.parametrize("cells", TASK_ROWS)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures.record import recorded
+from small import table
 from tiny import GLUE, MINILM, refused, same
 
 import data
@@ -74,10 +75,10 @@ class NoTokens:
 
 
 @needs_glue
-@pytest.mark.parametrize("row", ROWS.strip().split("\n"))
+@pytest.mark.parametrize("row", table(ROWS))
 def test_row_counts(row):
     """Rows of every file in ../shared against GLUE's published counts; labels in range."""
-    name, *counts = row.split()
+    name, *counts = row
     for split, count in zip(("train", "dev", "test"), counts):
         if count == "none":
             continue
@@ -650,10 +651,10 @@ SUBMISSIONS = """
 """
 
 
-@pytest.mark.parametrize("row", SUBMISSIONS.strip().split("\n"))
+@pytest.mark.parametrize("row", table(SUBMISSIONS))
 def test_submission(row, tmp_path):
     """Name and every byte of each task's file against gluebenchmark.com's format."""
-    name, split, file, predictions, cells = row.split()
+    name, split, file, predictions, cells = row
     values = np.array(json.loads(f"[{predictions}]"))
     path = data.write_submission(TASKS[name], split, values, tmp_path / "new")
     assert path == tmp_path / "new" / file

@@ -68,6 +68,16 @@ def test_two_halves():
     assert sections[1] - sections[0] - 2 < 170
 
 
+def test_imports():
+    """dora.py can be copied alone beside torch, and data.py knows nothing of models."""
+    others = {"dora": {"torch"}, "data": {"numpy", "torch", "tqdm", "dora"}}
+    for name, expected in others.items():
+        found = re.findall(r"^ *(?:import|from) (\w+)", SOURCE[name], re.MULTILINE)
+        assert {*found} - {*sys.stdlib_module_names} == expected
+    assert "\nfrom dora import atomic_file\n" in SOURCE["data"]
+    assert not re.search(r"torch\.nn|\bnn\.", SOURCE["data"])
+
+
 def test_density():
     """No line is bought by packing: at most 11 tokens on average in the lines that have some, in
     each file, and more than 25 in under 4.5 % of its lines."""
