@@ -7,14 +7,13 @@ import re
 import pytest
 import torch
 from small import (
-    EXACT, adapted, close, inputs, net_config, plain, prune, trained, untouched)
+    EXACT, adapted, close, inputs, net_config, numbers, plain, prune, trained, untouched)
 from torch import nn
 
 from dora import (
-    METHODS, DoRALinear, compact_, load_adapter, merge_, read_safetensors,
-    save_adapter, write_safetensors)
+    METHODS, compact_, load_adapter, merge_, read_safetensors, save_adapter, write_safetensors)
 
-SCORES = [0, 0, 9, 8, 7, 1, 0, 0, 6, 5, 4, 1]  # of two components per matrix; six are kept
+SCORES = numbers("0 0 9 8 7 1 0 0 6 5 4 1")  # of two components per matrix; six are kept
 RANKS = {"layer.0.query": 0, "layer.0.up": 2, "layer.0.down": 1,
          "layer.1.query": 0, "layer.1.up": 2, "layer.1.down": 1}
 LIVE = {name: rank for name, rank in RANKS.items() if rank}
@@ -54,16 +53,14 @@ def test_masked_compacted_merged_reloaded(method, tmp_path):
     masked = trained(net_config(**METHODS[method], rank=1)).model
     x, expected = inputs(), masked.eval()(inputs())
     assert (expected - plain()(x)).abs().max() > 1e-3
-    compacted = compact_(copy.deepcopy(masked))
-    models = [compacted, merge_(copy.deepcopy(masked)), merge_(copy.deepcopy(compacted))]
-    assert not any(isinstance(m, DoRALinear) for m in models[1].modules())
-    assert models[1].state_dict().keys() == plain().state_dict().keys()
-
-    for i, source in enumerate((masked, compacted)):
-        save_adapter(source, tmp_path / str(i))
-        models.append(plain())
-        load_adapter(models[-1], tmp_path / str(i))
-        models.append(merge_(copy.deepcopy(models[-1])))
+    compacted, models = compact_(copy.deepcopy(masked)), []
+    for source in (masked, compacted):
+        save_adapter(source, tmp_path)
+        loaded = plain()
+        load_adapter(loaded, tmp_path)
+        merged = merge_(copy.deepcopy(source))
+        assert merged.state_dict().keys() == plain().state_dict().keys()
+        models += [source, merged, loaded, merge_(copy.deepcopy(loaded))]
     for other in models:
         torch.testing.assert_close(other.eval()(x), expected, rtol=0, atol=1e-12)
 
@@ -74,11 +71,12 @@ def test_merge_by_hand():
     layers = {name: model.get_submodule(name) for name in RANKS}
     assert merge_(model) is model
     for name, layer in layers.items():
-        update = sum(c * torch.outer(b, a) for a, b, c in zip(layer.A, layer.B.T, layer.c))
+        parts = zip(layer.A, layer.B.T, layer.c)
+        update = sum(c * torch.outer(b, a) for a, b, c in parts)
         merged = model.get_submodule(name)
         assert type(merged) is nn.Linear and not merged.weight.requires_grad
         close(merged.weight, layer.base.weight + layer.scale * update, 1e-12)
-        assert torch.equal(merged.bias, plain().get_submodule(name).bias)
+        assert merged.bias.equal(plain().get_submodule(name).bias)
 
 
 def test_saved_files_by_hand(folder):
@@ -87,16 +85,15 @@ def test_saved_files_by_hand(folder):
     model = pruned()
     assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors"]
     tensors = tensors_of(folder)
-    head = {f"base_model.model.head.{leaf}": p for leaf, p in model.head.named_parameters()}
-    assert tensors.keys() == {key(name, m) for name in LIVE for m in "AB"} | head.keys()
-    assert all(torch.equal(tensors[name], p) for name, p in head.items())
+    assert len(tensors) == 2 * len(LIVE) + 2
+    for leaf, p in model.head.named_parameters():
+        assert tensors[f"base_model.model.head.{leaf}"].equal(p)
     for name in LIVE:
-        layer = model.get_submodule(name)
+        layer, B = model.get_submodule(name), tensors[key(name, "B")]
         kept = [i for i in range(2) if layer.mask[i]]
-        assert torch.equal(tensors[key(name, "A")], layer.A[kept])
-        for row, i in enumerate(kept):
-            b = layer.scale * layer.c[i] * layer.B[:, i]
-            close(tensors[key(name, "B")][:, row], b, 1e-12)
+        assert tensors[key(name, "A")].equal(layer.A[kept])
+        for column, i in zip(B.T, kept, strict=True):
+            close(column, layer.scale * layer.c[i] * layer.B[:, i], 1e-12)
 
     pattern = {r"^layer\.0\.down$": 1, r"^layer\.1\.down$": 1}
     expected = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "bias": "none", "use_dora": False,
@@ -130,48 +127,49 @@ def test_loaded_layers(folder, tmp_path):
     save_adapter(model, tmp_path / "again")
     before, after = tensors_of(folder), tensors_of(tmp_path / "again")
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    for name, tensor in before.items():
+        assert tensor.equal(after[name])
 
 
-ALPHA_OF = [  # adapter_config.json of rank 2, and alpha / r of layer.0.up and layer.1.down
-    (dict(r=2), (3, 3)),
-    (dict(r=2, alpha_pattern={"up": 8}), (4, 3)),
-    (dict(r=2, alpha_pattern={"0.up": 2, "up": 8}), (1, 3)),  # the first that fits
-    (dict(r=2, alpha_pattern={r"^layer\.0\.up$": 8}), (4, 3)),
-    (dict(r=2, alpha_pattern={r"layer\.\d\.(up|down)": 8}), (4, 4)),
-    (dict(r=2, alpha_pattern={"p": 8, "layer.0": 8, "ayer.0.up": 8, "^up": 8}), (3, 3)),
-    (dict(r=2, alpha_pattern={"^.*up": 8}), (4, 3)),
-    (dict(r=7, rank_pattern={"up": 2, "down": 2}), (3, 3)),  # the rank of the tensors
+ALPHA_PATTERNS = [  # and alpha / 2 of layer.0.up and layer.1.down, where lora_alpha is 6
+    ({}, 3, 3),
+    ({"up": 8}, 4, 3),
+    ({"0.up": 2, "up": 8}, 1, 3),  # the first that fits
+    ({r"^layer\.0\.up$": 8}, 4, 3),
+    ({r"layer\.\d\.(up|down)": 8}, 4, 4),
+    ({"p": 8, "layer.0": 8, "ayer.0.up": 8, "^up": 8}, 3, 3),
+    ({"^.*up": 8}, 4, 3),
 ]
 
 
 def test_alpha_of_a_matrix(tmp_path):
     """A hand-made adapter of rank 2 on layer.0.up and layer.1.down: the update is alpha / r B A
     with the alpha of PEFT's rule, a regular expression for a whole dotted suffix of the name."""
-    up, down = torch.randn(2, 5).double(), torch.randn(2, 8).double()
+    up = torch.randn(2, 5).double()
+    down = torch.randn(2, 8).double()
     tensors = {key("layer.0.up", "A"): up, key("layer.0.up", "B"): down.T,
                key("layer.1.down", "A"): down, key("layer.1.down", "B"): up.T}
     write_safetensors(tmp_path / "adapter_model.safetensors", tensors)
-    for config, scales in ALPHA_OF:
-        (tmp_path / "adapter_config.json").write_text(
-            json.dumps({"peft_type": "LORA", "lora_alpha": 6, **config}))
+    for pattern, first, second in ALPHA_PATTERNS:
+        config = {"peft_type": "LORA", "r": 7, "lora_alpha": 6, "alpha_pattern": pattern,
+                  "rank_pattern": {"up": 2, "down": 2}}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         layers = load_adapter(plain(), tmp_path)
-        for layer, update, scale in zip(layers.values(), (down.T @ up, up.T @ down), scales):
-            close(layer.delta_weight(), scale * update, 1e-12)
+        close(layers["layer.0.up"].delta_weight(), first * down.T @ up, 1e-12)
+        close(layers["layer.1.down"].delta_weight(), second * up.T @ down, 1e-12)
 
 
-VARIANTS = [  # kinds of LoRA that Eq. 6 does not cover
-    dict(use_dora=True), dict(use_rslora=True), dict(bias="lora_only"), dict(fan_in_fan_out=True),
-    dict(peft_type="ADALORA"), dict(alora_invocation_tokens=[1, 2]),
-    dict(init_lora_weights="pissa_niter_16"), dict(init_lora_weights="olora")]  # another base
+VARIANTS = dict(  # kinds of LoRA that Eq. 6 does not cover
+    use_dora=True, use_rslora=True, bias="lora_only", fan_in_fan_out=True, peft_type="ADALORA",
+    alora_invocation_tokens=[1, 2], init_lora_weights="pissa_niter_16")  # another base
 
 
 def test_refused_configs(folder):
     """Another kind of LoRA is refused by field and value."""
     original = config_of(folder)
-    for change in VARIANTS:
-        (folder / "adapter_config.json").write_text(json.dumps({**original, **change}))
-        (name, value), = change.items()
+    for name, value in VARIANTS.items():
+        config = {**original, name: value}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
         untouched(f"{name} .*{re.escape(repr(value))}", load_adapter, plain(), folder)
 
 

@@ -8,23 +8,29 @@ import struct
 
 import pytest
 import torch
-from tiny import files, flags, run, run_settings
+from small import numbers
+from tiny import files, flags, read_json, run, run_settings
 
 from dora import (
     DTYPES, DoRAError, atomic_file, read_file, read_safetensors, write_safetensors)
 from train_glue import main
 
 
-def file_of(path, header, data=b"", length=None):
-    """A file by hand: header length, header (a dict, JSON text or bytes), data."""
-    text = header if isinstance(header, (bytes, str)) else json.dumps(header)
-    text = text.encode() if isinstance(text, str) else text
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+def file_of(path, header, data=b""):
+    """A file by hand: length of the header, header (JSON text), data."""
+    text = header.encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
 
 
-def entry(shape, begin, end, dtype="F32"):
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+def entries(*words):
+    """A header by hand: each word is dtype,shape,begin,end of a tensor "0", "1", ..."""
+    header = {}
+    for name, word in enumerate(words):
+        dtype, shape, begin, end = word.split(",")
+        sizes = [int(size) for size in shape.split("x") if size]
+        header[name] = {"dtype": dtype, "shape": sizes, "data_offsets": [int(begin), int(end)]}
+    return json.dumps(header)
 
 
 # ---- good files ---------------------------------------------------------------------------------
@@ -36,35 +42,38 @@ def test_golden_bytes(tmp_path):
             '"w":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}')
     data = bytes.fromhex("0000803f" "00000040" "000040c0" "0000003f" "0100" "ffff" "0004")
     tensors = read_safetensors(file_of(tmp_path / "x", text, data))
-    assert tensors["w"].tolist() == [[1.0, 2.0], [-3.0, 0.5]]
-    assert tensors["n"].tolist() == [1, -1, 1024]
-    assert (tensors["w"].dtype, tensors["n"].dtype) == (torch.float32, torch.int16)
+    w, n = tensors["w"], tensors["n"]
+    assert w.dtype == torch.float32 and n.dtype == torch.int16
+    assert w.equal(numbers("1 2; -3 0.5").float())
+    assert n.tolist() == [1, -1, 1024]
 
-    header = {"u": entry([1], 0, 1, "U8"), "n": entry([1], 1, 3, "I16"), "__metadata__": {"a": "b"}}
-    tensors = read_safetensors(file_of(tmp_path / "y", header, b"\7" + b"\0\4"))
-    assert tensors["u"].tolist() == [7] and tensors["n"].tolist() == [1024]
+    odd = file_of(tmp_path / "y", entries("U8,1,0,1", "I16,1,1,3"), b"\7" + b"\0\4")
+    u, n = read_safetensors(odd).values()
+    assert u.item() == 7 and n.item() == 1024
     assert read_safetensors(file_of(tmp_path / "z", "{}")) == {}
 
 
 def test_written_bytes(tmp_path):
     """A written file, taken apart by hand: length, a JSON header padded to 8 bytes, the data
     without a hole, each tensor on a multiple of its item size."""
-    tensors = {"b": torch.tensor([True, False, True]), "h": torch.tensor([1.5, -2.0]).half(),
-               "f": torch.tensor([[1.0, 2.0, 3.0]])}
-    write_safetensors(tmp_path / "x", tensors)
+    write_safetensors(tmp_path / "x", {
+        "b": numbers("1 0 1").bool(), "h": numbers("1.5 -2").half(),
+        "f": numbers("1 2 3;").float()})
     raw = (tmp_path / "x").read_bytes()
-    n = struct.unpack("<Q", raw[:8])[0]
-    header, data = json.loads(raw[8:8 + n]), raw[8 + n:]
+    (n,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8:8 + n])
+    data = raw[8 + n:]
     assert n % 8 == 0 and len(data) == 12 + 4 + 3
     assert header.pop("__metadata__") == {"format": "pt"}
-    assert {k: (v["dtype"], v["shape"]) for k, v in header.items()} == {
-        "f": ("F32", [1, 3]), "h": ("F16", [2]), "b": ("BOOL", [3])}
-    for info in header.values():
-        assert info["data_offsets"][0] % {"F32": 4, "F16": 2, "BOOL": 1}[info["dtype"]] == 0
-    begin, end = header["f"]["data_offsets"]
-    assert struct.unpack("<3f", data[begin:end]) == (1.0, 2.0, 3.0)
-    begin, end = header["b"]["data_offsets"]
-    assert data[begin:end] == b"\1\0\1"
+    found = {}
+    for name, info in header.items():
+        begin, end = info.pop("data_offsets")
+        found[name] = data[begin:end]
+        assert begin % {"f": 4, "h": 2, "b": 1}[name] == 0
+    assert header == {"f": {"dtype": "F32", "shape": [1, 3]}, "h": {"dtype": "F16", "shape": [2]},
+                      "b": {"dtype": "BOOL", "shape": [3]}}
+    assert found["f"] == struct.pack("<3f", 1, 2, 3)
+    assert found["b"] == b"\1\0\1"
 
 
 def bits(tensor):
@@ -77,20 +86,22 @@ def test_round_trip(tmp_path):
     metadata; a tensor that was read can be changed, and the file stays."""
     torch.manual_seed(0)
     x = torch.arange(12.0).view(3, 4)
-    tensors = {f"{name} {shape}": (torch.randn(shape) * 100).abs().to(dtype)
-               for name, dtype in DTYPES.items() for shape in ((), (0,), (3, 0, 2), (2, 1, 3))}
-    tensors |= {
-        "transposed": x.T, "sliced": x[:, 1:3], "expanded": x[:1].expand(5, 4), "": x[0],
-        "trained": torch.nn.Parameter(x), 'q"\\ é\n日本': x,
-        "special": torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-45])}
+    tensors = {"transposed": x.T, "sliced": x[:, 1:3], "expanded": x[:1].expand(5, 4),
+               "": x[0], "trained": torch.nn.Parameter(x), 'q"\\ é\n日本': x,
+               "special": numbers("nan inf -inf -0.0 1e-45").float()}
+    for name, dtype in DTYPES.items():
+        for shape in ((), (0,), (3, 0, 2), (2, 1, 3)):
+            tensor = torch.randn(shape).abs() * 100
+            tensors[f"{name} {shape}"] = tensor.to(dtype)
     notes = {"task": "rte", "labels": 'a "b"\n\\ é日本', "": ""}
     path = tmp_path / "adapter_model.safetensors"
     write_safetensors(path, tensors, notes)
     back = read_safetensors(path)
     assert back.keys() == tensors.keys() and read_file(path)[1] == {"format": "pt", **notes}
     for name, tensor in tensors.items():
-        assert back[name].dtype == tensor.dtype and back[name].shape == tensor.shape
-        assert bits(back[name]) == bits(tensor) and not back[name].requires_grad
+        found = back[name]
+        assert found.dtype == tensor.dtype and found.shape == tensor.shape
+        assert bits(found) == bits(tensor) and not found.requires_grad
     raw = path.read_bytes()
     back["sliced"].fill_(7)
     assert path.read_bytes() == raw
@@ -113,35 +124,35 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 # ---- broken safetensors -------------------------------------------------------------------------
 
-F4 = struct.pack("<f", 1.0)
-BROKEN = [  # whole content, or header and data
+BROKEN = [  # whole content, or header and size of the data
     b"", struct.pack("<Q", 2**60) + b"{}", b"\0" * 100, b"<html>404</html>",
     b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n",
-    ("{x", b""), ([], b""), ({"x": {"dtype": "F32", "data_offsets": [0, 4]}}, F4),  # no shape
-    ({"x": entry([1], 0, 4, "F31")}, F4), ({"x": entry([1], 0, 4, "F64")}, F4),
-    ({"x": entry([2**40, 2**40], 0, 4)}, F4), ({"x": entry([-1, -1], 0, 4)}, F4),
-    ({"x": entry([2], 0, 4)}, F4),                                  # shape and place disagree
-    ({"x": entry([2], 0, 8)}, F4 + b"\0\0\0"),                      # truncated
-    ({"x": entry([1], 0, 4), "y": entry([1], 2, 6)}, F4 + b"\0\0"),   # overlap
-    ({"x": entry([1], 0, 4), "y": entry([1], 8, 12)}, F4 * 3),        # a hole
-    ({"x": entry([1], 4, 8)}, F4 * 2),                              # a hole at the start
-    ({"x": entry([1], 0, 4)}, F4 + b"\0"),                          # bytes after the end
+    ("{x", 0), ("[]", 0), ('{"x": {"dtype": "F32", "data_offsets": [0, 4]}}', 4),  # no shape
+    (entries("F31,1,0,4"), 4), (entries("F64,1,0,4"), 4),
+    (entries(f"F32,{2**40}x{2**40},0,4"), 4), (entries("F32,-1x-1,0,4"), 4),
+    (entries("F32,2,0,4"), 4),  # shape and place disagree
+    (entries("F32,2,0,8"), 7),  # truncated
+    (entries("F32,1,0,4", "F32,1,2,6"), 6),  # overlap
+    (entries("F32,1,0,4", "F32,1,8,12"), 12),  # a hole
+    (entries("F32,1,4,8"), 8),  # a hole at the start
+    (entries("F32,1,0,4"), 5),  # bytes after the end
 ]
 
 
-def test_broken_safetensors(tmp_path):
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_safetensors(tmp_path, case):
     """Each is a DoRAError of one line, not too long, that names the file and a remedy."""
     path = tmp_path / "bad.safetensors"
-    for case in BROKEN:
-        if isinstance(case, bytes):
-            path.write_bytes(case)
-        else:
-            file_of(path, *case)
-        with pytest.raises(DoRAError, match=re.escape(str(path))) as error:
-            read_safetensors(path)
-        text = str(error.value)
-        assert "\n" not in text and len(text) < len(str(path)) + 400, case
-        assert "again" in text and "git lfs pull" in text
+    if isinstance(case, bytes):
+        path.write_bytes(case)
+    else:
+        header, size = case
+        file_of(path, header, bytes(size))
+    with pytest.raises(DoRAError, match=re.escape(str(path))) as error:
+        read_safetensors(path)
+    text = str(error.value)
+    assert "\n" not in text and len(text) < len(str(path)) + 400
+    assert "again" in text and "git lfs pull" in text
 
 
 # ---- broken files through the whole program -----------------------------------------------------
@@ -195,7 +206,7 @@ def test_a_configuration_of_another_model(place, capsys):
     """Sizes that are not the weights', up to terabytes, and another architecture: refused before
     any memory is taken."""
     path = place[1] / "config.json"
-    config = json.loads(path.read_text())
+    config = read_json(path)
     for changes in (dict(hidden_size=2**23), dict(num_hidden_layers=99), dict(model_type="bert"),
                     dict(max_position_embeddings=10)):
         path.write_text(json.dumps({**config, **changes}))
@@ -206,13 +217,14 @@ def test_broken_adapters(place, capsys, tmp_path):
     """--eval-only --adapter with either file broken, or with a matrix that the model lacks."""
     run(tmp_path / "run", max_steps=5, interval=1)
     adapter = tmp_path / "adapter"
-    shutil.copytree(tmp_path / "run" / "adapter", adapter)  # elsewhere, as one that was sent
+    (tmp_path / "run" / "adapter").rename(adapter)  # elsewhere, as one that was sent
     words = ("--eval-only", "--adapter", str(adapter))
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         for _ in broken(adapter / name):
             refused(capsys, place, adapter / name, *words)
     path = adapter / "adapter_model.safetensors"
-    good = {key: t.clone() for key, t in read_safetensors(path).items()}
-    A = next(key for key in good if "lora_A" in key)
-    write_safetensors(path, {**good, A.replace("layer.", "layer.7"): good[A]})
+    tensors = {key: tensor.clone() for key, tensor in read_safetensors(path).items()}
+    A = next(key for key in tensors if "lora_A" in key)
+    tensors[A.replace("layer.", "layer.7")] = tensors[A]
+    write_safetensors(path, tensors)
     assert "layer.7" in refused(capsys, place, path, *words)
