@@ -594,12 +594,12 @@ ADJECTIVES = ("old", "young", "happy", "quiet", "tall", "clever")
 PREPOSITIONS = ("near", "behind", "with", "beside", "above")
 DETERMINERS = (("the", "this", "a"), ("the", "these", "some"))  # singular, plural
 
-TOY_SIZES = (
-    ("toy-pretrain", "train", 4000),
-    ("toy-pretrain", "dev", 400),
-    ("toy", "train", 1000),
-    ("toy", "dev", 400),
-)
+TOY_SIZES = {
+    ("toy-pretrain", "train"): 4000,
+    ("toy-pretrain", "dev"): 400,
+    ("toy", "train"): 1000,
+    ("toy", "dev"): 400,
+}
 TOY_PHRASES = (2, 5)  # a sentence of the adaptation task has from 2 to 4
 
 
@@ -634,7 +634,7 @@ def write_toy(data_dir: AnyPath, model_dir: AnyPath) -> BPE:
     """
     rng = np.random.default_rng(0)
     texts = []
-    for name, split, size in TOY_SIZES:
+    for (name, split), size in TOY_SIZES.items():
         rows = []
         for _ in range(size):
             phrases = 0 if name == "toy-pretrain" else int(rng.integers(*TOY_PHRASES))

@@ -1342,74 +1342,64 @@ def wrap(model: nn.Module, config: TrainConfig) -> nn.Module:
 # ---- the toy -------------------------------------------------------------------------------------
 
 
-def toy(config: TrainConfig) -> dict[str, Any]:
-    """Show in a minute what the method does, where it puts its components and when that helps.
-
-    A tiny RoBERTa is pretrained on short sentences: are subject and verb of "these dogs see a king"
-    singular or plural? Then it is frozen. The adaptation task asks whether a sentence is right, and
-    puts phrases between the two in which the nearest noun misleads: "these dogs near the king sees
-    a bird". The budget is so small that it matters which matrices get it. Files, tokenizer, loader
-    and loop are those of GLUE.
-
-    Returns the result of the run of config.method, with which others are compared. Raises DoRAError
-    in several processes and for a model_dir.
-    """
-    torch.set_num_threads(1)  # matrices this small are slower when threads share them
-    root = run_folder(config)
-    layers = begin_toy(config, root)
-
-    def run(name: str, start: str = "pretrain/model", **changes: Any) -> dict[str, Any]:
-        changed = dataclasses.replace(
-            config, data_dir=str(root), model_dir=str(root / start), out=str(root / name),
-            max_len=min(config.max_len, 48), **changes)  # no text is longer
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            return train(changed)  # what it says is in its log.txt
-
-    def show(what: str, *results: dict[str, Any]) -> float:
-        middle = sorted(results, key=lambda result: result["best"]["matthews"])[len(results) // 2]
-        size = middle["adapter_parameters_after_pruning"]
-        say(f"{middle['best']['matthews']:7.3f}  {what:<46}{size:>10,}")
-        return float(middle["best"]["matthews"])
-
-    no_adapter = dataclasses.asdict(DoRAConfig(**METHODS["lora"]))
-    say("A tiny RoBERTa learns singular and plural from short sentences, and is frozen.")
-    run("pretrain", "untrained", **{**no_adapter, "task": "toy-pretrain", "method": "full",
-                                    "lr": 1e-3, "batch_size": 32, "epochs": 3, "max_steps": None})
-    say(f"""Now adapters learn to notice errors like "these dogs near the king sees a bird".
+TOY_EXPLAINED = """\
+Now adapters learn to notice errors like "these dogs near the king sees a bird".
 An adapter is a sum of components, small changes to one matrix each. DoRA starts
 with components in every matrix and drops the least important ones in training.
 LoRA keeps its components in the matrices that it is given. A score of 1 is
 perfect, 0 is guessing.
 
-  score  {'(Matthews correlation on dev)':<46}parameters""")
-    found = run("adapted")
+  score  (Matthews correlation on dev)                 parameters"""
+TOY_NEXT = """
+What to try next (files are in {root}):
+  python train_glue.py --method paper  # the settings of the paper
+  python train_glue.py --rank 2        # random places work, too, at this budget
+  python notebooks/plot_run.py {root}  # a picture of the run"""
+PLAIN_LORA = dataclasses.asdict(DoRAConfig(**METHODS["lora"]))  # replaces a method's settings
+
+
+def toy(config: TrainConfig) -> dict[str, Any]:
+    """Show in a minute what the method does, where it puts its components and when that helps.
+
+    A tiny RoBERTa is pretrained on toy-pretrain, frozen, and adapted to toy (data.write_toy says
+    what these tasks ask). The budget is so small that it matters which matrices get it. Tokenizer,
+    loader and loop are those of GLUE. Returns the result of config.method.
+    """
+    torch.set_num_threads(1)  # matrices this small are slower when threads share them
+    layers = begin_toy(config)
+    say(TOY_EXPLAINED)
+
+    def show(what: str, *results: dict[str, Any]) -> float:
+        middle = sorted(results, key=lambda result: result["best"]["matthews"])[len(results) // 2]
+        score, size = middle["best"]["matthews"], middle["adapter_parameters_after_pruning"]
+        say(f"{score:7.3f}  {what:<46}{size:>10,}")
+        return float(score)
+
+    found = toy_run(config, "adapted")
     own = show(config.method + ", which finds its places itself" * bool(config.schedule), found)
     if config.schedule:
         size = found["adapter_parameters_after_pruning"]
         for what, runs in other_places(config, layers, size).items():
-            other = show(what, *(run(name, **changes) for name, changes in runs.items()))
-    show("only the head", run("head", **{**no_adapter, "method": "head"}))
-    show(f"{config.method} without pretraining", run("blind", "untrained"))
+            other = show(what, *(toy_run(config, name, **runs[name]) for name in runs))
+    show("only the head", toy_run(config, "head", **PLAIN_LORA, method="head"))
+    show(f"{config.method} without pretraining", toy_run(config, "blind", "untrained"))
 
     if config.schedule:
         say(f"\nWhere {config.method} kept its components, layer by matrix:\n"
             f"{rank_map(found['ranks'])}\n{places_in_words(found['ranks'])}\n"
             f"These places score {own:.3f}, and random ones {other:.3f}.")
-    say(f"""
-What to try next (files are in {root}):
-  python train_glue.py --method paper  # the settings of the paper
-  python train_glue.py --rank 2        # random places work, too, at this budget
-  python notebooks/plot_run.py {root}  # a picture of the run""")
+    say(TOY_NEXT.format(root=run_folder(config)))
     return found
 
 
-def begin_toy(config: TrainConfig, root: Path) -> dict[str, DoRALinear]:
-    """Write the toy's data and its untrained model. Return the layers that will be adapted.
+def begin_toy(config: TrainConfig) -> dict[str, DoRALinear]:
+    """Write the toy's data and pretrain its model. Return the layers that will be adapted.
 
     Raises DoRAError for settings that cannot work: now, and not after the pretraining.
     """
     require(process()[1] == 1 and not config.model_dir, "the toy runs in one process and makes its "
             "own model; for torchrun or --model-dir, choose a --task and --data-dir")
+    root = run_folder(config)
     refuse_foreign(root, (root / "untrained").exists())
     bpe = data.write_toy(root, root / "untrained")
     torch.manual_seed(config.seed)
@@ -1419,27 +1409,40 @@ def begin_toy(config: TrainConfig, root: Path) -> dict[str, DoRALinear]:
                          initializer_range=0.1)
     save_model(RobertaForSequenceClassification(tiny, 4), root / "untrained")
     layers = adapt(RobertaForSequenceClassification(tiny, 2), config)
-    rows = {name: n for name, split, n in data.TOY_SIZES if split == "train"}["toy"]
-    Pruner(layers, config, run_length(config, rows)[1])
+    Pruner(layers, config, run_length(config, data.TOY_SIZES["toy", "train"])[1])
+
+    say("A tiny RoBERTa learns singular and plural from short sentences, and is frozen.")
+    toy_run(config, "pretrain", "untrained", task="toy-pretrain", **PLAIN_LORA, method="full",
+            lr=1e-3, batch_size=32, epochs=3, max_steps=None)
     return layers
+
+
+def toy_run(config: TrainConfig, name: str, start: str = "pretrain/model",
+            **changes: Any) -> dict[str, Any]:
+    """Train in the folder `name` from the model in the folder `start`. Return the result."""
+    root = run_folder(config)
+    changed = dataclasses.replace(
+        config, data_dir=str(root), model_dir=str(root / start), out=str(root / name),
+        max_len=min(config.max_len, 48), **changes)  # no text is longer
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        return train(changed)  # what it says is in its log.txt
 
 
 def other_places(config: TrainConfig, layers: dict[str, DoRALinear],
                  size: int) -> dict[str, dict[str, dict[str, Any]]]:
     """Return runs to compare with, row -> folder -> settings: LoRA on query and value with at least
     `size` parameters, and three draws of LoRA on random matrices with at most as many."""
-    lora = {**dataclasses.asdict(DoRAConfig(**METHODS["lora"])), "method": "lora",
-            "alpha": config.alpha, "dropout": config.dropout}
+    lora = {**PLAIN_LORA, "method": "lora", "alpha": config.alpha, "dropout": config.dropout}
     rank = math.ceil(size / 768)  # of 3 queries and 3 values, 128 parameters per component
     usual = {**lora, "rank": rank, "targets": ("query", "value")}
 
     draws = {}
     for i in range(3):
         left, targets = size // config.r_prime, []
-        for j in np.random.default_rng((config.seed, i)).permutation(len(layers)):
-            name, layer = [*layers.items()][j]
-            if layer.in_features + layer.out_features <= left:
-                left -= layer.in_features + layer.out_features
+        for name in np.random.default_rng((config.seed, i)).permutation([*layers]):
+            cost = layers[name].in_features + layers[name].out_features
+            if cost <= left:
+                left -= cost
                 targets.append(name.removeprefix("roberta."))
         draws[f"random-{i + 1}"] = {**lora, "rank": config.r_prime, "targets": tuple(targets)}
     return {f"LoRA on query and value, rank {rank}": {"query-value": usual},

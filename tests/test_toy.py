@@ -23,7 +23,7 @@ def short(tmp_path, monkeypatch):
     def few_merges(train_bpe, texts, n, folder):
         train_bpe(texts, 10, folder)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "TOY_SIZES", [(name, split, 40) for name, split, _ in data.TOY_SIZES])
+    monkeypatch.setattr(data, "TOY_SIZES", dict.fromkeys(data.TOY_SIZES, 40))
     monkeypatch.setattr(data, "train_bpe", functools.partial(few_merges, data.train_bpe))
     return tmp_path / "runs"
 
