@@ -594,24 +594,24 @@ def make_config(task: str = "toy", method: str = "dora", **flags: Any) -> TrainC
     if task == "toy" and settings.get("schedule", DoRAConfig.schedule):
         settings = {"rank": TOY_RANK, **settings}
     config = TrainConfig(task=task, method=method, **settings)
-    for name, reason in unused_settings(config).items():
-        require(flags.get(name) is None,
-                f"{name} = {flags.get(name)} has no effect with {reason}; leave it out")
+    for name, cause in unused_settings(config).items():
+        cause = cause if cause in flags else "method"
+        require(flags.get(name) is None, f"{name} = {flags.get(name)} has no effect with {cause} = "
+                f"{shown(getattr(config, cause))}; leave it out")
     return config
 
 
 def unused_settings(config: TrainConfig) -> dict[str, str]:
-    """Return the settings that have no effect in a run, and the setting that is the reason."""
-    method = f"method = {config.method}"
+    """Return the settings that have no effect in a run, and the setting that is the cause."""
     if config.method not in METHODS:
-        return dict.fromkeys(help_of(DoRAConfig), method)
+        return dict.fromkeys(help_of(DoRAConfig), "method")
 
-    unused = {"eps": f"importance = {config.importance}"} if config.importance != "norm" else {}
-    for name, needs_it in (
-            ("penalty", "eta"), ("schedule", "initial_phase final_phase interval beta1 beta2 "
-                                             "budget_unit penalty eta")):
-        if getattr(config, name) is None:
-            unused.update(dict.fromkeys(needs_it.split(), f"{name} = none"))
+    unused = {} if config.importance == "norm" else {"eps": "importance"}
+    if config.penalty is None:
+        unused["eta"] = "penalty"
+    if config.schedule is None:
+        unused |= dict.fromkeys(("initial_phase", "final_phase", "interval", "beta1", "beta2",
+                                 "budget_unit", "penalty", "eta"), "schedule")
     return unused
 
 
