@@ -630,8 +630,7 @@ ONEDNN: Any = torch.backends.mkldnn  # its name in torch
 
 @contextmanager
 def torch_set_up(config: TrainConfig) -> Iterator[None]:
-    """Set torch's global state for a run: kernels, an empty compiler, the seed. Afterwards, restore
-    the caller's threads and kernels."""
+    """Set torch's kernels and seed for a run. Afterwards, restore the caller's kernels, threads."""
     cuda, cpu = torch.backends.cuda.matmul, ONEDNN.matmul
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     tf32, precision = cuda.allow_tf32, cpu.fp32_precision
@@ -660,22 +659,19 @@ def onednn_is_faster(threads: int) -> bool:
     It does on AMD CPUs with full AVX-512, where MKL uses AVX2. torch's name for the switch, "bf16",
     misleads: there oneDNN computes in float32. With AMX it would round, which the error shows.
     """
-    draws = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(rows, 384, generator=draws, device="cpu") for rows in (256, 1536))
-    switch, exact = ONEDNN.matmul, x.double() @ w.double().T
-    before = switch.fp32_precision
-    ratios = []
-    for _ in range(15):  # pairs, whose median other programs hardly change
-        times = []
-        for precision in (before, "bf16"):
-            switch.fp32_precision = precision
-            start = time.thread_time()
-            product = x @ w.T  # (256, 1536)
-            times.append(time.thread_time() - start)
-        ratios.append(times[1] / times[0] if times[0] else 1.0)  # Windows' clock is too coarse
-    switch.fp32_precision = before
+    x, w = torch.randn(256, 384), torch.randn(1536, 384)
+    before, times = ONEDNN.matmul.fp32_precision, []
+    for precision in (before, "bf16") * 15:  # by turns, since other programs come and go
+        ONEDNN.matmul.fp32_precision = precision
+        start = time.thread_time()
+        product = x @ w.T  # (256, 1536)
+        times.append(time.thread_time() - start)
+    ONEDNN.matmul.fp32_precision = before
+
+    exact = x.double() @ w.double().T
     error = (product - exact).norm() / exact.norm()
-    return bool(error < 1e-5) and statistics.median(ratios) < 0.6
+    mkl, onednn = map(statistics.median, (times[::2], times[1::2]))
+    return bool(error < 1e-5) and onednn < 0.6 * mkl
 
 
 def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification, Path, Loader]:
