@@ -690,7 +690,8 @@ def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification
             f"tokens, the model {sizes.vocab_size}; take all files from one model")
 
     def load(split: str, name: str = config.task) -> list[Example]:
-        return data.load_task(name, find_data(config, name), split, bpe, config.max_len)
+        folder = config.data_dir or data.download_task(name)
+        return data.load_task(name, folder, split, bpe, config.max_len)
 
     model = load_roberta(model_dir, task.num_labels, task)
     # what a run's scores depend on: the encoder's weights, its sizes, the tokenizer
@@ -706,11 +707,6 @@ def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification
     elif config.dtype == "bf16":
         model.roberta.to(torch.bfloat16)  # the head stays float32, so logits are, too
     return task, model.to(device), model_dir, load
-
-
-def find_data(config: TrainConfig, name: str) -> Path:
-    """Return the folder that holds the task's folder. DataError if the download fails."""
-    return Path(config.data_dir or data.download_task(name))
 
 
 def load_dev(task: Task, load: Loader) -> dict[str, list[Example]]:
@@ -775,17 +771,6 @@ def live_parameters(pruner: Pruner) -> int:
     """Return the parameters of the components that the last pruning kept: d_in + d_out of each."""
     return sum(n * (layer.in_features + layer.out_features)
                for n, layer in zip(live_components(pruner), pruner.layers.values()))
-
-
-def identify(config: TrainConfig, model: RobertaForSequenceClassification) -> dict[str, Any]:
-    """Return what a resumed run must have in common with the one that it continues."""
-    task = TASKS[config.task]
-    folder = find_data(config, task.name) / task.folder
-    files = [file for split, file in task.files.items() if split.startswith(("train", "dev"))]
-    marks = {file: f"{zlib.crc32((folder / file).read_bytes()):08x}" for file in files}
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in Run.FREE}
-    return json.loads(json.dumps({
-        **settings, "model weights, config.json and tokenizer": model.origin, **marks}))
 
 
 # ---- what a run says about itself ----------------------------------------------------------------
@@ -947,7 +932,12 @@ class Run:
         self.examples = {"train": len(train_set), "dev": sum(map(len, dev_sets.values()))}
         self.counts = parameter_counts(model, pruner.layers)
         self.per_epoch, self.total = run_length(self.config, len(train_set))
-        self.identity = identify(self.config, model)
+        files = TASKS[self.config.task].files
+        self.identity = {  # what a resumed run has in common with the one that it continues
+            **{k: v for k, v in dataclasses.asdict(self.config).items() if k not in self.FREE},
+            "model weights, config.json and tokenizer": model.origin,
+            **{files[split]: f"{zlib.crc32(repr(examples).encode()):08x}"
+               for split, examples in {"train": train_set, **dev_sets}.items()}}
 
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
