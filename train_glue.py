@@ -749,17 +749,14 @@ def run_length(config: TrainConfig, examples: int) -> tuple[int, int]:
     return per_epoch, config.max_steps or config.epochs * per_epoch
 
 
-def parameter_counts(model: RobertaForSequenceClassification,
-                     layers: dict[str, DoRALinear]) -> dict[str, int]:
-    """Return how many parameters train. Those of the adapter (A and B), its gates, the head and the
-    encoder itself add up to them."""
-    counts = {"adapter": sum(m.A.numel() + m.B.numel() for m in layers.values()),
-              "gate": sum(m.c.numel() for m in layers.values() if m.c.requires_grad),
-              "head": sum(p.numel() for p in model.classifier.parameters())}
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    counts["encoder"] = trainable - sum(counts.values())
-    counts["trainable"] = trainable
-    return {f"{name}_parameters": count for name, count in counts.items()}
+def parameter_counts(model: RobertaForSequenceClassification) -> dict[str, int]:
+    """Return how many parameters train in the adapter (A and B), its gates, head and encoder."""
+    counts = {"adapter": 0, "gate": 0, "head": 0, "encoder": 0}
+    parts = {"A": "adapter", "B": "adapter", "c": "gate"}
+    for name, p in model.named_parameters():
+        part = "head" if name.startswith("classifier.") else parts.get(name.split(".")[-1])
+        counts[part or "encoder"] += p.numel() * p.requires_grad
+    return counts
 
 
 def live_components(pruner: Pruner) -> list[int]:
@@ -779,13 +776,14 @@ def live_parameters(pruner: Pruner) -> int:
 def introduction(run: Run) -> str:
     """Return the lines that a run prints before it starts."""
     config, pruner = run.config, run.pruner
+    parts = " + ".join(f"{name} {count:,}" for name, count in run.counts.items() if count)
     lines = [f"{config.task}, {config.method}, seed {config.seed}: {run.examples['train']:,} train "
              f"and {run.examples['dev']:,} dev examples, {run.total:,} steps, {run.per_epoch:,} "
              f"per epoch",
              f"model {run.base} with {run.model.head}, {config.dtype} on {device_name(run.device)}"
              + f", {process()[1]} processes" * (process()[1] > 1),
              f"learning rate {config.lr:g}, {config.batch_size * config.accumulate} examples per "
-             f"step", f"trained parameters: {sum_in_words(run.counts)}"]
+             f"step", f"trained parameters: {sum(run.counts.values()):,} = {parts}"]
     if config.schedule:
         first = min(pruner.first + config.interval, pruner.last)
         rest = budget(run.total, run.total, config, pruner.per_rank)
@@ -799,19 +797,11 @@ def summary(result: dict[str, Any]) -> str:
     best, metric = result["best"], TASKS[result["task"]].metrics[0]
     lines = [f"{result['task']}, {result['method']}, seed {result['seed']}: {metric} "
              f"{best[metric]:.4f} after step {best['step']:,}, {result['last'][metric]:.4f} "
-             f"after the last, {result['seconds']:.0f} s",
-             f"trained parameters: {sum_in_words(result)}"]
+             f"after the last, {result['seconds']:.0f} s"]
     if result["ranks"]:
         lines += [f"saved adapter: {result['adapter_parameters_after_pruning']:,} parameters",
                   f"live components, layer by matrix:\n{rank_map(result['ranks'])}"]
     return "\n".join([*lines, f"files in {result['folder']}"])
-
-
-def sum_in_words(counts: dict[str, int]) -> str:
-    """Return the sum of a run's trained parameters in words, such as "9 = adapter 6 + head 3"."""
-    terms = [f"{name} {counts[f'{name}_parameters']:,}"
-             for name in ("adapter", "gate", "head", "encoder") if counts[f"{name}_parameters"]]
-    return f"{counts['trainable_parameters']:,} = {' + '.join(terms)}".replace("gate ", "gates ")
 
 
 def device_name(device: torch.device) -> str:
@@ -930,7 +920,7 @@ class Run:
         self.device = next(model.parameters()).device
         self.base = str(model_dir.resolve()) if self.config.model_dir else "FacebookAI/roberta-base"
         self.examples = {"train": len(train_set), "dev": sum(map(len, dev_sets.values()))}
-        self.counts = parameter_counts(model, pruner.layers)
+        self.counts = parameter_counts(model)
         self.per_epoch, self.total = run_length(self.config, len(train_set))
         files = TASKS[self.config.task].files
         self.identity = {  # what a resumed run has in common with the one that it continues
@@ -996,9 +986,10 @@ class Run:
         ranks, last = self.pruner.ranks(), self.records[-1]
         result = {"task": self.config.task, "method": self.config.method, "seed": self.config.seed,
                   "best": self.best, "last": last, "collapsed": last["spread"] < COLLAPSED,
-                  "epochs": self.records, "steps": self.total, **self.counts,
-                  "adapter_parameters_after_pruning": live_parameters(self.pruner),
-                  "seconds": self.note_seconds()}
+                  "epochs": self.records, "steps": self.total, "seconds": self.note_seconds(),
+                  **{f"{part}_parameters": count for part, count in self.counts.items()},
+                  "trainable_parameters": sum(self.counts.values()),
+                  "adapter_parameters_after_pruning": live_parameters(self.pruner)}
         self.write("ranks.json", ranks)
         self.write("result.json", result)
         result = {**result, "ranks": ranks, "folder": str(self.folder)}

@@ -128,7 +128,7 @@ def test_what_a_run_says(finished, tmp_path, capsys):
             f"model {files()[1].resolve()} with its own head, float32 on cpu (",
             f"(threads: {torch.get_num_threads()}",
             "learning rate 0.003, 8 examples per step",
-            f"trained parameters: {trained:,} = adapter {adapter:,} + gates 36 + head {head:,}",
+            f"trained parameters: {trained:,} = adapter {adapter:,} + gate 36 + head {head:,}",
             "from step 7 to 12, pruning reduces the adapter to at most 24 components",
             f"files in {tmp_path / 'out'}",
             "step 8, epoch 1: matthews ",
