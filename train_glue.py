@@ -1452,10 +1452,9 @@ def main(argv: list[str] | None = None) -> int:
         hint = did_you_mean(unknown[0].lstrip("-").replace("-", "_"), known)
         hint = hint.replace("mean ", "mean --").replace("_", "-")
         parser.error(f"unrecognized argument {unknown[0]}{hint}")
-    flags = vars(parsed)
     try:
         connect()
-        run_command(flags)
+        run_command(**vars(parsed))
         return 0
     except Interrupted as error:
         say(f"{error.args[0]}; continue with the same command and --resume")
@@ -1464,44 +1463,34 @@ def main(argv: list[str] | None = None) -> int:
         say("interrupted outside of training; nothing to save")
         return 128 + signal.SIGINT
     except (DoRAError, DataError, OSError) as error:
-        return failed(f"{error}")
+        print(f"train_glue.py: error: {error}", file=sys.stderr)
+        return 2
     except RuntimeError:
         if process()[1] == 1:
             raise
         traceback.print_exc()
-        failed(f"a process stopped; continue from the newest checkpoint in "
-               f"{flags.get('out') or 'runs/'} with the same command and --resume")
-        sys.stderr.flush()
+        print(f"train_glue.py: error: a process stopped; continue from the newest checkpoint in "
+              f"{getattr(parsed, 'out', None) or 'runs/'} with the same command and --resume",
+              file=sys.stderr, flush=True)
         os._exit(1)  # at a normal exit, threads of the broken process group may abort
     finally:
         if process()[1] > 1:
             torch.distributed.destroy_process_group()
 
 
-def failed(message: str) -> int:
-    """Print an error and return its exit code."""
-    print(f"train_glue.py: error: {message}", file=sys.stderr)
-    return 2
-
-
-def run_command(flags: dict[str, Any]) -> None:
+def run_command(seeds: list[int], eval_only: bool, adapter: str, split: str,
+                **settings: Any) -> None:
     """Do what the flags of a command line ask for. Raises DoRAError or DataError for bad ones."""
-    settings = dict(flags)
-    seeds, eval_only, adapter, split = (
-        settings.pop(name) for name in ("seeds", "eval_only", "adapter", "predict"))
     if eval_only:
         require(adapter, "--eval-only: name what to score, --adapter RUN")
-        evaluate_only(adapter, settings, split)
-        return
+        return evaluate_only(adapter, settings, split)
 
     require(not adapter, f"--adapter {adapter} is only for --eval-only; training starts from a new "
             f"adapter")
-    require(len({*seeds}) == len(seeds), f"--seeds {' '.join(map(str, seeds))}: name each seed "
-            f"once")
-    configs = [make_config(**settings, seed=seed) for seed in seeds]
-    for part in ("train", split or ""):  # AX has no train set, the toy no test set
+    configs = [make_config(**settings, seed=seed) for seed in dict.fromkeys(seeds)]
+    for part in ("train", split):  # AX has no train set, the toy no test set
         data.find_task(configs[0].task, part)
-    if len(seeds) > 1 and flags.get("out"):
+    if len(configs) > 1 and configs[0].out:
         refuse_foreign(run_folder(configs[0]), [*run_folder(configs[0]).glob("seed-*")])
         configs = [dataclasses.replace(config, out=f"{config.out}/seed-{config.seed}")
                    for config in configs]
@@ -1616,7 +1605,8 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--eval-only", action="store_true",
                         help="score --adapter, with the settings of its run; do not train")
     parser.add_argument("--adapter", metavar="RUN", help="for --eval-only: RUN or RUN/adapter")
-    parser.add_argument("--predict", choices=("test",), help="write the test set's submission file")
+    parser.add_argument("--predict", dest="split", default="", choices=("test",),
+                        help="write the test set's submission file")
     return parser
 
 

@@ -24,7 +24,7 @@ from train_glue import (
 def parsed(*words):
     """The configuration that these words of a command line make."""
     args = vars(make_parser().parse_args(words))
-    for name in ("seeds", "eval_only", "adapter", "predict"):
+    for name in ("seeds", "eval_only", "adapter", "split"):
         del args[name]
     return make_config(**args)
 
@@ -94,7 +94,6 @@ BAD_INPUT = """  # words, and a part of the message
     --epochs 1.5                   int value: '1.5'
     --task ax                      ax has no split 'train'
     --seeds -1                     seed = -1
-    --seeds 5 5                    --seeds 5 5
     --predict dev                  --predict
     --initial-phase 0.9            initial_phase = 0.9
     --max-len 63                   62 positions
