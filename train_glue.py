@@ -852,19 +852,26 @@ Its score on dev again: `python train_glue.py --eval-only --adapter RUN`
 """
 
 
+def about(config: TrainConfig, model: RobertaForSequenceClassification) -> dict[str, str]:
+    """Return what an adapter's file says about how it was trained."""
+    task = TASKS[config.task]
+    labels = ", ".join(task.labels) or f"a number from 0 to {task.top:g}"
+    return {"task": task.name, "labels": labels, "max_len": str(config.max_len),
+            "model": model.origin}
+
+
 def model_card(run: Run) -> str:
     """Return the README.md of an adapter's folder: what it is, and how to load it."""
-    config, task, scores = run.config, TASKS[run.config.task], run.records[-1]
-    labels, ranks = [*task.labels], run.pruner.ranks().values()
+    task, scores, ranks = TASKS[run.config.task], run.records[-1], run.pruner.ranks().values()
     metrics = ", ".join(f"{name} {scores[name]:.4f}" for name in task.metrics)
     return CARD.format(
-        base=json.dumps(run.base), task=task.name, method=config.method,
-        labels=", ".join(labels) or f"a number from 0 to {task.top:g}",
+        **about(run.config, run.model), base=json.dumps(run.base), method=run.config.method,
+        seed=run.config.seed, num_labels=task.num_labels,
         scores=f"{metrics} after step {scores['step']}",
         live=f"{sum(ranks)} in {len(ranks)} matrices, {min(ranks)} to {max(ranks)} each",
-        seed=config.seed, max_len=config.max_len, num_labels=task.num_labels,
         texts=", ".join(json.dumps(f"a {name}") for name in task.texts),
-        answer=f"{labels}[logits.argmax()]" if labels else f"{task.top:g} * logits.item()")
+        answer=f"{[*task.labels]}[logits.argmax()]" if task.labels
+        else f"{task.top:g} * logits.item()")
 
 
 # ---- the run's folder ----------------------------------------------------------------------------
@@ -1525,17 +1532,8 @@ def saved_run(place: str, flags: dict[str, Any]) -> tuple[TrainConfig, Path | No
     return TrainConfig(**settings), folder if is_adapter else None
 
 
-def about(config: TrainConfig, model: RobertaForSequenceClassification) -> dict[str, str]:
-    """Return what an adapter's file says about how it was trained."""
-    task = TASKS[config.task]
-    labels = ", ".join(task.labels) or f"a number from 0 to {task.top:g}"
-    return {"task": task.name, "labels": labels, "max_len": str(config.max_len),
-            "model": model.origin}
-
-
-def evaluate_only(place: str, flags: dict[str, Any], split: str | None) -> None:
-    """Score an adapter, or a whole model, on dev; write the submission files of a split. Raises
-    DoRAError if neither was trained for the task."""
+def evaluate_only(place: str, flags: dict[str, Any], split: str) -> None:
+    """Score an adapter or a whole model on dev; write the submission files of a split, if named."""
     config, adapter = saved_run(place, flags)
     data.find_task(config.task, split or "dev")
     with torch_set_up(config):
