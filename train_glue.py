@@ -884,7 +884,7 @@ class Run:
         run.json        the command lines, versions, device and seconds
         log.txt         what was printed, with the time
         metrics.jsonl   losses every log_every steps, and the dev scores of each evaluation
-        ranks.jsonl     the live components per matrix, after each pruning that changed them
+        ranks.jsonl     the live components per matrix, after each pruning
         checkpoints/    step-N.pt, the newest two
         adapter/        of the best epoch after the last pruning; model/ if there is no adapter
         result.json     the scores
@@ -1012,7 +1012,7 @@ class Run:
         if self.step:
             self.started -= data.read_json(self.folder / "run.json")["seconds"]
         self.note_seconds()
-        self.mask, self.live = self.pruner.mask, live_components(self.pruner)  # as last logged
+        self.mask = self.pruner.mask  # as last logged
         settings = {**dataclasses.asdict(self.config), "resume": False, "overwrite": False}
         self.write("config.json", settings)
         if self.writes:
@@ -1026,7 +1026,8 @@ class Run:
             costs = {name: layer.in_features + layer.out_features
                      for name, layer in self.pruner.layers.items()}
             self.append("ranks.jsonl", json.dumps({"parameters per component": costs}))
-            self.append("ranks.jsonl", json.dumps({"step": 0, "live": self.live}))
+            live = [self.config.r_prime] * len(costs)
+            self.append("ranks.jsonl", json.dumps({"step": 0, "live": live}))
 
     def repeats(self, text: str) -> bool:
         """Return True for a log's line about a step or an evaluation that is still to come, and for
@@ -1074,9 +1075,8 @@ class Run:
         step = self.step
         self.bar.update()
         if self.pruner.mask is not self.mask:  # each pruning makes a new one
-            before, self.mask, self.live = self.live, self.pruner.mask, live_components(self.pruner)
-            if self.live != before:
-                self.append("ranks.jsonl", json.dumps({"step": step, "live": self.live}))
+            self.mask, live = self.pruner.mask, live_components(self.pruner)
+            self.append("ranks.jsonl", json.dumps({"step": step, "live": live}))
 
         logging = step % self.config.log_every == 0 or step == self.total
         saving = step % self.config.save_every == 0
@@ -1090,8 +1090,8 @@ class Run:
                     f"step {step}: loss {line['loss']:.4g}, gradient norm {line['grad_norm']:.4g}; "
                     f"lower the learning rate (--lr), which was {lr:.3g}")
         if logging:
-            live = f", live {self.pruner.live:,}" * bool(self.pruner.layers)
-            self.bar.set_postfix_str(f"loss {line['loss']:.3g}{live}")
+            left = f", live {self.pruner.live:,}" * bool(self.pruner.layers)
+            self.bar.set_postfix_str(f"loss {line['loss']:.3g}{left}")
             self.append("metrics.jsonl", json.dumps(line))
         if saving:
             self.save()
