@@ -946,11 +946,11 @@ class Run:
             torch.manual_seed(self.config.seed + process()[0] + self.step)  # its own dropout
         self.begin_logs()
         self.say(introduction(self))
-        if checkpoints or self.config.resume:
+        if self.config.resume:
             self.say(f"continuing after step {self.step:,}" if checkpoints else
-                     f"{self.folder}: no checkpoint yet, starting from the beginning")
-        self.bar = self.open.enter_context(progress_bar(
-            self.total, "step", initial=self.step, leave=True))
+                     "no checkpoint yet, starting from the beginning")
+        self.bar = self.open.enter_context(tqdm(  # disable=None: no bar where stderr is a file
+            total=self.total, unit="step", initial=self.step, disable=process()[0] or None))
         self.open.enter_context(signals_wait())
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -1252,31 +1252,23 @@ def stop_if_signalled(device: torch.device) -> None:
 
 def watched(batches: Iterator[data.Batch], n: int, device: torch.device) -> Iterator[data.Batch]:
     """Show the progress of an evaluation of n examples. Raises Interrupted after a signal."""
-    with progress_bar(n, "example", desc="evaluation") as bar:
+    with tqdm(total=n, unit="example", desc="evaluation", leave=False,
+              disable=process()[0] or None) as bar:
         for batch in batches:
             yield batch
-            bar.update(min(len(batch.rows) * process()[1], n - bar.n))
+            bar.update(len(batch.rows) * process()[1])
             stop_if_signalled(device)
 
 
 def say(text: str) -> None:
-    """Print from the first process, without breaking the progress bar. A terminal or pipe that is
-    gone stops no run."""
-    if process()[0]:
-        return
-    text = "\n".join(textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False,
-                                   break_on_hyphens=False, replace_whitespace=False)
-                     if len(line) > 80 else line for line in text.split("\n"))
+    """Print from the first process. A terminal or pipe that is gone stops no run."""
+    lines = [textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False,
+                           break_on_hyphens=False) for line in text.split("\n")]
     try:
-        tqdm.write(text)
+        if process()[0] == 0:
+            tqdm.write("\n".join(lines))  # which moves a bar out of the way
     except OSError:  # what is buffered, and what follows, goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def progress_bar(total: int, unit: str, **options: Any) -> Any:
-    """Return a progress bar, which only the first process shows, and only on a terminal."""
-    return tqdm(total=total, unit=unit, disable=True if process()[0] else None,
-                **{"leave": False, **options})
 
 
 def connect() -> None:
