@@ -430,8 +430,7 @@ def match_weights(weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]
     state: dict[str, Tensor] = {}
     for key, tensor in weights.items():
         name, shape = f"roberta.{key}" if key.startswith(BARE) else key, tuple(tensor.shape)
-        fits = shapes.get(name) == shape and tensor.is_floating_point()
-        if fits:
+        if shapes.get(name) == shape and tensor.is_floating_point():
             state[name] = tensor.float()
         elif name.startswith("roberta.") and not name.endswith(UNUSED):  # other heads are left out
             raise DoRAError(f"{path}: {key!r:.120} is {shape} of {tensor.dtype}, expected "
@@ -445,8 +444,7 @@ def match_weights(weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]
 
 
 def read_config(path: Path) -> RobertaConfig:
-    """Return the sizes in a model's config.json. Raises DoRAError for a model that is not RoBERTa
-    and for a size that is missing."""
+    """Return the sizes in a model's config.json. DoRAError if it is not RoBERTa's or lacks one."""
     values = data.read_json(path)
     require(not settings_of_run(path.parent), f"{path} is a run's, not a model's; to score the "
             f"run, use --eval-only --adapter {path.parent}")
@@ -477,8 +475,8 @@ def head_order(path: Path, task: Task) -> list[int] | None:
         return [0] if values.get("label_top") == task.top else None
 
     unnamed = [f"LABEL_{i}" for i in range(len(task.labels))]
-    names = values.get("id2label") or {str(i): name for i, name in enumerate(unnamed)}
-    words = [data.plain(str(names.get(str(i)))) for i in range(len(names))]
+    names = values.get("id2label") or dict(enumerate(unnamed))
+    words = [data.plain(str(name)) for _, name in sorted(names.items())]
     for labels in (task.labels, task.words, unnamed):
         known = [data.plain(label) for label in labels]
         if sorted(words) == sorted(known) and (labels is not unnamed or words == known):
@@ -554,6 +552,12 @@ class TrainConfig(DoRAConfig):
         require(not (self.resume and self.overwrite),
                 "resume continues a run, overwrite deletes it; choose one")
 
+
+RANGES.update({
+    "lr": "> 0", "clip": "> 0", "weight_decay": ">= 0", "seed": ">= 0, < 1e18",
+    "warmup": ">= 0, < 1", "max_len": ">= 8",
+    **dict.fromkeys(("batch_size", "accumulate", "epochs", "max_steps"), ">= 1"),
+    **dict.fromkeys(("log_every", "save_every"), ">= 1")})
 
 # The paper's Table 8. WNLI, which is not in it, has RTE's row.
 COLUMNS_8 = ("lr", "batch_size", "epochs", "eta", "interval")
@@ -676,9 +680,7 @@ def onednn_is_faster(threads: int) -> bool:
 
 def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification, Path, Loader]:
     """Return (task, pretrained model on its device, model folder, load): load(split) reads a file.
-
-    Raises DoRAError or DataError for files that are missing, damaged or of different models.
-    """
+    Raises DoRAError or DataError for files that are missing, damaged or of different models."""
     task, device = data.find_task(config.task), find_device(config.device)
     model_dir = Path(config.model_dir) if config.model_dir else data.download_model()
     sizes = read_config(model_dir / "config.json")  # first: a BERT folder is refused as BERT
@@ -686,8 +688,6 @@ def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification
     positions = sizes.max_position_embeddings - sizes.pad_token_id - 1
     require(config.max_len <= positions, f"max_len = {config.max_len}: {model_dir} has {positions} "
             f"positions; lower --max-len")
-    require(len(bpe.vocab) <= sizes.vocab_size, f"{model_dir}: the tokenizer has {len(bpe.vocab)} "
-            f"tokens, the model {sizes.vocab_size}; take all files from one model")
 
     def load(split: str, name: str = config.task) -> list[Example]:
         folder = config.data_dir or data.download_task(name)
@@ -732,8 +732,7 @@ def find_device(name: str) -> torch.device:
 
 
 def adapt(model: RobertaForSequenceClassification, config: TrainConfig) -> dict[str, DoRALinear]:
-    """Choose what to train beside the head. Return the adapted layers by name; for full, bitfit
-    and head there are none."""
+    """Choose what trains beside the head. Return the adapted layers by name, if there are any."""
     if config.method in METHODS:
         layers = inject(model.roberta, config)
         return {f"roberta.{name}": layer for name, layer in layers.items()}
@@ -967,17 +966,13 @@ class Run:
 
     def claim_folder(self) -> list[Path]:
         """Return the checkpoints to continue from; with --overwrite, delete the run that is there.
-
-        Raises DoRAError for a folder that is neither empty nor a run's, and for one with a run that
-        is neither resumed nor overwritten.
-        """
-        folder, saved = self.folder, checkpoints_in(self.folder)
+        Raises DoRAError for files that no run wrote, and unless a run is resumed or overwritten."""
+        folder, saved = self.folder, sorted(self.folder.glob("checkpoints/step-*.pt"))
         if self.writes:
             refuse_foreign(folder, settings_of_run(folder))
         if self.config.overwrite:
-            start = data.expanded(self.config.model_dir or "/").resolve()
-            require(start != (folder / "model").resolve(), f"--overwrite would delete {start}, "
-                    f"from which this run starts; use another --out")
+            require(self.model_dir.resolve() != (folder / "model").resolve(), f"--overwrite would "
+                    f"delete {self.model_dir}, from which this run starts; use another --out")
             for file in (f for name in self.FILES for f in folder.glob(name) if self.writes):
                 file.unlink()
             return []
@@ -1030,8 +1025,7 @@ class Run:
             self.append("ranks.jsonl", json.dumps({"step": 0, "live": live}))
 
     def repeats(self, text: str) -> bool:
-        """Return True for a log's line about a step or an evaluation that is still to come, and for
-        one that was cut short."""
+        """Return True for a log's line that was cut short, or is about something still to come."""
         line = json.loads(text) if text.endswith("}") else {"step": math.inf}
         return line.get("step", 0) > self.step or "epoch" in line and line not in self.records
 
@@ -1100,8 +1094,9 @@ class Run:
 
     def owes_scores(self) -> bool:
         """Return True if the last step ended an epoch that has not been evaluated."""
-        ended = self.step and (self.step % self.per_epoch == 0 or self.step == self.total)
-        return bool(ended) and self.step not in [record["step"] for record in self.records]
+        scored = self.records[-1]["step"] if self.records else 0
+        ended = self.step % self.per_epoch == 0 or self.step == self.total
+        return ended and self.step > scored
 
     def record(self, scores: dict[str, float]) -> None:
         """Keep an epoch's scores, and the weights if it is the best since the last pruning."""
@@ -1115,8 +1110,7 @@ class Run:
         self.save()
 
     def save_best(self) -> None:
-        """Save the adapter with its head and its card, or the whole model if there is no adapter.
-        """
+        """Save the adapter with its head and its card, or the whole model if there is none."""
         if self.writes and self.pruner.layers:
             save_adapter(self.model, self.folder / "adapter", peft={
                 "task_type": "SEQ_CLS", "base_model_name_or_path": self.base},
@@ -1143,7 +1137,7 @@ class Run:
         buffer = io.BytesIO()  # torch.save into a file would hide why a write failed
         torch.save(state, buffer)
         self.write(f"checkpoints/step-{self.step:08d}.pt", buffer.getbuffer())
-        for old in checkpoints_in(self.folder)[:-2]:
+        for old in sorted(self.folder.glob("checkpoints/step-*.pt"))[:-2]:
             old.unlink()
 
     def restore(self, path: Path) -> None:
@@ -1182,11 +1176,6 @@ def run_folder(config: TrainConfig) -> Path:
     return Path(config.out or f"runs/{config.task}-{config.method}-{config.seed}")
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, the oldest first."""
-    return sorted(folder.glob("checkpoints/step-*.pt"))
-
-
 def settings_of_run(folder: Path) -> dict[str, Any]:
     """Return the settings of the run in a folder; {} if there is none."""
     path = folder / "config.json"
@@ -1203,10 +1192,8 @@ def refuse_foreign(folder: Path, is_ours: Any) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder. Raises DoRAError if another process holds it.
-
-    The system releases the lock when the process ends, however it ends.
-    """
+    """Hold the lock of a run's folder, which the system releases however the process ends. Raises
+    DoRAError if another process holds it."""
     with open(folder / ".lock", "w") as file:
         try:
             import fcntl  # not on Windows
@@ -1553,11 +1540,6 @@ def evaluate_only(place: str, flags: dict[str, Any], split: str) -> None:
                 say(f"wrote {data.write_submission(TASKS[name], part, predictions, folder)}")
 
 
-RANGES.update({
-    "lr": "> 0", "clip": "> 0", "weight_decay": ">= 0", "seed": ">= 0, < 1e18",
-    "warmup": ">= 0, < 1", "max_len": ">= 8",
-    **dict.fromkeys(("batch_size", "accumulate", "epochs", "max_steps"), ">= 1"),
-    **dict.fromkeys(("log_every", "save_every"), ">= 1")})
 PEFT_NAMES.update({  # also transformers' names and others, for did_you_mean
     "learning_rate": "lr", "num_train_epochs": "epochs", "output_dir": "out", "seed": "seeds",
     "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "accumulate",
@@ -1589,7 +1571,7 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
             text += f" ({rule}default: {shown(getattr(chosen, name))})"
             if name != "seed":
                 group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
-                                   help=text.replace("%", "%%"), **flag_options(name, hints[name]))
+                                   help=text, **flag_options(name, hints[name]))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1],
                         help="one run per seed (default: 1)")
     parser.add_argument("--eval-only", action="store_true",
