@@ -12,19 +12,20 @@ different method.)
     b_i      B[:, i]               (d_out,)        column of B (d_out, r')
     c_i      c[i]                  scalar          gate; 0 = closed
     r'       config.r_prime        components      per matrix at the start
-    r        config.rank           rank            final budget: what rank r in every matrix costs
+    r        config.rank           rank            final budget: the cost of rank r in every matrix
     L        len(layers)           matrices        adapted
     n        len(mask)             components      of the whole model at the start, r' L
     b(t)     budget                parameters      kept after step t (paper: components)
     T        total_steps           steps           in the run
-    t_i, t_f initial_, final_phase share of T      before the first pruning, after the last
+    t_i      initial_phase         share of T      before the first pruning
+    t_f      final_phase           share of T      after the last pruning
     I, Ī, Ū  I, I_bar, U_bar       (n,)            importance, its moving average, its uncertainty
-    s        scores()              (n,)            what decides: Ī Ū
-    R, η     penalty, eta          scalar          regulariser and its weight
+    s        scores()              (n,)            the score that decides: Ī Ū
+    R, η     PENALTIES, eta        scalar          regulariser and its weight
 
 A component is *live* if the last pruning kept it.
 
-After pruner = Pruner(inject(model, config), config, T), the method is three lines of each
+After pruner = Pruner(inject(model, config), config, T), the method takes three lines in each
 *optimizer* step, even under gradient accumulation:
 
     loss = task_loss + pruner.penalty()
@@ -33,8 +34,8 @@ After pruner = Pruner(inject(model, config), config, T), the method is three lin
     optimizer.step()
     pruner.step()
 
-A line that begins `# differs:` says where this departs from the paper or its authors' code. A
-function called check_... only refuses what cannot work: read past it.
+A line that begins `# differs:` says where this departs from the paper or its authors' code.
+Functions called check_... only refuse what cannot work; skip them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ import mmap
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -68,20 +69,20 @@ class DoRAConfig:
 
     rank: float = 2.0  # r: the final budget is what rank r in every matrix costs; may be a fraction
     start_rank: int | None = None  # r': components per matrix at the start; none = ceil(1.5 r)
-    alpha: float = 8.0  # the scale of the update is alpha / rank or alpha / start_rank
+    alpha: float = 8.0  # the update is scaled by alpha / max(1, rank) or alpha / start_rank
     dropout: float = 0.1  # dropout rate on the low-rank path (paper: 0.1)
     targets: tuple[str, ...] = ROBERTA  # matrices to adapt: whole dotted ends of their names
 
     # differs: the paper starts at c = 0 with large random B; from B = 0 scores are useful sooner
     init: Literal["zero_b", "kaiming", "gaussian"] = "zero_b"  # B = 0, c = 1; or random B, c = 0
-    gate: bool = True  # train the gates c; otherwise they stay at 1
+    gate: bool = True  # train the gates c; if not, they stay 1
     # differs: the paper has alpha / r'; with alpha / max(1, r) a run ends at LoRA's scale
     scale: Literal["rank", "start_rank"] = "rank"  # what alpha is divided by (Eq. 6: start_rank)
 
     # differs: the paper scores by Eq. 7, which keeps components even in matrices that need none
     importance: str | None = "sensitivity"  # score of a component; none = never prune
     beta1: float = 0.85  # smoothing of the importance (Eq. 8)
-    beta2: float | None = 0.85  # smoothing of its uncertainty; none = do not use it
+    beta2: float | None = 0.85  # smoothing of its uncertainty; none = score by Ī alone
     eps: float = 1e-8  # added to the norm that Eq. 7 divides by
 
     # differs: the paper prunes late, which leaves the remaining components little time to adapt
@@ -117,7 +118,7 @@ METHODS: dict[str, dict[str, Any]] = {
         init="kaiming", scale="start_rank", importance="norm", beta1=0.9, beta2=None,
         schedule="slow_first", budget_unit="components", dropout_on="input"),
     "lora": dict(gate=False, importance=None, schedule=None, penalty=None, dropout_on="input"),
-}  # and "adalora", beside its importance and its penalty below
+}  # "adalora" is added in the second half, beside its importance and its penalty
 
 
 # ---- the layer: Eq. 6 ----------------------------------------------------------------------------
@@ -126,12 +127,12 @@ METHODS: dict[str, dict[str, Any]] = {
 class DoRALinear(nn.Module):
     """A frozen nn.Linear plus r' gated rank-1 components: y = W x + bias, where
 
-    W = W0 + scale * sum_i c_i b_i a_i^T,   scale = alpha / r' or alpha / r   (Eq. 6)
+    W = W0 + scale * sum_i c_i b_i a_i^T,   scale = alpha / r' or alpha / max(1, r)   (Eq. 6)
     """
 
     mask: Tensor  # (r',) bool, True = live
     final: Tensor  # scalar bool, True = the mask is that of the last pruning
-    L: int | None = None  # matrices that inject() adapted with this one
+    L: int | None = None  # how many matrices inject() adapted together
 
     def __init__(self, base: nn.Linear, config: DoRAConfig):
         super().__init__()
@@ -139,36 +140,34 @@ class DoRALinear(nn.Module):
         # float32 even over a half-precision base, which would round small updates away
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         like = base.weight.new_empty(0, dtype=dtype)
-        self.A = nn.Parameter(like.new_empty(r, d_in))
-        self.B = nn.Parameter(like.new_empty(d_out, r))
-        self.c = nn.Parameter(like.new_empty(r), requires_grad=config.gate)
-        self.register_buffer("mask", torch.ones_like(self.c, dtype=torch.bool))
+        A = like.new_empty(r, d_in)
+        B = like.new_zeros(d_out, r)
+        c = like.new_zeros(r)
+
+        # the update starts at exactly 0: from B = 0 with open gates, or from c = 0
+        if config.init == "zero_b":  # as LoRA
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            c.fill_(1.0)
+        elif config.init == "kaiming":  # the paper: bounds sqrt(6 / d_in) and sqrt(6 / r')
+            nn.init.kaiming_uniform_(A)
+            nn.init.kaiming_uniform_(B)
+        else:  # as AdaLoRA
+            A.normal_(std=0.02)
+            B.normal_(std=0.02)
+
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.c = nn.Parameter(c, requires_grad=config.gate)
+        self.register_buffer("mask", torch.ones_like(c, dtype=torch.bool))
         self.register_buffer("final", self.mask.new_tensor(config.schedule is None))
         self.scale = config.alpha / (max(1, config.rank) if config.scale == "rank" else r)
         self.dropout = nn.Dropout(config.dropout)
-
         self.base, self.config = base.requires_grad_(False), config
         self.in_features, self.out_features = d_in, d_out
-        self.reset()
         self.train(base.training)
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Start so that the update is exactly 0: B = 0 with open gates, or c = 0."""
-        if self.config.init == "zero_b":  # as LoRA
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-            self.B.zero_()
-        elif self.config.init == "kaiming":  # the paper: bounds sqrt(6 / d_in) and sqrt(6 / r')
-            nn.init.kaiming_uniform_(self.A)
-            nn.init.kaiming_uniform_(self.B)
-        else:  # as AdaLoRA
-            self.A.normal_(std=0.02)
-            self.B.normal_(std=0.02)
-        self.c.fill_(1.0 if self.config.init == "zero_b" else 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_in) to (..., d_out)."""
-        # y = W0 x + bias + scale * B (c * (A x)), ordered so that no second (N, d_out) is made
+        # y = W0 x + bias + scale * B (c * (A x)), without a second (N, d_out) tensor
         rows, A = x.reshape(-1, x.shape[-1]), self.A.to(x.dtype)  # (N, d_in), (r', d_in)
         if self.config.dropout_on == "input":
             h = self.dropout(rows) @ A.T  # (N, r')
@@ -218,10 +217,8 @@ def inject(model: nn.Module, config: DoRAConfig) -> dict[str, DoRALinear]:
 
 # ---- importance: Eq. 7 and AdaLoRA's Eq. 8 -------------------------------------------------------
 
-Layers = Sequence[DoRALinear]
 
-
-def sensitivity(layers: Layers) -> Tensor:
+def sensitivity(layers: list[DoRALinear]) -> Tensor:
     """I_i = |c_i dℓ/dc_i|, (n,): how much removing component i changes the loss ℓ, to first order.
 
     This is AdaLoRA's Eq. 8 for a whole component. Without the penalty a_i . dℓ/da_i and
@@ -232,10 +229,10 @@ def sensitivity(layers: Layers) -> Tensor:
     return (c * grad).abs()
 
 
-def norm_score(layers: Layers) -> Tensor:
+def norm_score(layers: list[DoRALinear]) -> Tensor:
     """s_i = ||c_i b_i a_i^T||_F / ||sum_j c_j b_j a_j^T||_F, within each matrix, (n,) (Eq. 7)."""
     s: dict[DoRALinear, Tensor] = {}
-    for group in alike(layers, lambda layer: (layer.A.shape, layer.B.shape)):  # m layers at once
+    for group in alike(layers, lambda layer: (layer.A.shape, layer.B.shape)):  # m at once
         A = torch.stack([layer.A for layer in group])  # (m, r', d_in)
         B = torch.stack([layer.B.T for layer in group])  # (m, r', d_out)
         c = torch.stack([layer.c for layer in group])  # (m, r')
@@ -248,8 +245,8 @@ def norm_score(layers: Layers) -> Tensor:
     return torch.cat([s[layer] for layer in layers])
 
 
-# To add an importance, write its function and its row: function, moment ("gradients", before
-# optimizer.step(), or "weights", after it), and what joins the smoothed tensors to scores (n,).
+# To add an importance, write its function and its row: function, when it is measured ("gradients",
+# before optimizer.step(), or "weights", after it), and what makes smoothed tensors to scores (n,).
 IMPORTANCE: dict[str, tuple[Callable[..., Any], str, Callable[..., Tensor]]] = {
     "sensitivity": (sensitivity, "gradients", torch.cat),
     "norm": (norm_score, "weights", torch.cat),
@@ -260,27 +257,24 @@ IMPORTANCE: dict[str, tuple[Callable[..., Any], str, Callable[..., Tensor]]] = {
 
 
 def slow_first(p: float, surplus: int) -> int:
-    """Return what is left of the surplus at progress p in [0, 1]: little goes early (Eq. 9)."""
+    """Return what is left of the surplus at progress p in [0, 1]: little goes first (Eq. 9)."""
     return surplus - int(surplus * p**3)
 
 
 def fast_first(p: float, surplus: int) -> int:
-    """The same, but most of it goes early (AdaLoRA)."""
+    """Return the same, but most of the surplus goes first (AdaLoRA)."""
     return int(surplus * (1 - p) ** 3)
 
 
-# To add a curve, write its function and its row.
 SCHEDULES = {"slow_first": slow_first, "fast_first": fast_first}
 
 
 def phases(total_steps: int, config: DoRAConfig) -> tuple[int, int]:
-    """Return (t_i, T - t_f): the step after which b(t) falls, and that of the last pruning."""
+    """Return (t_i, T - t_f): the last step of the full budget, and that of the last pruning."""
     if config.schedule is None:
         return 0, 0
     first = round(config.initial_phase * total_steps)
-    last = total_steps - round(config.final_phase * total_steps)
-    check_window(first, last, total_steps, config)
-    return first, last
+    return first, total_steps - round(config.final_phase * total_steps)
 
 
 def cost(layer: DoRALinear | nn.Linear, config: DoRAConfig) -> int:
@@ -301,7 +295,8 @@ def budget(step: int, total_steps: int, config: DoRAConfig, per_rank: int) -> in
 
 
 def keep_mask(scores: Tensor, costs: Tensor, budget: int) -> Tensor:
-    """Return a mask (n,): by falling score, keep each one that fits; ties go to the earlier."""
+    """Return a mask (n,). From the best score down, each component that fits is kept; of equal
+    scores, the earlier comes first."""
     # differs: the authors prune `score <= kthvalue`, which drops all ties and at least one gate
     kept, prices = [], costs.tolist()
     for i in scores.argsort(descending=True, stable=True).tolist():
@@ -316,7 +311,7 @@ def keep_mask(scores: Tensor, costs: Tensor, budget: int) -> Tensor:
 # ---- penalty: Eq. 10 -----------------------------------------------------------------------------
 
 
-def dem_penalty(layers: Layers) -> Tensor:
+def dem_penalty(layers: list[DoRALinear]) -> Tensor:
     """R = (1/n) sum_i (Var(a_i) + Var(b_i)) over all n components, scalar (Eq. 10)."""
     # differs: the authors' code divides by 2n; like theirs, the variance is the unbiased one
     vectors = [rows for layer in layers for rows in (layer.A, layer.B.T)]  # (r', d)
@@ -325,7 +320,7 @@ def dem_penalty(layers: Layers) -> Tensor:
     return torch.stack(sums).sum() / sum(len(layer.c) for layer in layers)
 
 
-PENALTIES: dict[str, Callable[[Layers], Tensor]] = {"dem": dem_penalty}
+PENALTIES: dict[str, Callable[[list[DoRALinear]], Tensor]] = {"dem": dem_penalty}
 
 
 # ---- the pruner: Eq. 8 and Algorithm 1 -----------------------------------------------------------
@@ -361,7 +356,7 @@ class Pruner:
 
     def penalty(self) -> Tensor:
         """Return eta * R, scalar; 0 once pruning has ended."""
-        # differs: AdaLoRA keeps its penalty until the end of training
+        # AdaLoRA's own code keeps its penalty until the end of training
         if self.config.penalty is None or self.done:
             return torch.zeros((), device="cpu")
         return self.config.eta * PENALTIES[self.config.penalty](list(self.layers.values()))
@@ -393,7 +388,7 @@ class Pruner:
             self._prune()
 
     def _measure(self, moment: str) -> None:
-        """Measure I, if this is the moment for it, and smooth it."""
+        """Measure I and smooth it, if this is the moment for it."""
         function, its_moment, _ = IMPORTANCE[str(self.config.importance)]
         if moment != its_moment:
             return
@@ -407,7 +402,7 @@ class Pruner:
 
     def _smooth(self, I: Tensor, I_bar: Tensor, U_bar: Tensor) -> tuple[Tensor, Tensor]:
         """Ī <- β1 Ī + (1 - β1) I,  Ū <- β2 Ū + (1 - β2) |I - Ī|  (Eq. 8; AdaLoRA Eq. 9-10)."""
-        seen = I.abs() < math.inf  # a gradient that overflowed (GradScaler) is not observed
+        seen = I.abs() < math.inf  # skip a gradient that overflowed (GradScaler)
         I_bar = I_bar.lerp(torch.where(seen, I, I_bar), 1 - self.config.beta1)
         if self.config.beta2 is not None:
             U_bar = U_bar.lerp(torch.where(seen, (I - I_bar).abs(), U_bar), 1 - self.config.beta2)
@@ -429,7 +424,7 @@ class Pruner:
         self._close_gates()
 
     def _set_mask(self, mask: Tensor) -> None:
-        """Note a mask (n,) and give each layer its part (r',)."""
+        """Store a mask (n,) and give each layer its part (r',)."""
         self.mask = mask
         for layer, part in zip(self.layers.values(), mask.split(self.config.r_prime)):
             layer.mask.copy_(part)
@@ -484,7 +479,7 @@ def compact_(model: nn.Module, *optimizers: torch.optim.Optimizer) -> nn.Module:
     trained = {p for m in layers.values() for p in (m.A, m.B, m.c) if p.requires_grad}
     held = {p for o in optimizers for group in o.param_groups for p in group["params"]}
     require(not optimizers or trained <= held, "a component is in none of the optimizers; pass all "
-            "that train it, compact_(model, first, second)")
+            "that train them, compact_(model, first, second)")
 
     for name, layer in layers.items():
         live = layer.mask.nonzero()[:, 0]  # (rank,)
@@ -512,47 +507,41 @@ def rank_map(ranks: dict[str, int]) -> str:
     a column per matrix. Columns that do not fit follow below.
 
     A name is cut after its first number: "encoder.layer.3.output.dense" is in the row "3", or
-    "encoder.layer.3" if other rows begin otherwise, and in the column "output".
+    "encoder.layer.3" if the rows begin differently, and in the column "output".
     """
-    table: dict[str, dict[str, int]] = {}
+    cells = {("total", "total"): 0}
     for name, rank in ranks.items():
         match = re.fullmatch(r"((?:.*?\.)?\d+)\.(.+)", name)
         row, matrix = match.groups() if match else (name, "live")
         matrix = re.sub(r"^attention\.self\.|\.dense$", "", matrix)  # RoBERTa's
-        table.setdefault(row, {})[matrix] = rank
-    labels = [*table]
-    if len({row.rpartition(".")[0] for row in table}) == 1:
-        labels = [row.rpartition(".")[2] for row in table]
+        for cell in (row, matrix), (row, "total"), ("total", matrix), ("total", "total"):
+            cells[cell] = cells.get(cell, 0) + rank
 
-    matrices = [*dict.fromkeys(matrix for row in table.values() for matrix in row)]
-    table["total"] = {m: sum(row.get(m, 0) for row in table.values()) for m in matrices}
-    for row in table.values():
-        row["total"] = sum(row.values())
+    rows = [*dict.fromkeys(row for row, _ in cells if row != "total"), "total"]
+    matrices = [*dict.fromkeys(m for _, m in cells if m != "total"), "total"]
+    starts = {row.rpartition(".")[0] for row in rows[:-1]}
+    labels = [row.rpartition(".")[2] if len(starts) == 1 else row for row in rows]
 
-    first = justified(["layer", *labels, "total"])
+    columns = [["layer", *labels]]
+    columns += [[m, *(str(cells.get((row, m), ".")) for row in rows)] for m in matrices]
+    first, *others = ([word.rjust(max(map(len, c))) for word in c] for c in columns)
     parts = [first]
-    for m in [*matrices, "total"]:
-        column = justified([m, *(str(row.get(m, ".")) for row in table.values())])
+    for column in others:
         if len(parts[-1][0]) + 2 + len(column[0]) > 80:
             parts.append(first)
         parts[-1] = [f"{line}  {cell}" for line, cell in zip(parts[-1], column)]
     return "\n\n".join(map("\n".join, parts))
 
 
-def justified(words: list[str]) -> list[str]:
-    """Return the words, right-justified to the longest."""
-    return [word.rjust(max(map(len, words))) for word in words]
-
-
 # ---- for comparison: AdaLoRA, and a plain norm ---------------------------------------------------
 
 
-def triplet(layers: Layers) -> list[Tensor]:
+def triplet(layers: list[DoRALinear]) -> list[Tensor]:
     """|w dℓ/dw| of every entry of c (r',), A (r', d_in) and B (d_out, r') of each layer (AdaLoRA's
     Eq. 8)."""
     weights: list[Any] = [w for layer in layers for w in (layer.c, layer.A, layer.B)]
     products = torch._foreach_mul(weights, [gradient(w) for w in weights])
-    return list(torch._foreach_abs(products))  # one operation for all, as the product
+    return list(torch._foreach_abs(products))  # one kernel for all tensors, as the product
 
 
 def triplet_total(s: list[Tensor]) -> Tensor:
@@ -561,7 +550,7 @@ def triplet_total(s: list[Tensor]) -> Tensor:
     return torch.cat([c + A.mean(1) + B.mean(0) for c, A, B in layers])
 
 
-def orthogonal_penalty(layers: Layers) -> Tensor:
+def orthogonal_penalty(layers: list[DoRALinear]) -> Tensor:
     """Mean of ||A A^T - I||_F and ||B^T B - I||_F over all layers, scalar (AdaLoRA's code)."""
     vectors = [*(layer.A for layer in layers), *(layer.B.T for layer in layers)]
     norms = []
@@ -571,7 +560,7 @@ def orthogonal_penalty(layers: Layers) -> Tensor:
     return torch.cat(norms).mean()
 
 
-def frobenius(layers: Layers) -> Tensor:
+def frobenius(layers: list[DoRALinear]) -> Tensor:
     """||c_i b_i a_i^T||_F = |c_i| ||a_i|| ||b_i||, (n,): Eq. 7 without its denominator."""
     norms = [m.c.abs() * m.A.norm(dim=1) * m.B.norm(dim=0) for m in layers]  # (r',) each
     return torch.cat(norms)
@@ -585,24 +574,29 @@ METHODS["adalora"] = dict(
     budget_unit="components", penalty="orthogonal", eta=0.5, dropout_on="input")
 
 
-# ---- tensors and modules -------------------------------------------------------------------------
+# ---- tensors, modules, checks --------------------------------------------------------------------
 
 
 def dora_layers(model: nn.Module) -> dict[str, DoRALinear]:
-    """Return the model's DoRALinear layers by name."""
+    """Return the model's DoRALinear layers by name. Refuse a wrapped model: its names are not the
+    plain one's, and DistributedDataParallel would not average the gradients of new parameters."""
+    for module in model.modules():
+        wraps = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        require(not wraps and not hasattr(module, "_orig_mod"),
+                f"the {type(model).__name__} is, or contains, a model wrapped in torch.compile "
+                f"or (Distributed)DataParallel; pass the plain model, and wrap it after inject()")
     return {name: m for name, m in model.named_modules() if isinstance(m, DoRALinear)}
 
 
 def finished_layers(model: nn.Module) -> dict[str, DoRALinear]:
-    """Return the model's layers. Raises DoRAError for none, and for one that is not final."""
-    check_plain(model)
+    """Return the model's layers. Raises DoRAError if there are none, or one is not final."""
     layers = dora_layers(model)
     require(layers, "the model has no DoRALinear (was dora.py reloaded?); call inject() first")
     for name, layer in layers.items():
         if not all(p.isfinite().all() for p in layer.parameters(recurse=False)):
             raise NotFiniteError(f"{name}: a component is NaN or infinite; lower the learning rate")
         require(layer.final, f"{name}: these weights are from before the last pruning; finish the "
-                f"run, calling pruner.step() in every step, or restore later ones")
+                f"run with a pruner.step() in every step, or restore later weights")
         require(not layer.c[~layer.mask].any(), f"{name}: a pruned gate is not 0; call "
                 f"pruner.step() after every optimizer.step()")
     return layers
@@ -624,28 +618,22 @@ def gradient(p: nn.Parameter) -> Tensor:
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put a module in the place of the one with this name."""
     parent, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(parent)
-    setattr(owner, leaf, new)
+    setattr(model.get_submodule(parent), leaf, new)
 
 
 def shrink_(p: nn.Parameter, dim: int, live: Tensor, optimizers: Iterable[Any]) -> None:
-    """Keep the indices `live` (rank,) of one dimension of p, of its gradient and its moments."""
+    """Keep the indices `live` (rank,) of one dimension of p and its moments; drop the gradient."""
     shape, kept = p.shape, p.index_select(dim, live)
-    grad = None if p.grad is None else p.grad.index_select(dim, live)
     p.grad = None
 
     # A graph of an earlier step may still hold p's gradient node, which checks the old shape.
     # torch makes a new node when the dtype changes.
     p.data = p.data.to(torch.float16 if p.dtype != torch.float16 else torch.float32)
     p.data = kept
-    p.grad = grad if len(live) else None
     for state in (optimizer.state[p] for optimizer in optimizers if p in optimizer.state):
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == shape:
                 state[key] = value.index_select(dim, live)
-
-
-# ---- checks --------------------------------------------------------------------------------------
 
 
 class DoRAError(ValueError):
@@ -687,7 +675,7 @@ def check_names(config: type, settings: dict[str, Any]) -> None:
 
 
 def choices(name: str, hint: Any) -> list[Any]:
-    """Return the values that a setting may have; none are stated for a number or a name."""
+    """Return the values that a setting may have; empty for a number or a name."""
     if name in CHOICES:
         return [*CHOICES[name], None]
     return [*get_args(hint)] if get_origin(hint) is Literal else []
@@ -706,42 +694,35 @@ def check_settings(config: Any) -> None:
                     f"{name} = {value!r}: must be {RANGES[name]}")
 
     rank, r, flat = config.rank, config.r_prime, config.schedule is None
-    require(config.targets and "" not in config.targets,
-            f"targets = {config.targets}: name at least one matrix to adapt")
+    require(config.targets and not isinstance(config.targets, str) and "" not in config.targets,
+            f"targets = {config.targets!r}: give a tuple of names, at least one")
     require(r >= rank, f"start_rank = {r} is below rank = {rank}; raise start_rank")
     require(flat == (config.importance is None), f"importance = {config.importance} with schedule "
-            f"= {config.schedule}: set both to prune, or both to none")
+            f"= {config.schedule}: set both to prune, or neither")
     require(not flat or r == rank, f"rank = {rank} and start_rank = {r} must be equal whole "
             f"numbers if nothing is pruned (schedule = none)")
     require(config.gate or flat and config.init == "zero_b", "gate = False: pruning and a random B "
             "need gates; train them, or set schedule = none and init = zero_b")
 
 
-def check_window(first: int, last: int, total_steps: int, config: DoRAConfig) -> None:
-    """Refuse a run that leaves no step to prune in."""
-    require(first < last, f"initial_phase = {config.initial_phase} and final_phase = "
-            f"{config.final_phase} leave none of {total_steps} steps to prune in; lower one")
-
-
 def find_targets(model: nn.Module, config: DoRAConfig) -> dict[str, nn.Linear]:
     """Return the matrices to adapt by name, in the model's order."""
     require(isinstance(config, DoRAConfig), f"expected inject(model, config), got a "
             f"{type(config).__name__} as config")
-    check_plain(model)
     require(not dora_layers(model), "the model is adapted already; inject() all targets at once")
-    modules = [*model.named_modules(remove_duplicate=False)]
-    linear = [name for name, module in modules if type(module) is nn.Linear]
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    linear = [name for name in modules if type(modules[name]) is nn.Linear]
     ends = {re.sub(r"^.*\.\d+\.", "", name) for name in linear}
-    chosen: dict[str, Any] = {}
+    chosen = set()
     for target in config.targets:
-        matches = {name: m for name, m in modules if f".{name}".endswith(f".{target}")}
+        matches = [name for name in modules if f".{name}".endswith(f".{target}")]
         require(matches, f"target {target!r} matches no module; candidates: "
                 f"{', '.join(sorted(ends - {''})) or 'none'}")
-        for name, module in matches.items():
-            check_target(f"target {target!r}", [n for n, m in modules if m is module], module)
+        for name in matches:
+            check_target(f"target {target!r}", name, modules)
         chosen.update(matches)
 
-    found = {name: module for name, module in modules if name in chosen}
+    found = {name: modules[name] for name in modules if name in chosen}
     costs = [cost(module, config) for module in found.values()]
     require(round(config.rank * sum(costs)) >= min(costs), f"rank = {config.rank} over "
             f"{len(found)} matrices leaves no component; raise rank")
@@ -759,26 +740,16 @@ class LayersByName(dict[str, DoRALinear]):
         return self.forward(*args, **kwargs)
 
 
-def check_plain(model: Any) -> None:
-    """Refuse a wrapped model: its names are not the plain one's, and DistributedDataParallel would
-    not average the gradients of new parameters."""
-    require(isinstance(model, nn.Module), f"expected a model, got a {type(model).__name__}")
-    for module in model.modules():
-        wraps = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-        require(not wraps and not hasattr(module, "_orig_mod"),
-                f"the {type(model).__name__} is, or contains, a model in torch.compile or "
-                f"(Distributed)DataParallel; pass the plain model, and wrap it after inject()")
-
-
-def check_target(what: str, names: list[str], module: Any) -> None:
-    """Refuse a module, which has these names, that a DoRALinear cannot replace."""
-    kind = type(module)
-    require(kind is nn.Linear, f"{what}: {names[0]} is a {kind.__module__}.{kind.__name__}; choose "
+def check_target(what: str, name: str, modules: dict[str, Any]) -> None:
+    """Refuse a module that a DoRALinear cannot replace."""
+    module, kind = modules[name], type(modules[name])
+    names = [other for other in modules if modules[other] is module]
+    require(kind is nn.Linear, f"{what}: {name} is a {kind.__module__}.{kind.__name__}; choose "
             f"an nn.Linear, or make it one as notebooks/RECIPES.md does for GPT-2's Conv1D")
     require(not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks),
-            f"{what}: {names[0]} has hooks (weight_norm, pruning); add them after inject()")
-    require(len(names) == 1, f"{what}: {' and '.join(names)} are one module, and a saved adapter "
-            f"cannot say so; choose other targets")
+            f"{what}: {name} has hooks (weight_norm, pruning); add them after inject()")
+    require(len(names) == 1, f"{what}: {' and '.join(names)} are one module, which an adapter "
+            f"file cannot say; choose other targets")
 
 
 def check_pruner(layers: Any, config: DoRAConfig, total_steps: int) -> None:
@@ -787,6 +758,10 @@ def check_pruner(layers: Any, config: DoRAConfig, total_steps: int) -> None:
             f"{type(layers).__name__}")
     require(type(total_steps) is int and total_steps > 0,
             f"total_steps = {total_steps}: must be a whole number above 0")
+    first, last = phases(total_steps, config)
+    require(first < last or config.schedule is None, f"initial_phase = {config.initial_phase} and "
+            f"final_phase = {config.final_phase} leave none of {total_steps} steps to prune in; "
+            f"lower one")
     for name, layer in layers.items():
         require(layer.config == config, f"{name}: pass the Pruner the config that inject() got")
         require(layer.L in (None, len(layers)), f"{name}: is one of {layer.L} layers that share a "
@@ -801,12 +776,11 @@ def check_frozen(name: str, layer: DoRALinear) -> None:
 
 
 def check_gradients(pruner: Pruner) -> None:
-    """Refuse a second observe() in a step, and one without gradients."""
+    """Refuse a second observe() in one step, and an observe() without gradients."""
     require(not pruner.observed, f"step {pruner.t + 1}: a second observe() before step(); when "
             f"accumulating gradients, call it once, after the last backward()")
     # gates, where they train: A and B also have the gradient of the penalty
-    layers = pruner.layers.values()
-    parameters = [layer.c if pruner.config.gate else layer.B for layer in layers]
+    parameters = [layer.c if pruner.config.gate else layer.B for layer in pruner.layers.values()]
     require(not parameters or any(p.grad is not None for p in parameters), "no component has a "
             "gradient; call observe() between backward() and zero_grad(), and use "
             "use_reentrant=False in gradient checkpointing")
@@ -819,7 +793,7 @@ def check_observed(pruner: Pruner) -> None:
 
 
 def check_scores(pruner: Pruner, scores: Tensor) -> None:
-    """Refuse scores that cannot decide what stays: not one each, not finite, or all 0."""
+    """Refuse scores that cannot decide what stays: of a wrong shape, not finite, or all 0."""
     require(scores.shape == pruner.mask.shape, f"importance = {pruner.config.importance}: expected "
             f"scores of shape {tuple(pruner.mask.shape)}, got {tuple(scores.shape)}")
     gates = torch.cat([layer.c for layer in pruner.layers.values()])
@@ -833,7 +807,7 @@ def check_state(pruner: Pruner, state: dict[str, Any]) -> None:
     """Refuse the state of another model or another run."""
     for name, value in pruner.state_dict()["settings"].items():
         before = state["settings"].get(name)
-        require(before == value, f"the state is of a run with {name} = {before}, not {value}")
+        require(before == value, f"the state is from a run with {name} = {before}, not {value}")
 
 
 # ---- safetensors ---------------------------------------------------------------------------------
@@ -842,7 +816,7 @@ def check_state(pruner: Pruner, state: dict[str, Any]) -> None:
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a binary file for writing that replaces `path` when it is complete: a crash leaves the
-    old content or the new, and two processes never mix theirs."""
+    old content or the new, and two processes never mix their content."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.urandom(6).hex()}.part")
@@ -888,13 +862,11 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 dtype, shape, span = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
                 count = math.prod(shape)
                 start, end = end, end + count * dtype.itemsize
-                if span != [start, end]:
-                    raise ValueError(f"{name!r:.80} {shape} is at {span}, not {[start, end]}")
+                require(span == [start, end], f"{name!r:.80} is at {span}, not {[start, end]}")
                 flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin + start) if (
                     count) else torch.empty(0, dtype=dtype, device="cpu")
                 tensors[name] = flat.view(shape)
-            if begin + end != len(data):
-                raise ValueError(f"{len(data)} bytes, expected {begin + end}")
+            require(begin + end == len(data), f"{len(data)} bytes, expected {begin + end}")
         except Exception as error:  # of any kind: the header may hold anything
             raise DoRAError(f"{path}: not a safetensors file ({error!s:.200}); download or save it "
                             f"again (if it is a git-lfs pointer, run git lfs pull)") from None
@@ -941,13 +913,18 @@ def save_adapter(model: nn.Module, folder: str | Path, metadata: dict[str, str] 
 
     The format is Hugging Face PEFT's LoRA: scale and c are folded into B, so that alpha / r is 1 in
     every matrix. Matrices without components are left out, since PEFT has no rank 0. Raises
-    DoRAError before the last pruning, and for anything that trained and that the file cannot hold.
+    DoRAError before the last pruning, and if something trained that the file cannot hold.
     """
     layers, folder = finished_layers(model), Path(folder)
     check_trained(layers)
     heads = modules_to_save(model, layers)
     tensors, marks = {}, {}
-    for key, tensor in base_tensors(model).items():
+    for key, tensor in model.state_dict().items():
+        name, _, leaf = key.rpartition(".")
+        if name in layers:  # A, B, c, mask or final
+            continue
+        if name.removesuffix(".base") in layers:  # named as in the plain model
+            key = f"{name.removesuffix('.base')}.{leaf}"
         if any(key.startswith(f"{head}.") for head in heads):
             tensors[PREFIX + key] = tensor  # with a random head the adapter would be noise
         else:
@@ -990,17 +967,6 @@ def peft_names(model: nn.Module, heads: list[str]) -> list[str]:
             for head in heads]
 
 
-def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return all tensors but the components, by the names that they have in the plain model."""
-    layers, found = dora_layers(model), {}
-    for key, tensor in model.state_dict().items():
-        name, _, leaf = key.rpartition(".")
-        owner = name.removesuffix(".base")
-        if name not in layers:  # not A, B, c, mask or final
-            found[f"{owner}.{leaf}" if owner in layers else key] = tensor
-    return found
-
-
 def mark(tensor: Tensor) -> list[float]:
     """Return a rough mark of a tensor: the norm of a sample, and its products with three waves."""
     step = tensor.numel() // 4096 | 1  # odd; the sample has 8192 entries at most
@@ -1016,17 +982,16 @@ def check_base(folder: Path, marks: dict[str, list[float]], base: dict[str, Tens
         now = mark(base[name]) if name in base else [math.inf]
         tolerance = 0.01 * before[0] + 1e-5
         require(all(abs(x - y) <= tolerance for x, y in zip(before, now)),
-                f"{folder}: was trained on other weights: {name} differs in this model; use the "
-                f"base of the training, and unfreeze what is new, such as a head, before training")
+                f"{folder}: was trained on other weights: {name} differs in this model; load "
+                f"it onto the base it was trained on (a new head must be unfrozen in training)")
 
 
 def check_trained(layers: dict[str, DoRALinear]) -> None:
-    """Refuse components that did not train, and a model that was frozen before it is saved."""
-    still = [layer for layer in layers.values() if not (layer.c.any() and layer.B.any())]
-    require(len(still) < len(layers), "every update is exactly 0, so nothing trained; make the "
-            "optimizer after inject()")
+    """Refuse components that did not train, and a model that was frozen before saving."""
+    require(any(layer.c.any() and layer.B.any() for layer in layers.values()),
+            "every update is exactly 0, so nothing trained; make the optimizer after inject()")
     gates = [layer.c[layer.mask] for layer in layers.values() if layer.config.gate]
-    require(not gates or not all((c == 1).all() for c in gates), "no gate c has moved from 1; give "
+    require(not gates or any((c != 1).any() for c in gates), "no gate c has moved from 1; give "
             "the optimizer all parameters that require a gradient")
     require(any(layer.A.requires_grad for layer in layers.values()),
             "everything is frozen, so nothing tells which head trained; save before freezing")
@@ -1034,23 +999,18 @@ def check_trained(layers: dict[str, DoRALinear]) -> None:
 
 def modules_to_save(model: nn.Module, layers: dict[str, DoRALinear]) -> list[str]:
     """Return the names of the modules outside the layers that trained, or that have running
-    statistics. Where all in the module around one trains, that module takes its place."""
-    trains = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    found = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        inside = [trains[key] for key in trains if key.startswith(f"{name}.")]
-        if getattr(module, "running_mean", None) is not None or inside and all(inside):
-            found.add(name)
-
+    statistics. If everything in a parent module trains, the parent is named instead."""
     for name, layer in layers.items():
         check_frozen(name, layer)
-    for key in [key for key in trains if trains[key]]:
-        owner = key.rpartition(".")[0]
-        if owner not in layers:
-            require(owner and not any(layer.startswith(f"{owner}.") for layer in layers),
-                    f"{key} trains, but an adapter holds whole modules, and {owner or 'the model'} "
-                    f"contains adapted matrices; freeze it")
-            found.add(owner)
+    found = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = [key for key, p in module.named_parameters(recurse=False) if p.requires_grad]
+        inside = [p.requires_grad for p in module.parameters()]
+        statistics = getattr(module, "running_mean", None) is not None
+        if name not in layers and (own or statistics or inside and all(inside)):
+            require(not dora_layers(module), f"{', '.join(own)} in {name or 'the model'} trains; "
+                    f"an adapter holds whole modules, without adapted matrices inside; freeze it")
+            found.append(name)
     return sorted(name for name in found if not any(name.startswith(f"{o}.") for o in found))
 
 
@@ -1059,9 +1019,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
     """Put a LoRA adapter, ours or PEFT's, on a plain model; return its layers by name.
 
     Everything is checked before the model is changed. Raises DoRAError for another base model,
-    another head, and the kinds of LoRA that Eq. 6 does not cover.
+    another head, and any kind of LoRA that Eq. 6 does not cover.
     """
-    check_plain(model)
     folder = Path(folder)
     require(not dora_layers(model), f"{folder}: the model is adapted already")
     config = read_adapter_config(folder / "adapter_config.json")
@@ -1069,15 +1028,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
 
     # match the tensors with the model
     modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
-    base = base_tensors(model)
+    base = model.state_dict()
     head = {key.removeprefix(PREFIX): tensor for key, tensor in saved.items()}
     pairs = {}
     end = ".lora_A.weight"
     for name in sorted(key.removesuffix(end) for key in head if key.endswith(end)):
         require(name in modules, f"{folder}: the model has no {name!r:.120}; is the adapter for "
                 f"another base model?")
-        names = [other for other, module in modules.items() if module is modules[name]]
-        check_target(str(folder), names, modules[name])
+        check_target(str(folder), name, modules)
         A, B = (head.pop(f"{name}.lora_{m}.weight", torch.empty(0, 0)) for m in "AB")
         (d_out, d_in), r = modules[name].weight.shape, len(A)
         require(A.shape == (r, d_in) and B.shape == (d_out, r),
@@ -1085,9 +1043,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
                 f"the model's matrix is {(d_out, d_in)}; is the adapter for another base model?")
         rank = by_pattern(config, "rank_pattern", "r", name)
         require(rank in (None, r), f"{folder}: the rank of {name} is {rank!r:.40} in "
-                f"adapter_config.json and {r} beside it; the files are of two saves, save again")
-        pairs[name] = A, B
-    require(pairs, f"{folder}: no lora_A and lora_B in it; save the adapter again")
+                f"adapter_config.json and {r} beside it; the files are from two saves, save again")
+        pairs[name] = A, B, DoRAConfig(
+            **METHODS["lora"], rank=r, dropout=config.get("lora_dropout", 0.0),
+            alpha=by_pattern(config, "alpha_pattern", "lora_alpha", name))
+    require(pairs, f"{folder}: it has no lora_A and lora_B; save the adapter again")
 
     marks = json.loads(metadata.get("base_marks", "{}"))
     for key in [key for key in head if ".base_layer." in key]:  # PEFT adds that of an lm_head
@@ -1104,10 +1064,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, DoRALinear]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(name in head)
     layers = {}
-    for name, (A, B) in pairs.items():
-        layer = layers[name] = DoRALinear(modules[name], DoRAConfig(
-            **METHODS["lora"], rank=len(A), dropout=config.get("lora_dropout", 0.0),
-            alpha=by_pattern(config, "alpha_pattern", "lora_alpha", name)))
+    for name, (A, B, settings) in pairs.items():
+        layer = layers[name] = DoRALinear(modules[name], settings)
         layer.A.copy_(A)
         layer.B.copy_(B)
         replace(model, name, layer)
@@ -1133,7 +1091,8 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
 
 
 def by_pattern(config: dict[str, Any], patterns: str, default: str, name: str) -> Any:
-    """Return a matrix's rank or alpha, or None: that of the first pattern that PEFT would match."""
+    """Return a matrix's rank or alpha: that of the first pattern that matches, as in PEFT, or the
+    default."""
     found = config.get(patterns) or {}
     return next((found[pattern] for pattern in found
                  if re.match(rf"(.*\.)?({pattern})$", name)), config.get(default))
