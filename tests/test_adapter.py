@@ -165,12 +165,15 @@ VARIANTS = dict(  # kinds of LoRA that Eq. 6 does not cover
 
 
 def test_refused_configs(folder):
-    """Another kind of LoRA is refused by field and value."""
+    """Another kind of LoRA is refused by field and value. So is a file without an alpha."""
     original = config_of(folder)
     for name, value in VARIANTS.items():
         config = {**original, name: value}
         (folder / "adapter_config.json").write_text(json.dumps(config))
         untouched(f"{name} .*{re.escape(repr(value))}", load_adapter, plain(), folder)
+    config = {name: original[name] for name in original if "alpha" not in name}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    untouched("alpha = None", load_adapter, plain(), folder)
 
 
 UP = "layer.1.up"

@@ -171,10 +171,11 @@ def test_inject_freezes_the_rest(changes, expected):
 BAD_VALUES = dict(
     rank="2", start_rank=0, alpha=math.nan, eps=0, eta=-1,
     dropout=1.0, beta1=1.0, beta2=-1, initial_phase=-0.1,
-    final_phase=1.0, interval=0, gate=False, targets=("0", ""))
+    final_phase=1.0, interval=0, gate=False, targets="query")
 BAD_CHOICES = {"init": "kaiming", "scale": "start_rank", "importance": "sensitivity",
                "schedule": "fast_first", "penalty": "dem", "dropout_on": "components"}
 BAD_COMBINATIONS = [  # and what the message names
+    (dict(targets=("0", "")), "targets"),
     (dict(rank=4, start_rank=3), "start_rank = 3.*rank = 4"),
     (dict(rank=2, start_rank=3, schedule=None, importance=None), "start_rank = 3"),
     (dict(importance=None), "importance = None.*schedule = fast_first"),
@@ -240,7 +241,7 @@ def test_methods_are_rows_of_one_table():
 
 def test_rank_map_by_hand():
     """The words of two tables equal those below, sums included. A matrix that a layer lacks is a
-    dot."""
+    dot, and names that share a cell add up."""
     ranks = {"encoder.layer.0.attention.self.query": 3, "encoder.layer.0.output.dense": 0,
              "encoder.layer.10.attention.self.query": 1, "encoder.layer.10.output.dense": 12}
     assert rank_map(ranks).split() == """
@@ -248,7 +249,7 @@ def test_rank_map_by_hand():
             0      3       0      3
            10      1      12     13
         total      4      12     16""".split()
-    assert rank_map({"a.0.up": 2, "a.1.down": 1}).split() == """
+    assert rank_map({"a.0.up": 1, "a.0.up.dense": 1, "a.1.down": 1}).split() == """
         layer  up  down  total
             0   2     .      2
             1   .     1      1
