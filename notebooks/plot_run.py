@@ -117,8 +117,8 @@ def headline(run: Saved) -> str:
 
 
 def draw_budget(axis: Any, runs: list[Saved], unit: str) -> None:
-    """Draw the live components, or their parameters, after each pruning that changed them, and the
-    budget of these prunings where it is counted in the same unit."""
+    """Draw the live components, or their parameters, after each pruning, and the budget of these
+    prunings where it is counted in the same unit."""
     for run, color in zip(runs, COLORS):
         costs = [cost if unit == "parameters" else 1 for cost in run.costs.values()]
         steps = [line["step"] for line in run.history]
