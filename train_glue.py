@@ -558,6 +558,11 @@ RANGES.update({
     "warmup": ">= 0, < 1", "max_len": ">= 8",
     **dict.fromkeys(("batch_size", "accumulate", "epochs", "max_steps"), ">= 1"),
     **dict.fromkeys(("log_every", "save_every"), ">= 1")})
+PEFT_NAMES.update({  # also transformers' names and others, for did_you_mean
+    "learning_rate": "lr", "num_train_epochs": "epochs", "output_dir": "out", "seed": "seeds",
+    "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "accumulate",
+    "max_seq_length": "max_len", "model_name_or_path": "model_dir", "task_name": "task",
+    "gpu": "cuda"})
 
 # The paper's Table 8. WNLI, which is not in it, has RTE's row.
 COLUMNS_8 = ("lr", "batch_size", "epochs", "eta", "interval")
@@ -688,6 +693,8 @@ def prepare(config: TrainConfig) -> tuple[Task, RobertaForSequenceClassification
     positions = sizes.max_position_embeddings - sizes.pad_token_id - 1
     require(config.max_len <= positions, f"max_len = {config.max_len}: {model_dir} has {positions} "
             f"positions; lower --max-len")
+    require(len(bpe.vocab) <= sizes.vocab_size, f"{model_dir}: the tokenizer has {len(bpe.vocab)} "
+            f"tokens, the model {sizes.vocab_size}; take all files from one model")
 
     def load(split: str, name: str = config.task) -> list[Example]:
         folder = config.data_dir or data.download_task(name)
@@ -1002,8 +1009,7 @@ class Run:
     # ---- its logs
 
     def begin_logs(self) -> None:
-        """Write config.json and run.json, and remove the lines of steps and evaluations that will
-        be repeated from metrics.jsonl and ranks.jsonl."""
+        """Write config.json and run.json. Remove the lines of logs that will be written again."""
         if self.step:
             self.started -= data.read_json(self.folder / "run.json")["seconds"]
         self.note_seconds()
@@ -1052,8 +1058,7 @@ class Run:
         self.note(text)
 
     def note_seconds(self) -> float:
-        """Write run.json: what speed and last digits depend on, and the seconds of all calls, which
-        are returned."""
+        """Write run.json: what speed and last digits depend on. Return the seconds of all calls."""
         seconds = round(time.monotonic() - self.started, 3)
         self.write("run.json", {
             "steps": self.total, "command": shlex.join(["python", *sys.argv]),
@@ -1125,8 +1130,7 @@ class Run:
     # ---- its checkpoints
 
     def save(self) -> None:
-        """Write checkpoints/step-N.pt: everything needed to resume. One process then continues
-        exactly; several processes redraw dropout."""
+        """Write checkpoints/step-N.pt. One process resumes exactly; several redraw dropout."""
         if not self.writes:
             return
         state = {"identity": self.identity, "step": self.step, "records": self.records,
@@ -1192,8 +1196,7 @@ def refuse_foreign(folder: Path, is_ours: Any) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, which the system releases however the process ends. Raises
-    DoRAError if another process holds it."""
+    """Hold the lock of a run's folder. DoRAError if another process that still runs holds it."""
     with open(folder / ".lock", "w") as file:
         try:
             import fcntl  # not on Windows
@@ -1540,16 +1543,8 @@ def evaluate_only(place: str, flags: dict[str, Any], split: str) -> None:
                 say(f"wrote {data.write_submission(TASKS[name], part, predictions, folder)}")
 
 
-PEFT_NAMES.update({  # also transformers' names and others, for did_you_mean
-    "learning_rate": "lr", "num_train_epochs": "epochs", "output_dir": "out", "seed": "seeds",
-    "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "accumulate",
-    "max_seq_length": "max_len", "model_name_or_path": "model_dir", "task_name": "task",
-    "gpu": "cuda"})
-
-
 def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
-    """Return the parser, whose flags are the fields of TrainConfig and DoRAConfig. Its help shows
-    the defaults of the task and the method that argv names."""
+    """Return the parser. Its help shows the defaults of the --task and --method that argv names."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default="toy")
     first.add_argument("--method", default="dora")
