@@ -8,9 +8,9 @@ The protocol, which was fixed before the runs, is in README.md.
 """
 
 import base64
+import collections
 import functools
 import itertools
-import math
 import statistics
 from typing import NamedTuple
 
@@ -29,15 +29,23 @@ RATES, TRIED = (1e-3, 2e-3, 4e-3, 8e-3), (101, 102, 103)
 LENGTHS = {"stsb": (28, 40), "mrpc": (48, 64)}  # tokens, at most: of the train set, of dev
 TITLES = {"stsb": "STS-B", "mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE"}
 WIDE, PLACES = 0.03, "dora's places"
-FIRST, MORE = [f"random {i}" for i in range(4)], [f"random {i}" for i in range(4, 8)]
-MAIN = ["dora", PLACES, *FIRST]
+RANDOM = [f"random {i}" for i in range(8)]
+FIRST = RANDOM[:4]
+MAIN, ALL = ["dora", PLACES, *FIRST], ["dora", PLACES, *RANDOM]
 FRESH = range(4, 9)
-LOOK, SEARCH = range(201, 207), 100  # seeds that only compare ways to find places; steps of a search
-VARIANTS = {"AdaLoRA's start": dict(init="gaussian"), "AdaLoRA's score": dict(importance="triplet"),
-            "score per parameter": dict(importance="per parameter"),
-            "r' = 2": dict(start_rank=2), "longer look": dict(initial_phase=0.3)}
 OTHERS = ["adalora", "adalora's places", "paper", "paper's places",
           *(f"layer {i}" for i in range(6))]
+
+LOOK = range(201, 207)  # seeds that only compare ways to find places
+SEARCH, SHORT = 100, "short search"  # steps that find places, before a fresh start
+VARIANTS = {
+    "AdaLoRA's start": dict(init="gaussian"),
+    "AdaLoRA's score": dict(importance="triplet"),
+    "score per parameter": dict(importance="per parameter"),
+    "r' = 2": dict(start_rank=2),
+    "longer look": dict(initial_phase=0.3),
+}
+WAYS = [arm for way in VARIANTS for arm in (way, f"{way}'s places")]
 
 
 @functools.cache
@@ -55,15 +63,14 @@ def float32_by_onednn():
 def examples(task, split):
     """Return examples: "train", "held out" (a tenth of the train set), "the rest" of it, "dev"."""
     bpe = data.BPE(report.MINILM)
-    found = data.load_task(task, report.GLUE, "dev" if split == "dev" else "train", bpe, 64)
+    file = "dev" if split == "dev" else "train"
+    found = data.load_task(task, report.GLUE, file, bpe, 64)
     rows = np.random.default_rng(0).permutation(len(found))
     tenth = min(len(found) // 10, 1000)
-    if split == "held out":
-        found = [found[i] for i in rows[:tenth]]
-    elif split == "the rest":
-        found = [found[i] for i in rows[tenth:]]
+    parts = {"held out": rows[:tenth], "the rest": rows[tenth:]}
+    chosen = [found[i] for i in parts.get(split, range(len(found)))]
     longest = LENGTHS.get(task, (64, 64))[split in ("held out", "dev")]
-    return [example for example in found if len(example.ids) <= longest]
+    return [example for example in chosen if len(example.ids) <= longest]
 
 
 def costs_of(model):
@@ -74,7 +81,7 @@ def costs_of(model):
 
 def source_of(run):
     """Return the run that finds the places of this one, or the run itself."""
-    if run["arm"] == "short search":
+    if run["arm"] == SHORT:
         return {**run, "arm": "dora", "steps": SEARCH}
     return {**run, "arm": run["arm"].removesuffix("'s places")}
 
@@ -83,7 +90,8 @@ def places(run, costs):
     """Return the number of components of each matrix, for an arm whose places are fixed."""
     source = source_of(run)
     if source != run:
-        return dict(zip(costs, report.finished(LOG)[report.key_of(source)]["ranks"]))
+        found = report.finished(LOG)[report.key_of(source)]
+        return dict(zip(costs, found["ranks"]))
     kind, which = run["arm"].split()
     if kind == "layer":
         return {name: 1 for name in costs if f".layer.{which}." in name}
@@ -96,8 +104,8 @@ def places(run, costs):
 
 def per_parameter(layers):
     """Return the sensitivity of each component, (n,), by what it stores."""
-    costs = torch.tensor([sum(layer.base.weight.shape) for layer in layers for _ in layer.c])
-    return sensitivity(layers) / costs
+    costs = [sum(layer.base.weight.shape) for layer in layers for _ in layer.c]
+    return sensitivity(layers) / torch.tensor(costs)
 
 
 IMPORTANCE["per parameter"] = per_parameter, "gradients", torch.cat
@@ -105,9 +113,9 @@ IMPORTANCE["per parameter"] = per_parameter, "gradients", torch.cat
 
 def method(run):
     """Return the settings of an arm that finds its places, at the scale that all arms have."""
-    settings = {**METHODS.get(run["arm"], {}), **VARIANTS.get(run["arm"], {}),
-                "budget_unit": "parameters", "dropout_on": "components",
-                "rank": run["budget"] / 36, "dropout": DROPOUT}
+    same = dict(budget_unit="parameters", dropout_on="components",
+                rank=run["budget"] / 36, dropout=DROPOUT)
+    settings = {**(METHODS | VARIANTS)[run["arm"]], **same}
     config = DoRAConfig(**settings)
     divisor = max(1.0, config.rank) if config.scale == "rank" else config.r_prime
     return DoRAConfig(**settings, alpha=SCALE * divisor)
@@ -122,9 +130,9 @@ def make(run):
 
     torch.manual_seed(seed)
     model = train_glue.load_roberta(report.MINILM, task.num_labels)
-    model.roberta.to(torch.bfloat16 if run["dtype"] == "bf16" else torch.float32)
+    model.roberta.to(torch.bfloat16)
     costs, pruner = costs_of(model), None
-    if run["arm"] in {**METHODS, **VARIANTS}:
+    if run["arm"] in METHODS | VARIANTS:
         config = method(run)
         pruner = Pruner(inject(model, config), config, run["steps"])
     else:
@@ -142,7 +150,8 @@ def make(run):
         if step % STEPS == 0 or step == run["steps"]:
             predictions = train_glue.predict(model, dev)
             scores = data.score(task, predictions, [example.label for example in dev])
-            curve.append((step, round(scores[task.metrics[0]], 5), packed(predictions, task)))
+            score = round(scores[task.metrics[0]], 5)
+            curve.append((step, score, packed(predictions, task)))
 
     torch.manual_seed(seed)  # of dropout
     report.fit(model, loss_of, run["steps"], run["lr"], pruner, after)
@@ -168,49 +177,40 @@ def packed(predictions, task):
 
 def to_do():
     """Yield the runs in their order. Those that need the result of another one follow it."""
-    yield from block("stsb", (6,), [*MAIN, *MORE])
-    yield from block("stsb", (6,), [*MAIN, *MORE], FRESH, factor=0.5)
+    yield from block("stsb", (6,), [*ALL, *OTHERS])
+    yield from block("stsb", (6,), ALL, FRESH, factor=0.5)
     yield from block("stsb", (6,), MAIN, factor=0.5, steps=1200)
-    yield from block("stsb", (6,), OTHERS)
-    # the rate, chosen at 6, makes some runs collapse at 18: so all budgets at half of it, too
-    yield from block("stsb", (3, 6, 18, 12, 36), MAIN, factor=0.5)
-    yield from block("stsb", (18,), MAIN)
-    yield from block("mrpc", (6,), MAIN)
-    yield from block("mrpc", (6,), MAIN, factor=0.5)
+    # the rate, chosen at 6, makes some runs collapse at 18: so half of it, too
+    for factor in (0.5, 1.0):
+        yield from block("stsb", (3, 6, 12, 18, 36), MAIN, factor=factor)
+        yield from block("mrpc", (6,), MAIN, factor=factor)
     yield from ways_to_find()
-    for task, factor in itertools.product(("cola", "rte", "sst2"), (1, 0.5)):
-        yield from block(task, (6,), MAIN, factor=factor)
-    yield from block("stsb", (6,), [*MAIN, *MORE], (4, 5))
-    yield from block("stsb", (6,), MORE, factor=0.5)
-    yield from block("stsb", (6,), MAIN, (1,), dtype="float32")
+    for task in ("cola", "rte", "sst2"):
+        yield from block(task, (6,), MAIN)
+        yield from block(task, (6,), MAIN, factor=0.5)
+    yield from block("stsb", (6,), ALL, (4, 5))
     yield from block("stsb", (6,), MAIN, steps=1200)
-    for task, budget in itertools.product(TITLES, (6, 18)):
-        yield from block(task, (budget,), MAIN)
+    for task in TITLES:
+        yield from block(task, (18,), MAIN)
 
 
 def ways_to_find():
     """Yield the runs that compare ways to find places, on the held-out tenth of STS-B."""
-    shared = dict(budgets=(6,), split="held out")
-    for seed in LOOK:
-        yield from block("stsb", arms=MAIN, seeds=(seed,), **shared)
-        for arm in VARIANTS:
-            yield from block("stsb", arms=(arm, f"{arm}'s places"), seeds=(seed,), **shared)
-        yield from block("stsb", arms=("dora",), seeds=(seed,), steps=SEARCH, **shared)
-        rest = STEPS - SEARCH
-        yield from block("stsb", arms=("short search",), seeds=(seed,), steps=rest, **shared)
+    parts = ([*MAIN, *WAYS], STEPS), (["dora"], SEARCH), ([SHORT], STEPS - SEARCH)
+    for seed, (arms, steps) in itertools.product(LOOK, parts):
+        yield from block("stsb", (6,), arms, (seed,), steps=steps, split="held out")
 
 
-def block(task, budgets, arms, seeds=(1, 2, 3), factor=1.0, steps=STEPS, dtype="bf16",
-          split="dev"):
+def block(task, budgets, arms, seeds=(1, 2, 3), *, factor=1.0, steps=STEPS, split="dev"):
     """Yield the runs of some arms, and before them those that choose the task's rate."""
     if (rate := rate_of(task)) is None:
         yield from itertools.chain(*trials(task).values())
         return
 
     known = report.finished(LOG)
+    shared = dict(task=task, split=split, steps=steps, lr=factor * rate, dtype="bf16")
     for budget, seed, arm in itertools.product(budgets, seeds, arms):
-        run = dict(task=task, split=split, steps=steps, budget=budget, seed=seed, arm=arm,
-                   lr=factor * rate, dtype=dtype)
+        run = dict(shared, budget=budget, seed=seed, arm=arm)
         source = source_of(run)
         if source == run or report.key_of(source) in known:
             yield run
@@ -219,10 +219,11 @@ def block(task, budgets, arms, seeds=(1, 2, 3), factor=1.0, steps=STEPS, dtype="
 def trials(task):
     """Return by rate the runs that choose a task's rate. Where the best rate is the lowest or the
     highest, the next one is tried, too."""
-    cell = dict(task=task, split="held out", steps=STEPS, budget=6, arm=FIRST[0], dtype="bf16")
+    shared = dict(task=task, split="held out", steps=STEPS, dtype="bf16")
+    cell = dict(shared, budget=6, arm=FIRST[0])
     rates = list(RATES)
     while True:
-        runs = {lr: [{**cell, "seed": seed, "lr": lr} for seed in TRIED] for lr in rates}
+        runs = report.by_rate(cell, TRIED, rates)
         means = report.mean_by_rate(LOG, runs, "score")
         best = max(means, key=means.__getitem__, default=0)
         if best == 0 or min(rates) < best < max(rates) or len(rates) == 8:
@@ -245,7 +246,6 @@ class Setting(NamedTuple):
     task: str
     steps: int
     lr: float
-    dtype: str
     budget: int
     fresh: bool  # the seeds that were fixed to test what was seen at half the rate
     after: int  # steps, of which a long run is scored several times
@@ -253,36 +253,46 @@ class Setting(NamedTuple):
     def __str__(self):
         words = f"{TITLES[self.task]}, {self.budget} components, "
         words += f"after {self.after} of " * (self.after < self.steps)
-        return (f"{words}{self.steps} steps, rate {self.lr:g}" + ", seeds 4 to 8" * self.fresh
-                + f", {self.dtype}" * (self.dtype != "bf16"))
+        return f"{words}{self.steps} steps, rate {self.lr:g}" + ", seeds 4 to 8" * self.fresh
 
 
 def settings():
-    """Return by setting the scores of each seed by arm, {setting: [{arm: score}]}, of the seeds for
-    which dora's places and four random ones are there."""
-    found = {}
-    for line in report.read_log(LOG):
-        if line["split"] == "held out":
-            continue
-
-        shared = (line[name] for name in ("task", "steps", "lr", "dtype", "budget"))
+    """Return by setting the scores of each seed by arm, {setting: [{arm: score}]}."""
+    found = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for line in report.lines_of(LOG, split="dev"):
+        shared = [line[name] for name in Setting._fields[:4]]
         fresh = line["seed"] in FRESH and line["lr"] != rate_of(line["task"])
-        common = Setting(*shared, fresh, 0)
         for step, score in line["curve"]:
-            seeds = found.setdefault(common._replace(after=step), {})
-            seeds.setdefault(line["seed"], {})[line["arm"]] = score
+            seeds = found[Setting(*shared, fresh, step)]
+            seeds[line["seed"]][line["arm"]] = score
 
-    whole = {}
-    for setting in sorted(found, key=lambda setting: ([*TITLES].index(setting.task), setting)):
-        seeds = [arms for _, arms in sorted(found[setting].items()) if {PLACES, *FIRST} <= {*arms}]
-        if seeds:
-            whole[setting] = seeds
-    return whole
+    tasks = [*TITLES]
+    order = sorted(found, key=lambda setting: (tasks.index(setting.task), setting))
+    return {setting: seeds for setting in order if (seeds := whole(found[setting]))}
+
+
+def ways():
+    """Return the scores by arm of the seeds that compare ways to find places, [{arm: score}]."""
+    found = collections.defaultdict(dict)
+    for line in report.lines_of(LOG, split="held out"):
+        if line["seed"] in LOOK and line["steps"] != SEARCH:
+            found[line["seed"]][line["arm"]] = line["score"]
+    return whole(found)
+
+
+def whole(seeds):
+    """Return the seeds for which dora's places and four random ones are there."""
+    return [arms for arms in seeds.values() if {PLACES, *FIRST} <= arms.keys()]
 
 
 def randoms(arms):
     """Return the scores of the random placements of a seed."""
     return [score for arm, score in arms.items() if arm.startswith("random ")]
+
+
+def middle(seeds, arm):
+    """Return the median score of an arm."""
+    return statistics.median(arms[arm] for arms in seeds)
 
 
 def beaten(seeds, arm):
@@ -312,26 +322,25 @@ def chance(counts):
 
 def write_report():
     """Write places.md and places.svg from the log."""
-    lines, found = report.read_log(LOG), settings()
-    hours = sum(line["seconds"] for line in lines) / 3600
-    commits = ", ".join(sorted({line["commit"] for line in lines}))
-    head = ["setting", "seeds x random places", "best - worst", "their median", "dora", PLACES,
-            f"percentile of {PLACES}", "p", "of dora"]
-    parts = [
-        "# Places on text",
-        f"Written by `python benchmarks/places.py` from {len(lines)} runs, whose protocol is in "
-        f"[README.md](../README.md): {hours:.1f} hours of one core (commits {commits}; but for "
-        "61ffb71 with dora.py of af50a13, which computes the same). Scores are medians over the "
-        f"seeds, p is one-sided, wide is {WIDE} or more. Seeds 4 to 8 "
-        "at half the rate are a test that was fixed before they were run.",
-        report.table(head, [row(setting, seeds) for setting, seeds in found.items()]),
-        *(others_table(setting, seeds) for setting, seeds in found.items()
-          if any({*arms} & {*OTHERS} for arms in seeds)),
+    found, looked = settings(), ways()
+    head = ["setting", "seeds x random places", "best - worst", "lowest random", "median",
+            "dora", PLACES, f"percentile of {PLACES}", "p", "of dora"]
+    tried = {task: report.mean_by_rate(LOG, trials(task), "score") for task in TITLES}
+    rates = [[TITLES[task], ", ".join(f"{lr:g}: {means[lr]:.3f}" for lr in sorted(means))]
+             for task, means in tried.items() if means]
+    report.write_page("places", "Places on text", report.read_log(LOG), [
+        "The commits before 61ffb71 ran with dora.py of af50a13, which computes the same. Scores "
+        f"are medians over the seeds, p is one-sided, wide is {WIDE} or more. Seeds 4 to 8 at half "
+        "the rate are a test that was fixed before they were run.",
+        report.table(head, [*itertools.starmap(row, found.items())]),
+        *(arms_table(f"arms: {setting}", OTHERS, seeds) for setting, seeds in found.items()
+          if any({*OTHERS} & arms.keys() for arms in seeds)),
+        "Ways to find six places, on the held-out tenth of STS-B. These seeds only compare ways, "
+        "so they are no evidence for the one that does best.",
+        arms_table(f"ways, {len(looked)} of {len(LOOK)} seeds", [*WAYS, SHORT], looked)
+        if looked else "No such run is stored yet.",
         "The mean score of random places on a held-out tenth chose the rate of a task:",
-        report.table(["task", "rate: score"], [
-            [TITLES[task], ", ".join(f"{lr:g}: {mean:.3f}" for lr, mean in means.items())]
-            for task in TITLES if (means := report.mean_by_rate(LOG, trials(task), "score"))])]
-    (report.RESULTS / "places.md").write_text("\n\n".join(parts) + "\n", "utf-8")
+        report.table(["task", "rate: score"], rates)])
     plot(found)
 
 
@@ -341,56 +350,61 @@ def row(setting, seeds):
     sizes = sorted({len(strip) for strip in strips})
     every = [*itertools.chain(*strips)]
     wide = statistics.median(max(strip) - min(strip) for strip in strips)
-    lost = sum(score < 0.5 for score in every)
     return [
         str(setting), f"{len(seeds)} x {' or '.join(map(str, sizes))}",
-        f"{wide:.3f}" + ", wide" * (wide >= WIDE) + f", {lost} below .5" * bool(lost),
-        f"{statistics.median(every):.3f}",
-        f"{statistics.median(arms['dora'] for arms in seeds):.3f}",
-        f"{statistics.median(arms[PLACES] for arms in seeds):.3f}",
+        f"{wide:.3f}" + ", wide" * (wide >= WIDE),
+        f"{min(every):.3f}", f"{statistics.median(every):.3f}",
+        f"{middle(seeds, 'dora'):.3f}", f"{middle(seeds, PLACES):.3f}",
         percentile(seeds, PLACES), f"{chance(beaten(seeds, PLACES)):.3f}",
         percentile(seeds, "dora")]
 
 
-def others_table(setting, seeds):
-    """Return the other arms of a setting beside dora's and random places."""
+def arms_table(title, others, seeds):
+    """Return other arms beside dora's and random places, and with how many seeds they are ahead of
+    dora's places."""
     every = [*itertools.chain(*map(randoms, seeds))]
     body = [["random places", report.spread(every, 3), "", ""]]
-    for arm in ("dora", PLACES, *OTHERS):
-        own = [arms for arms in seeds if arm in arms]
-        if own:
-            body.append([arm, report.spread([arms[arm] for arms in own], 3), percentile(own, arm),
-                         f"{chance(beaten(own, arm)):.3f}"])
-    return report.table([f"arms: {setting}", "median (range, number)", "percentile", "p"], body)
+    for arm in ("dora", PLACES, *others):
+        if own := [arms for arms in seeds if arm in arms]:
+            ahead = sum(arms[arm] > arms[PLACES] for arms in own)
+            scores = report.spread((arms[arm] for arms in own), 3)
+            body.append([arm, scores, percentile(own, arm), f"{ahead} of {len(own)}"])
+    head = [title, "median (range, number)", "percentile", f"ahead of {PLACES}"]
+    return report.table(head, body)
+
+
+def panel_of(setting):
+    """Return the title of a setting's panel, what its strips differ in, and its own value."""
+    task, rate = TITLES[setting.task], f"rate {setting.lr:g}"
+    components = f"{setting.budget} components"
+    if setting.steps > STEPS:
+        return f"{task}, {rate}, {components}", f"steps of {setting.steps:,}", str(setting.after)
+    if setting.task == "stsb":
+        value = str(setting.budget) + "\nfresh\nseeds" * setting.fresh
+        return f"{task}, {rate}", f"components in all, {STEPS} steps", value
+    return task, f"rate, {components},\n{STEPS} steps", f"{setting.lr:g}"
 
 
 def plot(found):
-    """Draw random places over the budget, a panel per task and rate, or for long runs over the
-    steps, with a line through dora's."""
-    panels = {}
+    """Draw strips of random places with a line through dora's: on STS-B over the budget, a panel
+    per rate, and below it for long runs over the steps, and for other tasks over the rate."""
+    rows = {}
     for setting, seeds in found.items():
-        title, label = f"{TITLES[setting.task]}, rate {setting.lr:g}", str(setting.budget)
-        if setting.steps > STEPS:
-            title, label = f"{title}, {label} components", str(setting.after)
-        else:
-            title += f", {setting.steps} steps"
-        label += "\nfresh\nseeds" * setting.fresh + f"\n{setting.dtype}" * (
-            setting.dtype != "bf16")
-        panels.setdefault(title, {})[label] = seeds
+        title, differ, value = panel_of(setting)
+        panels = rows.setdefault("in all" in differ, {})
+        panels.setdefault((setting.task, title, differ), {})[value] = seeds
 
-    columns = min(len(panels), 3 if len(panels) % 2 else 2)
-    rows = math.ceil(len(panels) / columns)
-    figure = report.figure(8, 0.4 + 2.6 * rows)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for ax, (title, strips) in zip(axes, panels.items()):
-        draw(ax, strips)
-        long = title.endswith("components")
-        ax.set(title=title, xlabel="steps of 1,200" if long else "components in all")
-    for ax in axes[len(panels):]:
-        ax.set_visible(False)
-    for ax in axes[::columns]:
-        ax.set_ylabel("score on dev")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+    figure = report.figure(8, 0.6 + 2.7 * len(rows))
+    parts = figure.subfigures(len(rows), squeeze=False).flat
+    for part, panels in zip(parts, rows.values()):
+        widths = [*map(len, panels.values())]
+        axes = part.subplots(1, len(panels), width_ratios=widths, squeeze=False).flat
+        for ax, (words, strips) in zip(axes, panels.items()):
+            draw(ax, strips)
+            task, title, differ = words
+            metric = data.TASKS[task].metrics[0].title()
+            ax.set(title=title, xlabel=differ, ylabel=f"{metric} on dev")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3,
                   frameon=False)
     report.save_figure(figure, report.RESULTS / "places.svg")
 
@@ -399,26 +413,31 @@ def draw(ax, strips):
     """Draw strips, seed beside seed, and above each the percentile of dora's places. Scores that
     are lower than the axis are triangles on its floor."""
     orange, grey = report.COLORS["dora"], "#999999"
-    top = max(max(arms[PLACES], *randoms(arms)) for seeds in strips.values() for arms in seeds)
-    floor = top - 0.15
+    every = itertools.chain(*strips.values())
+    top = max(max(arms[PLACES], *randoms(arms)) for arms in every)
+    floor, dots = top - 0.15, collections.defaultdict(list)
     for x, seeds in enumerate(strips.values()):
         for i, arms in enumerate(seeds):
             at = x + 0.14 * (i - (len(seeds) - 1) / 2)
-            dots = ((randoms(arms), "o", grey), ([arms[PLACES]], "D", orange))
-            for scores, marker, color in dots:
-                for score in scores:
-                    shown = marker if score >= floor else "v"
-                    ax.plot(at, max(score, floor), shown, color=color, ms=4, mew=0)
+            grey_ones = [(score, "o", grey) for score in randoms(arms)]
+            for score, marker, color in (*grey_ones, (arms[PLACES], "D", orange)):
+                shown = marker if score >= floor else "v"
+                dots[shown, color].append((at, max(score, floor)))
         ax.text(x, top + 0.012, percentile(seeds, PLACES), color=orange, ha="center")
-    middles = [statistics.median(arms[PLACES] for arms in seeds) for seeds in strips.values()]
-    ax.plot(range(len(strips)), middles, color=orange, lw=1.2, label="their median")
+
+    for (marker, color), points in dots.items():
+        ax.scatter(*zip(*points), 16, color, marker=marker, lw=0)
+    xs = range(len(strips))
+    middles = [middle(seeds, PLACES) for seeds in strips.values()]
+    ax.plot(xs, middles, color=orange, lw=1.2, label="their median")
     for marker, size, color, label in (
-            ("D", 4, orange, "dora's places, a dot per seed"), ("o", 4, grey, "random places"),
+            ("D", 4, orange, "dora's places, a dot per seed"),
+            ("o", 4, grey, "random places"),
             ("v", 4, grey, "below the axis"),
             (r"$\%$", 7, orange, "share of the random places that they beat")):
-        ax.plot([], [], ls="", marker=marker, color=color, ms=size, mew=0, label=label)
-    ax.set_xticks(range(len(strips)), list(strips))
-    ax.set(xlim=(-0.6, max(4, len(strips)) - 0.4), ylim=(floor - 0.01, top + 0.03))
+        ax.scatter([], [], size**2, color, marker=marker, lw=0, label=label)
+    ax.set_xticks(xs, strips)
+    ax.set(xlim=(-0.6, len(xs) - 0.4), ylim=(floor - 0.01, top + 0.03))
 
 
 def short():
@@ -432,8 +451,7 @@ def short():
 
     costs = costs_of(train_glue.load_roberta(report.MINILM, 1))
     assert len(costs) == 36 and sum(costs.values()) == 36 * 1152
-    run = dict(task="stsb", split="dev", steps=40, seed=1, arm="random 3", lr=4e-3,
-               dtype="bf16")
+    run = dict(task="stsb", split="dev", steps=40, seed=1, arm=FIRST[3], lr=4e-3)
     for budget in (3, 6, 18):
         ranks = places({**run, "budget": budget}, costs)
         left = budget * 1152 - sum(costs[name] * rank for name, rank in ranks.items())

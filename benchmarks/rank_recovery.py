@@ -11,7 +11,7 @@ same problems. A finished run is a line of results/rank_recovery.jsonl and is ne
 Several processes may run at once.
 """
 
-import collections
+import itertools
 import math
 import statistics
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ PATTERNS = {
 STRESS = ("150 steps",)  # too few to converge: shown, not counted as "worst"
 
 CHANGED = "Ī·Ū .85, B=0, fast, but for"  # the third table: rows that change one setting each
-FEWER = 5  # its seeds, at most
+SEEDS, FEWER = 20, 5  # the second of that table
 TELLING = ("mixed", "uneven", "gains", "batch 8", "400 steps", "150 steps")
 
 # The rows spell their settings out, so that they mean the same when a default of dora.py changes.
@@ -74,28 +74,37 @@ SCORES = {"norm": NORM, "Frobenius": dict(NORM, importance="frobenius"), "Ī·Ū
 STARTS = {"kaiming": dict(init="kaiming", scale="start_rank"),
           "B=0": dict(init="zero_b", scale="rank")}
 CURVES = {"slow": dict(schedule="slow_first"), "fast": dict(schedule="fast_first")}
-BASE = dict(**IU, **STARTS["B=0"], **CURVES["fast"], penalty=None, initial_phase=0.15,
-            final_phase=0.5, interval=10, budget_unit="components")
+PHASES = dict(initial_phase=0.15, final_phase=0.5, interval=10)
+FIXED = dict(penalty=None, budget_unit="components")
+BASE = IU | STARTS["B=0"] | CURVES["fast"] | PHASES | FIXED
 LATE = dict(initial_phase=0.3, final_phase=0.3)
 CHANGES = (
-    dict(scale="start_rank"), dict(init="gaussian", scale="start_rank"), dict(importance="triplet"),
-    dict(beta2=None), dict(beta1=0.98, beta2=None), dict(beta1=0.7, beta2=0.7),
-    dict(beta1=0.95, beta2=0.95), dict(penalty="dem", eta=0.3),
-    dict(penalty="orthogonal", eta=0.5), dict(interval=50), dict(final_phase=0.3),
-    dict(final_phase=0.7), LATE, dict(LATE, beta2=None),
-    dict(LATE, importance="frobenius", beta1=0.9, beta2=None), dict(LATE, schedule="slow_first"))
-
-
-def tables():
-    """Return {title: {row: settings}}."""
-    def label(change):
-        return ", ".join(f"{k} {str(v).lower()}" for k, v in change.items())
-
-    grid = {f"{a}, {b}, {c}": {**BASE, **SCORES[a], **STARTS[b], **CURVES[c]}
-            for a in SCORES for b in STARTS for c in CURVES}
-    return {"Methods": {**METHODS, "dora, phases .3 / .3": {**METHODS["dora"], **LATE}},
-            "Score, start, curve": grid,
-            CHANGED: {label(change): {**BASE, **change} for change in CHANGES}}
+    dict(scale="start_rank"),
+    dict(init="gaussian", scale="start_rank"),
+    dict(importance="triplet"),
+    dict(beta2=None),
+    dict(beta1=0.98, beta2=None),
+    dict(beta1=0.7, beta2=0.7),
+    dict(beta1=0.95, beta2=0.95),
+    dict(penalty="dem", eta=0.3),
+    dict(penalty="orthogonal", eta=0.5),
+    dict(interval=50),
+    dict(final_phase=0.3),
+    dict(final_phase=0.7),
+    LATE,
+    dict(LATE, beta2=None),
+    dict(LATE, importance="frobenius", beta1=0.9, beta2=None),
+    dict(LATE, schedule="slow_first"),
+)
+TABLES = {  # title: {row: settings}
+    "Methods": {**METHODS, "dora, phases .3 / .3": METHODS["dora"] | LATE},
+    "Score, start, curve": {
+        f"{a}, {b}, {c}": BASE | SCORES[a] | STARTS[b] | CURVES[c]
+        for a in SCORES for b in STARTS for c in CURVES},
+    CHANGED: {
+        ", ".join(f"{k} {str(v).lower()}" for k, v in change.items()): BASE | change
+        for change in CHANGES},
+}
 
 
 def patterns_of(title):
@@ -161,7 +170,7 @@ def make_config(settings, pattern):
     if settings.get("schedule", "") is None:
         rank = start = math.ceil(rank)
     fixed = dict(rank=rank, start_rank=start, dropout=0.0, targets=("linear",))
-    return DoRAConfig(**{**settings, **fixed})
+    return DoRAConfig(**settings | fixed)
 
 
 def run(settings, pattern, seed):
@@ -183,38 +192,35 @@ def run(settings, pattern, seed):
     return dict(kept=[*pruner.ranks().values()], loss=round(over, 4))
 
 
-def to_do(titles, seeds):
-    """Yield the runs of tables, seed by seed, so that a stopped sweep leaves whole tables."""
-    for seed in range(seeds):
-        for title in titles:
-            for row in tables()[title] if seed < FEWER or title != CHANGED else ():
-                for name in patterns_of(title):
+def to_do():
+    """Yield the runs, seed by seed, so that a stopped sweep leaves whole tables."""
+    for seed in range(SEEDS):
+        for title, rows in TABLES.items():
+            if seed < FEWER or title != CHANGED:
+                for row, name in itertools.product(rows, patterns_of(title)):
                     yield dict(code=CODE, row=row, pattern=name, seed=seed)
 
 
 def run_cell(c):
     """Make the run of a row on a pattern."""
-    title = next(title for title, rows in tables().items() if c["row"] in rows)
-    pattern = patterns_of(title)[c["pattern"]]
-    return run(tables()[title][c["row"]], pattern, c["seed"])
+    settings = next(rows[c["row"]] for rows in TABLES.values() if c["row"] in rows)
+    return run(settings, PATTERNS[c["pattern"]], c["seed"])
 
 
 # ---- report --------------------------------------------------------------------------------------
 
 
 def cells_of(title):
-    """Return the finished runs of a table by row and pattern, of the seeds that every row has."""
-    rows, patterns = tables()[title], patterns_of(title)
-    runs = [line for line in report.read_log(LOG)
-            if line["row"] in rows and line["pattern"] in patterns]
-    met = collections.Counter((run["pattern"], run["seed"]) for run in runs)
-    found = {
-        (row, name): [] for row in rows for name in patterns}
-    for run in runs:
-        if met[run["pattern"], run["seed"]] == len(rows):
+    """Return the finished runs of a table by row and pattern, of the seeds that every cell has."""
+    patterns = patterns_of(title)
+    found = {cell: {} for cell in itertools.product(TABLES[title], patterns)}
+    for run in report.read_log(LOG):
+        cell = run["row"], run["pattern"]
+        if cell in found:
             share = misplaced(run["kept"], patterns[run["pattern"]])
-            found[run["row"], run["pattern"]].append({**run, "misplaced": 100 * share})
-    return found
+            found[cell][run["seed"]] = {**run, "misplaced": 100 * share}
+    seeds = sorted(set.intersection(*map(set, found.values())))
+    return {cell: [runs[seed] for seed in seeds] for cell, runs in found.items()}
 
 
 def mean(runs, field):
@@ -224,22 +230,23 @@ def mean(runs, field):
 
 def markdown():
     """Return the tables: misplaced % / loss over the floor, and the runs without a mistake."""
-    text = (f"Misplaced, % of the run's own adapter / loss over the floor, means over the seeds. "
-            f"\"Right\": the runs in which nothing is misplaced, {', '.join(STRESS)} left out. "
-            f"Written by `python benchmarks/rank_recovery.py`, lr {LR:g}.\n")
-    for title, rows in tables().items():
-        cells, body = cells_of(title), []
-        for row in rows:
-            means = [(mean(cells[row, name], "misplaced"), mean(cells[row, name], "loss"))
-                     for name in patterns_of(title)]
-            right = [run["misplaced"] == 0 for name in patterns_of(title) if name not in STRESS
-                     for run in cells[row, name]]
-            body.append([row, *(f"{share:.1f} / {loss:.3f}" for share, loss in means),
-                         f"{sum(right)} of {len(right)}"])
-        seeds = len(cells[next(iter(cells))])
-        text += "\n" + report.table(
-            [f"{title} ({seeds} seeds)", *patterns_of(title), "right"], body) + "\n"
-    return text
+    parts = [f"Misplaced, % of the run's own adapter / loss over the floor, means over the seeds. "
+             f"\"Right\": the runs in which nothing is misplaced, {', '.join(STRESS)} left out. "
+             f"Written by `python benchmarks/rank_recovery.py`, lr {LR:g}."]
+    for title, rows in TABLES.items():
+        cells, patterns = cells_of(title), patterns_of(title)
+        columns = [name for name in patterns if name not in STRESS]
+
+        def text(row, name):
+            if name == "right":
+                right = [run["misplaced"] == 0 for name in columns for run in cells[row, name]]
+                return f"{sum(right)} of {len(right)}"
+            runs = cells[row, name]
+            return f"{mean(runs, 'misplaced'):.1f} / {mean(runs, 'loss'):.3f}"
+
+        seeds = len(next(iter(cells.values())))
+        parts.append(report.grid(f"{title} ({seeds} seeds)", [*patterns, "right"], rows, text))
+    return "\n\n".join(parts) + "\n"
 
 
 def plot():
@@ -277,5 +284,4 @@ def short():
 
 
 if __name__ == "__main__":
-    report.command_line(str(__doc__), LOG, lambda: to_do([*tables()], 20), run_cell, write_report,
-                        short)
+    report.command_line(str(__doc__), LOG, to_do, run_cell, write_report, short)

@@ -157,14 +157,18 @@ def claimed(key):
 # ---- learning rates and training -----------------------------------------------------------------
 
 
+def by_rate(cell, seeds, rates):
+    """Return by learning rate the runs that try it, one per seed."""
+    return {lr: [{**cell, "seed": seed, "lr": lr} for seed in seeds] for lr in rates}
+
+
 def mean_by_rate(log, trials, name):
     """Return the mean of a figure by learning rate; {} until all runs of the trials are made."""
     done = finished(log)
     found = {lr: [done.get(key_of(run)) for run in runs] for lr, runs in trials.items()}
-    if not all(all(lines) for lines in found.values()):
+    if not all(map(all, found.values())):
         return {}
-    return {lr: statistics.mean(line[name] for line in lines if line)
-            for lr, lines in found.items()}
+    return {lr: statistics.mean(line[name] for line in lines) for lr, lines in found.items()}
 
 
 def next_rate(tried, middle=2e-3):
@@ -286,6 +290,22 @@ def table(head, rows):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def grid(title, columns, rows, cell):
+    """Return a table of rows by columns, whose cells are cell(row, column)."""
+    return table([title, *columns], [
+        [row, *(cell(row, column) for column in columns)] for row in rows])
+
+
+def write_page(name, title, lines, parts):
+    """Write results/NAME.md: what the script of this name made it from, and its parts."""
+    hours = sum(line["seconds"] for line in lines) / 3600
+    commits = ", ".join(sorted({line["commit"] for line in lines}))
+    origin = (f"Written by `python benchmarks/{name}.py` from {len(lines)} runs, whose protocol is "
+              f"in [README.md](../README.md): {hours:.1f} hours of one core, commits {commits}.")
+    page = "\n\n".join([f"# {title}", origin, *parts])
+    (RESULTS / f"{name}.md").write_text(f"{page}\n", "utf-8")
+
+
 def rates_table(title, tried, middle=lambda row: 2e-3):
     """Return the scores of each row by learning rate, the chosen ones in bold. middle() is the rate
     around which a row's search began."""
@@ -342,14 +362,12 @@ def differences_table(title, columns, pairs, runs, name="", say=None):
     def listed(found):
         return ", ".join(f"{difference:+.4f}" for difference in found)
 
-    body = []
-    for pair in pairs:
-        cells = []
-        for column in columns:
-            found = by_seed(*(runs(row, column) for row in pair), name or column)
-            cells.append((say or listed)(found) if found else "not run")
-        body.append([" minus ".join(pair), *cells])
-    return table([title, *columns], body)
+    def cell(names, column):
+        first, second = (runs(row, column) for row in names.split(" minus "))
+        found = by_seed(first, second, name or column)
+        return (say or listed)(found) if found else "not run"
+
+    return grid(title, columns, map(" minus ".join, pairs), cell)
 
 
 def figure(width, height):

@@ -131,11 +131,12 @@ def make(run, ranks=None):
     with torch.no_grad():
         logits = net(x[scored])
     loss = F.cross_entropy(logits, y[scored]).item()
-    wrong = (logits.argmax(1) != y[scored]).nonzero()[:, 0].tolist()
+    missed = logits.argmax(1) != y[scored]
+    wrong = missed.nonzero()[:, 0].tolist()
     if pruner:
         ranks = [*pruner.ranks().values()]
-    error = len(wrong) / len(scored)
-    return dict(loss=round(loss, 5), wrong=wrong, error=round(error, 5), ranks=ranks)
+    error = round(len(wrong) / len(scored), 5)
+    return dict(loss=round(loss, 5), wrong=wrong, error=error, ranks=ranks)
 
 
 def ranks_of(run):
@@ -144,7 +145,7 @@ def ranks_of(run):
         return [1] * len(NAMES)
     if run["arm"] in SINGLE:
         return [COMPONENTS * (name == run["arm"][-1]) for name in NAMES]
-    dora = {**run, "arm": "dora", "lr": rate_of(run["shift"], "dora")}
+    dora = {**run, "arm": "dora", "lr": rate_of("dora", run["shift"])}
     ranks = report.finished(LOG)[report.key_of(dora)]["ranks"]
     if run["arm"] == "its places":
         return ranks
@@ -162,25 +163,29 @@ def shuffled(ranks, seed):
     return next(enough, others[stay.index(min(stay))])
 
 
-def trials(shift, arm):
+def losses(arm, shift):
+    """Return the mean loss of an arm by rate, on the seeds that choose its rate."""
+    return report.mean_by_rate(LOG, trials(arm, shift), "loss")
+
+
+def trials(arm, shift):
     """Return by rate the runs that choose an arm's rate."""
-    cell = dict(shift=shift, arm=arm)
-    return {lr: [{**cell, "seed": seed, "lr": lr} for seed in CHOOSE] for lr in RATES}
+    return report.by_rate(dict(shift=shift, arm=arm), CHOOSE, RATES)
 
 
-def rate_of(shift, arm):
+def rate_of(arm, shift):
     """Return the rate that was chosen for an arm, None until it is known."""
-    means = report.mean_by_rate(LOG, trials(shift, arm), "loss")
-    return min(means, key=means.__getitem__, default=None)
+    tried = losses(arm, shift)
+    return min(tried, key=tried.__getitem__, default=None)
 
 
 def to_do():
     """Yield the runs in their order: the rates, dora's first, then the reported seeds."""
     rates = {}
     for shift, arm in itertools.product(SHIFTS, ARMS):
-        rates[shift, arm] = rate_of(shift, arm)
+        rates[shift, arm] = rate_of(arm, shift)
         if rates[shift, arm] is None:
-            yield from itertools.chain(*trials(shift, arm).values())
+            yield from itertools.chain(*trials(arm, shift).values())
             return
     for seed in SEEDS:
         for (shift, arm), lr in rates.items():
@@ -190,12 +195,11 @@ def to_do():
 # ---- report --------------------------------------------------------------------------------------
 
 
-def lines_of(shift, arm):
+def lines_of(arm, shift):
     """Return the reported runs of an arm, by rising seed. The best matrix is the one with the
     lowest mean loss on the seeds that choose the rates."""
     if arm == BEST:
-        losses = {arm: report.mean_by_rate(LOG, trials(shift, arm), "loss") for arm in SINGLE}
-        arm = min(SINGLE, key=lambda arm: min(losses[arm].values(), default=math.inf))
+        arm = min(SINGLE, key=lambda arm: min(losses(arm, shift).values(), default=math.inf))
     lines = report.lines_of(LOG, shift=shift, arm=arm)
     return [line for line in lines if line["seed"] in SEEDS]
 
@@ -204,23 +208,16 @@ def write_report():
     """Write surgical.md and surgical.svg from the log."""
     lines = report.read_log(LOG)
     seeds = {line["seed"] for line in lines} - {*CHOOSE}
-    minutes = sum(line["seconds"] for line in lines) / 60
-    commits = ", ".join(sorted({line["commit"] for line in lines}))
-    kept = [[f"{shift}, {arm}", *(f"{mean:.1f}" for mean in means(shift, arm))]
+    kept = [[f"{shift}, {arm}", *(f"{mean:.1f}" for mean in means(arm, shift))]
             for shift in SHIFTS for arm in FOUND]
-    rates = [[arm, *(str(rate_of(shift, arm)) for shift in SHIFTS)] for arm in ARMS]
-    parts = [
-        "# Digits whose right place is known",
-        f"Written by `python benchmarks/surgical.py` from {len(lines)} runs, whose protocol is in "
-        f"[README.md](../README.md): {minutes:.0f} minutes of one core, {len(seeds)} of "
-        f"{len(SEEDS)} seeds, with dora.py of af50a13 (surgical.py: {commits}).",
-        report.differences_table("loss: lower in, median, sign test", SHIFTS, PAIRS,
-                                 lambda arm, shift: lines_of(shift, arm), "loss", compared),
-        report.table(["error in % / loss, medians", *SHIFTS], [
-            [arm, *(medians(shift, arm) for shift in SHIFTS)] for arm in (*ROWS, *SINGLE)]),
+    report.write_page("surgical", "Digits whose right place is known", lines, [
+        f"The tables have {len(seeds)} of {len(SEEDS)} seeds, made with dora.py of af50a13.",
+        report.differences_table("loss: lower in, median, sign test", SHIFTS, PAIRS, lines_of,
+                                 "loss", compared),
+        report.grid("error in % / loss, medians", SHIFTS, (*ROWS, *SINGLE), medians),
         report.table(["components kept", *(f"matrix {name}" for name in NAMES)], kept),
-        "Rates:", report.table(["arm", *SHIFTS], rates)]
-    (report.RESULTS / "surgical.md").write_text("\n\n".join(parts) + "\n", "utf-8")
+        "Rates:",
+        report.grid("arm", SHIFTS, ARMS, lambda arm, shift: str(rate_of(arm, shift)))])
     plot()
 
 
@@ -231,17 +228,18 @@ def compared(differences):
             f"p {report.coin(differences):.2g}")
 
 
-def medians(shift, arm):
+def medians(arm, shift):
     """Return error and loss of an arm."""
-    lines = lines_of(shift, arm)
-    error, loss = (statistics.median(line[name] for line in lines) for name in ("error", "loss"))
+    lines = lines_of(arm, shift)
+    error = statistics.median(line["error"] for line in lines)
+    loss = statistics.median(line["loss"] for line in lines)
     return f"{100 * error:.1f} / {loss:.3f}" + f" ({lines[0]['arm']})" * (arm == BEST)
 
 
-def means(shift, arm):
+def means(arm, shift):
     """Return the mean number of components of each matrix."""
-    kept = [line["ranks"] for line in lines_of(shift, arm)]
-    return [statistics.mean(ranks) for ranks in zip(*kept)]
+    kept = [line["ranks"] for line in lines_of(arm, shift)]
+    return [*map(statistics.mean, zip(*kept))]
 
 
 def plot():
@@ -249,18 +247,19 @@ def plot():
     figure = report.figure(8, 4.2)
     axes = figure.subplots(2, len(SHOWN), height_ratios=[1, 1.7], sharey="row")
     for (top, bottom), (shift, text) in zip(axes.T, SHOWN.items()):
-        grid = [means(shift, arm) for arm in FOUND]
+        grid = [means(arm, shift) for arm in FOUND]
         report.heat_map(top, grid, FOUND, NAMES, 0, COMPONENTS)
         top.set(xlabel="matrix", title=f"{shift}: {text}")
 
         for x, (arm, color) in enumerate(DOTS.items()):
-            errors = [100 * line["error"] for line in lines_of(shift, arm)]
+            errors = [100 * line["error"] for line in lines_of(arm, shift)]
             places = [x - 0.25 + 0.5 * (7 * i % 20) / 19 for i in range(len(errors))]
             bottom.plot(places, errors, "o", ms=3, mew=0, alpha=0.8, color=color)
             middle = statistics.median(errors)
             bottom.hlines(middle, x - 0.35, x + 0.35, color="black", lw=1.2)
-        bottom.set_xticks(range(len(DOTS)), [arm.replace(" ", "\n") for arm in DOTS])
-    seeds, ticks = len(lines_of("mirrored", "dora")), (2, 5, 10, 20, 50)
+        names = [arm.replace(" ", "\n") for arm in DOTS]
+        bottom.set_xticks(range(len(DOTS)), names)
+    seeds, ticks = len(lines_of("dora", "mirrored")), (2, 5, 10, 20, 50)
     axes[0, 0].set_ylabel("components kept\n"f"(mean of {seeds} seeds)")
     axes[1, 0].set(ylabel="test error in %: seeds, median", yscale="log")
     axes[1, 0].set_yticks(ticks, ticks)
@@ -274,8 +273,8 @@ def short():
     x, _ = digits()
     assert torch.linalg.matrix_rank(shifted("swapped", 1)[0] - x) == 3
     for seed in SEEDS:
-        first, second, *rest = shuffled([5, 1, 0, 0, 0, 0, 0], seed)
-        assert first + second + sum(rest) == 6 and min(first, 5) + min(second, 1) <= 3
+        kept = shuffled([5, 1, 0, 0, 0, 0, 0], seed)
+        assert sum(kept) == 6 and min(kept[0], 5) + min(kept[1], 1) <= 3
     for seed in (1, 2):
         run = dict(shift="mirrored", seed=seed, lr=5e-3)
         kept = make({**run, "arm": "dora"})["ranks"]

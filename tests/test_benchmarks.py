@@ -46,7 +46,7 @@ def test_misplaced():
 
 def test_every_row_is_a_config_and_spends_the_true_total():
     """Rows are DoRAConfig values: each one builds, without dropout, at the teacher's budget."""
-    for title, rows in rr.tables().items():
+    for title, rows in rr.TABLES.items():
         for name, settings in rows.items():
             for pattern in rr.patterns_of(title).values():
                 config, n = rr.make_config(settings, pattern), len(pattern.truth)
@@ -56,28 +56,27 @@ def test_every_row_is_a_config_and_spends_the_true_total():
 
 
 def test_recorded_runs_are_found():
-    """The cells of today's tables against the log: each of seed 0 is recorded under its key."""
+    """The cells of today's tables against the log: each is recorded under its key."""
     done = report.finished(rr.LOG)
-    for cell in rr.to_do([*rr.tables()], 1):
+    for cell in rr.to_do():
         line = done[report.key_of(cell)]
         assert cell.items() <= line.items()
-        title = next(title for title, rows in rr.tables().items() if cell["row"] in rows)
-        assert len(line["kept"]) == len(rr.patterns_of(title)[cell["pattern"]].truth)
+        assert len(line["kept"]) == len(rr.PATTERNS[cell["pattern"]].truth)
 
 
 def test_a_finished_run_is_never_repeated(tmp_path, monkeypatch):
     """A log whose last line was cut off: only that run is made again, and it ends as before."""
     tiny = {"tiny": rr.Pattern((0, 2, 1), width=8, batch=8, steps=20)}
-    monkeypatch.setattr(rr, "patterns_of", lambda title: tiny)
+    monkeypatch.setattr(rr, "PATTERNS", tiny)
     rows = {"a": rr.BASE, "b": {**rr.BASE, "beta2": None}}
-    monkeypatch.setattr(rr, "tables", lambda: {"Methods": rows})
+    monkeypatch.setattr(rr, "TABLES", {"Methods": rows})
+    monkeypatch.setattr(rr, "SEEDS", 2)
     monkeypatch.setattr(report, "RUNS", tmp_path)
     monkeypatch.setattr(rr, "LOG", tmp_path / "rank_recovery.jsonl")
     calls = []
 
     def sweep():
-        report.make_all(rr.LOG, lambda: rr.to_do(["Methods"], 2),
-                        lambda cell: calls.append(cell) or rr.run_cell(cell))
+        report.make_all(rr.LOG, rr.to_do, lambda cell: calls.append(cell) or rr.run_cell(cell))
         return rr.markdown()
 
     first = sweep()
