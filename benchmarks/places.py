@@ -21,7 +21,7 @@ from torch import nn
 
 import data
 import train_glue
-from dora import IMPORTANCE, METHODS, DoRAConfig, Pruner, inject, keep_mask, sensitivity
+from dora import IMPORTANCE, METHODS, DoRAConfig, Pruner, inject, sensitivity
 
 LOG = report.RESULTS / "places.jsonl"
 SCALE, DROPOUT, BATCH, STEPS = 8.0, 0.1, 16, 300
@@ -82,8 +82,8 @@ def costs_of(model):
 def source_of(run):
     """Return the run that finds the places of this one, or the run itself."""
     if run["arm"] == SHORT:
-        return {**run, "arm": "dora", "steps": SEARCH}
-    return {**run, "arm": run["arm"].removesuffix("'s places")}
+        return dict(run, arm="dora", steps=SEARCH)
+    return dict(run, arm=run["arm"].removesuffix("'s places"))
 
 
 def places(run, costs):
@@ -95,11 +95,9 @@ def places(run, costs):
     kind, which = run["arm"].split()
     if kind == "layer":
         return {name: 1 for name in costs if f".layer.{which}." in name}
-
-    rng = torch.Generator().manual_seed(1000 * run["seed"] + int(which))
-    scores, limit = torch.rand(len(costs), generator=rng), run["budget"] * 1152
-    mask = keep_mask(scores, torch.tensor([*costs.values()]), limit)
-    return dict(zip(costs, mask.long().tolist()))
+    starts = DoRAConfig(rank=run["budget"] / 36).r_prime  # as dora
+    seed = 1000 * run["seed"] + int(which)
+    return report.random_ranks(costs, run["budget"] * 1152, seed, starts)
 
 
 def per_parameter(layers):
@@ -185,9 +183,8 @@ def to_do():
         yield from block("stsb", (3, 6, 12, 18, 36), MAIN, factor=factor)
         yield from block("mrpc", (6,), MAIN, factor=factor)
     yield from ways_to_find()
-    for task in ("cola", "rte", "sst2"):
-        yield from block(task, (6,), MAIN)
-        yield from block(task, (6,), MAIN, factor=0.5)
+    for task, factor in itertools.product(("cola", "rte", "sst2"), (1.0, 0.5)):
+        yield from block(task, (6,), MAIN, factor=factor)
     yield from block("stsb", (6,), ALL, (4, 5))
     yield from block("stsb", (6,), MAIN, steps=1200)
     for task in TITLES:
@@ -231,9 +228,14 @@ def trials(task):
         rates.append(best / 2 if best == min(rates) else best * 2)
 
 
+def means_of(task):
+    """Return the mean score of random places by rate, {} until all runs that choose are made."""
+    return report.mean_by_rate(LOG, trials(task), "score")
+
+
 def rate_of(task):
     """Return the rate that was chosen for a task, None until it is known."""
-    means = report.mean_by_rate(LOG, trials(task), "score")
+    means = means_of(task)
     return max(means, key=means.__getitem__, default=None)
 
 
@@ -287,7 +289,7 @@ def whole(seeds):
 
 def randoms(arms):
     """Return the scores of the random placements of a seed."""
-    return [score for arm, score in arms.items() if arm.startswith("random ")]
+    return [score for arm, score in arms.items() if arm in RANDOM]
 
 
 def middle(seeds, arm):
@@ -317,7 +319,8 @@ def chance(counts):
     sums = np.ones(1)
     for _, of in counts:
         sums = np.convolve(sums, np.full(of + 1, 1 / (of + 1)))
-    return float(sums[int(sum(count for count, _ in counts)):].sum())
+    won = int(sum(count for count, _ in counts))
+    return float(sums[won:].sum())
 
 
 def write_report():
@@ -325,9 +328,8 @@ def write_report():
     found, looked = settings(), ways()
     head = ["setting", "seeds x random places", "best - worst", "lowest random", "median",
             "dora", PLACES, f"percentile of {PLACES}", "p", "of dora"]
-    tried = {task: report.mean_by_rate(LOG, trials(task), "score") for task in TITLES}
-    rates = [[TITLES[task], ", ".join(f"{lr:g}: {means[lr]:.3f}" for lr in sorted(means))]
-             for task, means in tried.items() if means]
+    rates = [[title, ", ".join(f"{lr:g}: {tried[lr]:.3f}" for lr in sorted(tried))]
+             for task, title in TITLES.items() if (tried := means_of(task))]
     report.write_page("places", "Places on text", report.read_log(LOG), [
         "The commits before 61ffb71 ran with dora.py of af50a13, which computes the same. Scores "
         f"are medians over the seeds, p is one-sided, wide is {WIDE} or more. Seeds 4 to 8 at half "
@@ -353,10 +355,13 @@ def row(setting, seeds):
     return [
         str(setting), f"{len(seeds)} x {' or '.join(map(str, sizes))}",
         f"{wide:.3f}" + ", wide" * (wide >= WIDE),
-        f"{min(every):.3f}", f"{statistics.median(every):.3f}",
-        f"{middle(seeds, 'dora'):.3f}", f"{middle(seeds, PLACES):.3f}",
+        f"{min(every):.3f}",
+        f"{statistics.median(every):.3f}",
+        f"{middle(seeds, 'dora'):.3f}",
+        f"{middle(seeds, PLACES):.3f}",
         percentile(seeds, PLACES), f"{chance(beaten(seeds, PLACES)):.3f}",
-        percentile(seeds, "dora")]
+        percentile(seeds, "dora"),
+    ]
 
 
 def arms_table(title, others, seeds):
@@ -419,13 +424,14 @@ def draw(ax, strips):
     for x, seeds in enumerate(strips.values()):
         for i, arms in enumerate(seeds):
             at = x + 0.14 * (i - (len(seeds) - 1) / 2)
-            grey_ones = [(score, "o", grey) for score in randoms(arms)]
-            for score, marker, color in (*grey_ones, (arms[PLACES], "D", orange)):
-                shown = marker if score >= floor else "v"
-                dots[shown, color].append((at, max(score, floor)))
+            for arm, score in arms.items():
+                if arm in (PLACES, *RANDOM):
+                    marker, color = ("D", orange) if arm == PLACES else ("o", grey)
+                    shown = marker if score >= floor else "v"
+                    dots[shown, color].append((at, max(score, floor)))
         ax.text(x, top + 0.012, percentile(seeds, PLACES), color=orange, ha="center")
 
-    for (marker, color), points in dots.items():
+    for (marker, color), points in sorted(dots.items(), reverse=True):  # dora's are on top
         ax.scatter(*zip(*points), 16, color, marker=marker, lw=0)
     xs = range(len(strips))
     middles = [middle(seeds, PLACES) for seeds in strips.values()]
@@ -443,21 +449,20 @@ def draw(ax, strips):
 def short():
     """Check the test, the random placements, and a few steps of two arms."""
     assert round(1 / chance([(8, 8)] * 3)) == 9**3
-    assert round(chance([(0, 8)]), 9) == 1
-    others = {f"random {i}": score for i, score in enumerate((0.4, 0.5, 0.6, 0.7))}
+    others = dict(zip(FIRST, (0.4, 0.5, 0.6, 0.7)))
     assert beaten([{"dora": 0.5, **others}], "dora") == [(1.5, 4)]
     if not report.GLUE.exists():
         return print(f"places.py: {report.GLUE} does not exist, so no arm was trained")
 
     costs = costs_of(train_glue.load_roberta(report.MINILM, 1))
     assert len(costs) == 36 and sum(costs.values()) == 36 * 1152
-    run = dict(task="stsb", split="dev", steps=40, seed=1, arm=FIRST[3], lr=4e-3)
+    run = dict(task="stsb", split="dev", steps=40, budget=6, seed=1, lr=4e-3)
     for budget in (3, 6, 18):
-        ranks = places({**run, "budget": budget}, costs)
-        left = budget * 1152 - sum(costs[name] * rank for name, rank in ranks.items())
-        assert 0 <= left < 768, (budget, left)  # nothing else would have fit
+        ranks = places(dict(run, budget=budget, arm=FIRST[3]), costs)
+        spent = sum(costs[name] * rank for name, rank in ranks.items())
+        assert 0 <= budget * 1152 - spent < 768, budget  # nothing else would have fit
     for arm in ("dora", "random 3"):
-        found = make({**run, "budget": 6, "arm": arm})
+        found = make(dict(run, arm=arm))
         print(f"{arm}: {found['score']:.3f}, {found['parameters']:,} parameters")
         assert 0 < found["parameters"] <= 6 * 1152
 

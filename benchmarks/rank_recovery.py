@@ -1,14 +1,11 @@
 """Does pruning put the rank where it is needed? A test whose answer is known.
 
-README.md says what the figures are.
-
     python benchmarks/rank_recovery.py                     # all, 20 seeds
     python benchmarks/rank_recovery.py --only dora mixed   # runs of one row and pattern
     python benchmarks/rank_recovery.py --short             # about 20 s: what CI runs
 
 A row is a set of DoRAConfig values. The seed fixes teacher, data and start, so all rows meet the
-same problems. A finished run is a line of results/rank_recovery.jsonl and is never repeated.
-Several processes may run at once.
+same problems.
 """
 
 import itertools
@@ -79,20 +76,12 @@ FIXED = dict(penalty=None, budget_unit="components")
 BASE = IU | STARTS["B=0"] | CURVES["fast"] | PHASES | FIXED
 LATE = dict(initial_phase=0.3, final_phase=0.3)
 CHANGES = (
-    dict(scale="start_rank"),
-    dict(init="gaussian", scale="start_rank"),
-    dict(importance="triplet"),
-    dict(beta2=None),
-    dict(beta1=0.98, beta2=None),
-    dict(beta1=0.7, beta2=0.7),
-    dict(beta1=0.95, beta2=0.95),
-    dict(penalty="dem", eta=0.3),
-    dict(penalty="orthogonal", eta=0.5),
-    dict(interval=50),
-    dict(final_phase=0.3),
-    dict(final_phase=0.7),
-    LATE,
-    dict(LATE, beta2=None),
+    dict(scale="start_rank"), dict(init="gaussian", scale="start_rank"),
+    dict(importance="triplet"), dict(beta2=None), dict(beta1=0.98, beta2=None),
+    dict(beta1=0.7, beta2=0.7), dict(beta1=0.95, beta2=0.95),
+    dict(penalty="dem", eta=0.3), dict(penalty="orthogonal", eta=0.5),
+    dict(interval=50), dict(final_phase=0.3), dict(final_phase=0.7),
+    LATE, dict(LATE, beta2=None),
     dict(LATE, importance="frobenius", beta1=0.9, beta2=None),
     dict(LATE, schedule="slow_first"),
 )
@@ -128,7 +117,7 @@ class Residual(nn.Module):
 def network(pattern, W):
     """Return the residual network of these matrices."""
     gains = pattern.gains or (1.0,) * len(W)
-    return nn.Sequential(*(Residual(*pair) for pair in zip(W, gains, strict=True)))
+    return nn.Sequential(*map(Residual, W, gains))
 
 
 def problem(pattern, seed):
@@ -140,9 +129,8 @@ def problem(pattern, seed):
     low, high = pattern.strength
     W0 = [torch.randn(d, d, generator=g) / d**0.5 for _ in pattern.truth]
     W = []
-    for start, rank in zip(W0, pattern.truth, strict=True):
-        start_U, start_V = (torch.randn(d, rank, generator=g) for _ in range(2))
-        U, V = torch.linalg.qr(start_U)[0], torch.linalg.qr(start_V)[0]
+    for start, rank in zip(W0, pattern.truth):
+        U, V = (torch.linalg.qr(torch.randn(d, rank, generator=g))[0] for _ in "UV")
         s = low + (high - low) * torch.rand(rank, generator=g)  # (rank,)
         W.append(start + (U * s) @ V.T)
     return network(pattern, W), network(pattern, W0)
@@ -150,14 +138,13 @@ def problem(pattern, seed):
 
 def misplaced(kept, pattern):
     """Return the share of the components in a matrix which already has all it needs."""
-    surplus = [max(0, k - t) for k, t in zip(kept, pattern.truth, strict=True)]
-    return sum(surplus) / sum(kept)
+    surplus = sum(max(0, k - t) for k, t in zip(kept, pattern.truth))
+    return surplus / sum(kept)
 
 
 @torch.no_grad()
 def loss_over_floor(student, teacher, x):
-    """Return E (student - teacher - noise)^2 / NOISE^2, noise integrated out: the teacher gets
-    1."""
+    """Return E (student - teacher - noise)^2 / NOISE^2, the mean over noise; the teacher gets 1."""
     distance = (student(x) - teacher(x)).square().mean()
     return 1 + distance.item() / NOISE**2
 

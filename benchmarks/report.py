@@ -1,5 +1,8 @@
-"""What the benchmarks share: their command line, runs that are logged, resumed and divided among
-processes, the choice of a learning rate, a training loop, the machine in words, tables, figures.
+"""What the benchmarks share: their command line, runs that are logged and divided among processes,
+the choice of a learning rate, a training loop, the machine in words, tables, figures.
+
+A finished run is a line of a log in results/ and is never repeated. Several processes may make the
+runs of a script at once, with one thread each: they take different runs.
 
 Importing this puts the project's root on the path, so that a script can import dora.py next.
 """
@@ -9,6 +12,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -33,7 +37,7 @@ GLUE, MINILM = ROOT / "../shared/data/glue", ROOT / "../shared/models/minilm-l6-
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from dora import METHODS, DoRAConfig, DoRAError, DoRALinear, compact_  # noqa: E402
+from dora import METHODS, DoRAConfig, DoRAError, DoRALinear, compact_, keep_mask  # noqa: E402
 
 # One colour per method in every figure: Okabe and Ito's set, which the colour-blind can tell apart.
 COLORS = {"dora": "#D55E00", "paper": "#CC79A7", "adalora": "#009E73", "lora": "#0072B2",
@@ -171,12 +175,12 @@ def mean_by_rate(log, trials, name):
     return {lr: statistics.mean(line[name] for line in lines) for lr, lines in found.items()}
 
 
-def next_rate(tried, middle=2e-3):
-    """Return the next learning rate to try, given the score by rate: three around the middle, then
-    on until the best one and the one that best_rate() chooses lie inside of what was tried. None
-    once they do, or after eight rates: where none learns, all score alike."""
-    for rate in (middle, middle / 2, middle * 2):
-        if rate not in tried:
+def next_rate(tried):
+    """Return the next learning rate to try, given the score by rate: three to begin with, then on
+    until the best one and the one that best_rate() chooses lie inside of what was tried. None once
+    they do, or after eight rates: where none learns, all score alike."""
+    for rate in (2e-3, 1e-3, 4e-3):
+        if rate not in tried and len(tried) < 3:
             return rate
 
     if len(tried) == 8:
@@ -194,9 +198,18 @@ def best_rate(tried):
     return min(rate for rate, score in tried.items() if score >= best - NOISE)
 
 
-def chosen_rate(tried, middle=2e-3):
+def chosen_rate(tried):
     """Return the learning rate that a search chose, None while it is not finished."""
-    return None if next_rate(tried, middle) else best_rate(tried)
+    return None if next_rate(tried) else best_rate(tried)
+
+
+def random_ranks(costs, limit, seed, starts=1):
+    """Return random numbers of components by matrix, chosen by dora's own rule: of `starts` in each
+    matrix the highest scores that fit into the limit. costs has what one stores."""
+    prices = torch.tensor([*costs.values()]).repeat(starts)
+    scores = torch.rand(len(prices), generator=torch.Generator().manual_seed(seed))
+    mask = keep_mask(scores, prices, limit).view(starts, -1)
+    return dict(zip(costs, mask.sum(0).tolist()))
 
 
 def place(model, ranks, scale, dropout):
@@ -250,10 +263,8 @@ def machine(device="cpu"):
             name += ", products by oneDNN"
     versions = [f"Python {platform.python_version()}"]
     for package in ("torch", "transformers", "peft"):
-        try:
+        if importlib.util.find_spec(package):
             versions.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            pass
     return f"{name}; {platform.system()}; {', '.join(versions)}"
 
 
@@ -306,17 +317,14 @@ def write_page(name, title, lines, parts):
     (RESULTS / f"{name}.md").write_text(f"{page}\n", "utf-8")
 
 
-def rates_table(title, tried, middle=lambda row: 2e-3):
-    """Return the scores of each row by learning rate, the chosen ones in bold. middle() is the rate
-    around which a row's search began."""
-    grid = sorted({rate for found in tried.values() for rate in found})
-    body = []
-    for row, found in tried.items():
-        cells = {rate: f"{score:.4f}" for rate, score in found.items()}
-        if chosen := chosen_rate(found, middle(row)):
-            cells[chosen] = f"**{cells[chosen]}**"
-        body.append([row, *(cells.get(rate, "") for rate in grid)])
-    return table([title, *(f"{rate:g}" for rate in grid)], body)
+def rates_table(title, tried):
+    """Return the scores of each row by learning rate, the chosen ones in bold."""
+    def cell(row, rate):
+        score = f"{tried[row][float(rate)]:.4f}" if float(rate) in tried[row] else ""
+        return f"**{score}**" if float(rate) == chosen_rate(tried[row]) else score
+
+    rates = sorted(set().union(*tried.values()))
+    return grid(title, [f"{rate:g}" for rate in rates], tried, cell)
 
 
 def spread(values, digits=4):
@@ -377,6 +385,12 @@ def figure(width, height):
     matplotlib.rcParams.update({
         "font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False})
     return Figure(figsize=(min(width, 8), height), layout="constrained")
+
+
+def dots(ax, values, y, color):
+    """Draw a row of dots, one per seed, and a bar for their median."""
+    ax.plot(values, [y] * len(values), "o", ms=4, alpha=0.6, color=color)
+    ax.vlines(statistics.median(values), y - 0.35, y + 0.35, lw=2, color=color)
 
 
 def heat_map(ax, grid, rows, columns, low, high, digits=".1f"):

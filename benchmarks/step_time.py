@@ -166,23 +166,8 @@ def load(case, peer):
 
 def set_products(mode):
     """Choose who multiplies matrices of float32 on the CPU. The setting's name misleads: without
-    AMX oneDNN computes in float32, which products() checks."""
+    AMX oneDNN computes in float32, as train_glue.onednn_is_faster() checks."""
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if mode == "oneDNN" else "none"
-
-
-def products():
-    """Return the shortest time of one product by each library in milliseconds, and its largest
-    error against float64. The product is that of MiniLM's feed-forward part for 256 tokens."""
-    torch.manual_seed(0)
-    x, W = torch.randn(256, 384), torch.randn(1536, 384)
-    exact = x.double() @ W.double().T
-    times, errors = collections.defaultdict(list), {}
-    for mode in 200 * CPU_MODES:
-        set_products(mode)
-        times[mode].append(timed(nn.functional.linear, x, W, device="cpu"))
-        error = nn.functional.linear(x, W).double() - exact
-        errors[mode] = (error.abs().max() / exact.abs().max()).item()
-    return {"ms": {mode: min(took) for mode, took in times.items()}, "error": errors}
 
 
 def make_batch(size, width, device="cpu"):
@@ -384,11 +369,6 @@ def write(cases):
                   table(case), f"{case['rounds']} rounds. Penalty, scores and pruning of dora "
                   f"together: {case['method']:.1%} of its step. `{case['command']}`, "
                   f"{case['machine']}."]
-        if "products" in case:
-            ms, error = case["products"]["ms"], case["products"]["error"]
-            parts.append("One product of (256, 384) by (384, 1536): " + ", ".join(
-                f"{mode} {1e3 * ms[mode]:,.0f} µs, largest error against float64 "
-                f"{error[mode]:.1e}" for mode in ms) + ".")
     RESULTS.write_text(json.dumps(cases, indent=1) + "\n")
     report.write_part("step_time", "\n\n".join(parts))
 
@@ -435,8 +415,6 @@ def run_case(case, seconds, is_short):
     if case.shape != "host" and case.mode != "oneDNN" and (linux or case.device != "cpu"):
         for name in measured:
             found["rows"][name]["memory"] = measure_memory(case, name)
-    if (case.shape, case.width, case.mode) == ("minilm", 16, "oneDNN"):
-        found["products"] = products()
 
     print(case, table(found), sep="\n", flush=True)
     if is_short:

@@ -1,5 +1,7 @@
 """benchmarks/: the parts of rank_recovery.py, step_time.py and report.py, against answers known by
 hand."""
+import math
+
 import pytest
 import rank_recovery as rr
 import report
@@ -103,3 +105,21 @@ def test_operations_are_counted_without_views():
     with step_time.Operations() as found:
         loss.backward()
     assert found.count == 2  # ones_like for the loss, mm; the rest are views
+
+
+def test_the_search_for_a_rate():
+    """A method whose best rate is known: found, with rates on both sides. Of alike scores the
+    lowest rate is taken, and none that is the lowest tried."""
+    tried = {}
+    while (rate := report.next_rate(tried)) is not None:
+        tried[rate] = -abs(math.log(rate / 1.6e-2))
+    assert report.chosen_rate(tried) == 1.6e-2 < max(tried)
+    assert report.best_rate({1e-3: 0.8085, 2e-3: 0.8173, 4e-3: 0.8178, 8e-3: 0.0}) == 2e-3
+    assert report.next_rate({5e-3: 0.8175, 1e-2: 0.8178, 2e-2: 0.8}) == 2.5e-3
+
+
+def test_tests():
+    """A sign test against binomial coefficients, the bootstrap where nothing varies."""
+    assert report.coin([1] * 9 + [-1]) == 22 / 1024
+    assert report.coin([1, 1, -2, -2, 0]) == 1
+    assert report.bootstrap(torch.ones(2, 5).numpy()) == (1, 1)
