@@ -26,7 +26,7 @@ def folders(tmp_path_factory):
 
 def points(axis):
     """The points of each line that an axis shows: [([x], [y]), ...]."""
-    return [([*line.get_xdata()], [*line.get_ydata()]) for line in axis.lines]
+    return [tuple(line.get_data().tolist()) for line in axis.lines]
 
 
 def values(found, *names):
@@ -34,38 +34,47 @@ def values(found, *names):
     return tuple([line[name] for line in found] for name in names)
 
 
-def test_the_picture_of_a_run(folders, monkeypatch):
-    """The lines of each axis against metrics.jsonl and ranks.jsonl; parameters, counted here, are
-    never above the line of the budget, and the shaded phases end and begin at steps 4 and 12."""
+def test_the_curves_of_a_run(folders, monkeypatch):
+    """The lines of loss, penalty and score against metrics.jsonl; the shaded phases end and begin
+    at steps 4 and 12."""
     monkeypatch.setattr(plot_run, "SHARE", 8)  # a mean of three lines
     steps, dev = lines(folders / "dora"), evaluations(folders / "dora")
     figure = plot_run.draw([plot_run.read_run(folders / "dora")])
-    loss, score, live, parameters, penalty, ranks, _ = figure.axes
-    each, mean = points(loss)
+    loss, score, live, parameters, penalty, *_ = figure.axes
+    each, (_, mean) = points(loss)
     assert each == values(steps, "step", "loss")
-    assert mean[1][2] == pytest.approx(sum(each[1][:3]) / 3)
+    assert mean[2] == pytest.approx(sum(each[1][:3]) / 3)
     assert points(penalty) == [values(steps, "step", "penalty")]
     assert points(score) == [values(dev, "step", "matthews")]
-
-    head, *history = json_lines(folders / "dora" / "ranks.jsonl")
-    costs = head["parameters per component"]
-    assert set(costs.values()) == {64, 96} and len(costs) == 12
-    changes = [line["step"] for line in history] + [24]
-    counts = [sum(line["live"]) for line in history]
-    sizes = [sum(map(operator.mul, line["live"], costs.values())) for line in history]
-    assert points(live) == [(changes, [*counts, counts[-1]])]
-    assert (counts[-1], sizes[-1]) == (steps[-1]["live"], steps[-1]["parameters"])
-    (found, size), (x, allowed) = points(parameters)
-    assert (found, size) == (changes, [*sizes, sizes[-1]]) and allowed[-1] == steps[-1]["budget"]
-    for step in range(25):
-        assert size[bisect(found, step) - 1] <= allowed[bisect(x, step) - 1]
-    assert ranks.collections[0].get_array().T.tolist() == [line["live"] for line in history]
-    names = [label.get_text() for label in ranks.get_yticklabels()]
-    assert names[0] == "0 query" and names[9] == "1 attention.output.dense" and len(names) == 12
     for axis in (loss, score, live, parameters):
         assert axis.get_title() and axis.get_ylabel() and axis.get_xlim() == (0, 24)
-        shaded = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in axis.patches]
-        assert shaded == [(0, 4), (12, 24)]
+        first, last = axis.patches
+        assert first.get_x() == 0 and first.get_width() == 4
+        assert last.get_x() == 12 and last.get_width() == 12
+
+
+def test_the_ranks_of_a_run(folders):
+    """Live components, their parameters and the map against ranks.jsonl; parameters, counted here,
+    are never above the line of the budget."""
+    head, *history = json_lines(folders / "dora" / "ranks.jsonl")
+    figure = plot_run.draw([plot_run.read_run(folders / "dora")])
+    _, _, live, parameters, _, ranks, _ = figure.axes
+    costs = head["parameters per component"].values()
+    steps, rows = ([*column] for column in values(history, "step", "live"))
+    assert ranks.collections[0].get_array().T.tolist() == rows
+    names = [label.get_text() for label in ranks.get_yticklabels()]
+    assert names[0] == "0 query" and names[9] == "1 attention.output.dense" and len(names) == 12
+
+    steps, rows = [*steps, 24], [*rows, rows[-1]]  # lines go on to the last step
+    sizes = [sum(map(operator.mul, row, costs)) for row in rows]
+    assert points(live) == [(steps, [*map(sum, rows)])]
+    spent, (x, allowed) = points(parameters)
+    last = lines(folders / "dora")[-1]
+    assert spent == (steps, sizes)
+    assert (sizes[-1], allowed[-1]) == (last["parameters"], last["budget"])
+    for step in range(25):
+        size = sizes[bisect(steps, step) - 1]
+        assert size <= allowed[bisect(x, step) - 1]
 
 
 def test_several_runs(folders):
@@ -73,8 +82,8 @@ def test_several_runs(folders):
     budget is drawn where its unit is, and ranks that never change have no map."""
     methods = ("dora", "paper", "head", "lora")
     figure = plot_run.draw([plot_run.read_run(folders / method) for method in methods])
-    loss, score, live, parameters = figure.axes[:4]
-    assert [len(axis.lines) for axis in (loss, score, live, parameters)] == [8, 4, 3 + 1, 3 + 1]
+    counts = [len(axis.lines) for axis in figure.axes[:4]]  # loss, score, live, parameters
+    assert counts == [8, 4, 3 + 1, 3 + 1]
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == [f"toy, {method}, seed 1" for method in methods]
     titles = [axis.get_title() for axis in figure.axes]
@@ -120,4 +129,5 @@ def test_a_run_under_way(folders, tmp_path):
     (tmp_path / "run" / "result.json").unlink()
     figure = plot_run.draw([plot_run.read_run(tmp_path / "run")])
     assert "not evaluated" in figure.axes[1].get_title()
-    assert points(figure.axes[0])[0][0] == [1, 2, 3, 4, 5, 6]
+    steps, _ = points(figure.axes[0])[0]
+    assert steps == [1, 2, 3, 4, 5, 6]
