@@ -107,8 +107,7 @@ def train_step(loss, pruner, *optimizers):
 
 
 class Training:
-    """Net with a config's components, and step() to train it, on a batch that depends on the number
-    of the step alone."""
+    """Net with a config's components, and step() to train it on a batch of the step's own."""
 
     def __init__(self, config, total=40, optimizer=torch.optim.AdamW, **options):
         self.model, self.layers = adapted(config)
@@ -268,8 +267,7 @@ def refused(names, call, *args, **options):
 
 
 def unfinished(names, model, folder):
-    """compact_, merge_ and save_adapter of the model are refused alike, and nothing is written;
-    return the last error."""
+    """compact_, merge_ and save_adapter are refused and write nothing; return the last error."""
     error = None
     for call in (compact_, merge_, lambda model: save_adapter(model, folder)):
         error = refused(names, call, model)
@@ -278,8 +276,7 @@ def unfinished(names, model, folder):
 
 
 def untouched(names, call, model, *args):
-    """The call on the model is refused, and the model is as it was: weights, modules, what requires
-    a gradient."""
+    """The call is refused and leaves weights, modules and what requires a gradient as they were."""
     def state():
         return ([(name, id(module)) for name, module in model.named_modules()],
                 [(name, id(p), p.requires_grad) for name, p in model.named_parameters()])

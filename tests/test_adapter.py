@@ -207,8 +207,7 @@ def test_refused_tensors(folder):
 
 
 def test_the_files_of_two_saves(tmp_path):
-    """A save that broke off between its two files leaves the tensors of one adapter beside the
-    ranks and scales of another: refused."""
+    """A save that broke off leaves one adapter's tensors beside another's ranks: refused."""
     for rank in (1, 2):
         save_adapter(trained(net_config(rank=rank, start_rank=3)).model, tmp_path / str(rank))
     path = tmp_path / "1" / "adapter_model.safetensors"

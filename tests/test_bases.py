@@ -79,8 +79,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("unfreeze", [(), ("head.1",), ("norm", "head")])
 def test_every_tensor_of_the_base(tmp_path, unfreeze):
-    """One tensor of the base is changed: the adapter is refused by its name, or holds the tensor
-    itself, and the outputs are right."""
+    """One tensor of the base is changed: refused by its name, or held by the file and right."""
     expected = saved(Model(), tmp_path, unfreeze)
     held = tuple(f"{owner}." for owner in (*unfreeze, "stats"))
     torch.manual_seed(9)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from small import table
-from tiny import files, flags, read_json, result, run, run_settings, same_runs
+from tiny import contents, files, flags, read_json, result, run, run_settings, same_runs
 
 import data
 import train_glue
@@ -45,8 +45,7 @@ def failed(capsys, *words):
 # ---- flags --------------------------------------------------------------------------------------
 
 def test_every_setting_is_a_flag():
-    """The names of both dataclasses' fields, as flags, against the parser's; each has its help and
-    default in --help."""
+    """Both dataclasses' fields against the parser's flags; each has help and default in --help."""
     text = " ".join(make_parser([]).format_help().split())
     comments = {**help_of(TrainConfig), **help_of(DoRAConfig)}
     settings = dataclasses.asdict(make_config())
@@ -189,8 +188,7 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
 
 
 def test_three_seeds(tmp_path, capsys):
-    """--seeds 3 1 2: a folder each, equal to single runs, then median, mean and standard
-    deviation."""
+    """--seeds 3 1 2: a folder each, equal to single runs; median, mean, standard deviation."""
     root = tmp_path / "all"
     assert main([*flags(**run_settings(root)), "--seeds", "3", "1", "2"]) == 0
     text = capsys.readouterr().out
@@ -241,11 +239,6 @@ def test_overwriting_where_a_run_starts(tmp_path, capsys):
 
 
 # ---- folders ------------------------------------------------------------------------------------
-
-def contents(folder):
-    """{path: bytes} of the files in a folder."""
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
-
 
 @pytest.mark.parametrize("words", [["--overwrite"], ["--seeds", "1", "2"]])
 def test_a_folder_that_is_not_a_runs(tmp_path, capsys, words):

@@ -156,8 +156,7 @@ def test_a_test_file_whose_rows_are_not_in_their_places(index, load):
 
 
 def test_missing_files(tmp_path, toy):
-    """No file, no such split, no such folder: the message names what there is, and the flag that
-    helps alone."""
+    """No file, split or folder: the message names what there is, and the one flag that helps."""
     message = refused("RTE/train.tsv", "--data-dir", "RTE/",
                       use=lambda: data.load_task("rte", tmp_path, "train", toy, 128))
     assert "--model-dir" not in message
@@ -421,8 +420,7 @@ def test_damaged_vocab_and_merges(name, change, says, copied):
     ("merges.txt", lambda s: s.split("\n", 1)[1]),
     ("vocab.json", lambda s: "\ufeff" + s.replace('": ', '"  :\t'))])
 def test_good_variants_of_vocab_and_merges(name, change, copied, toy):
-    """CRLF, blank lines at the end or no final newline, no version line, spaces and a byte order
-    mark: the same tokenizer."""
+    """CRLF, other ends of the file, no version line, spaces, a byte order mark: the same."""
     path = copied / name
     path.write_bytes(change(path.read_text()).encode())
     assert BPE(copied).ranks == toy.ranks
@@ -497,8 +495,7 @@ def some_examples(n=203, regression=False):
 @pytest.mark.parametrize("seed", [1, None])
 @pytest.mark.parametrize("n", [203, 5, 64])
 def test_each_example_once(n, seed):
-    """Rows of all batches against the list: each once, ids, mask and labels at their places, padded
-    with 1 to the batch's longest."""
+    """Rows of all batches against the list: each once, in its place, padded with 1."""
     examples, seen = some_examples(n), []
     for batch in data.batches(examples, 16, seed, 0):
         assert {tensor.dtype for tensor in batch} == {torch.int64, torch.bool}
@@ -518,8 +515,7 @@ def rows_of(examples, seed, epoch, size=16):
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    """Equal (seed, epoch) give equal batches, whatever else was drawn; others differ; seed None
-    goes from long to short."""
+    """Equal (seed, epoch) give equal batches, others differ; seed None goes from long to short."""
     examples = some_examples()
     first = rows_of(examples, 7, 2)
     np.random.seed(0)
@@ -592,8 +588,7 @@ def test_metrics_by_hand():
 
 
 def test_recorded_metrics():
-    """Metrics of random vectors, ties included, against scikit-learn's and scipy's
-    (fixtures/record.py)."""
+    """Metrics of random vectors, ties included, against those that scikit-learn and scipy gave."""
     rows = recorded("metrics")
     for row in rows["classes"] + rows["reals"]:
         predictions, labels = row.pop("predictions"), row.pop("labels")

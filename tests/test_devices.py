@@ -58,8 +58,7 @@ def same_files(a, b):
         *((method, {}) for method in OTHERS), ("dora", dict(accumulate=2)),
         ("dora", dict(dtype="bf16")), ("full", dict(dtype="bf16"))))])
 def test_whole_runs(kind, method, changes):
-    """D1, D4: a run of each method on the device, evaluation, compaction and saving included,
-    equals the run on the CPU."""
+    """D1, D4: a run of each method on the device equals the run on the CPU."""
     same_files(folder(kind, method, **changes), folder("cpu", method, **changes))
 
 
@@ -154,8 +153,7 @@ def test_operations(monkeypatch):
 
 
 def test_auto():
-    """--device auto takes CUDA, or else MPS, or else the CPU. A device that is not there is
-    refused."""
+    """--device auto takes CUDA, else MPS, else the CPU. A device that is not there is refused."""
     assert find_device("auto").type == "cpu"
     for kind, other in (KINDS, KINDS[::-1]):
         with Device(kind):

@@ -203,8 +203,7 @@ def test_broken_model_files(place, capsys):
 
 
 def test_a_configuration_of_another_model(place, capsys):
-    """Sizes that are not the weights', up to terabytes, and another architecture: refused before
-    any memory is taken."""
+    """Sizes that are not the weights', up to terabytes, and another architecture: refused."""
     path = place[1] / "config.json"
     config = read_json(path)
     for changes in (dict(hidden_size=2**23), dict(num_hidden_layers=99), dict(model_type="bert"),

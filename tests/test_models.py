@@ -43,8 +43,7 @@ def test_a_shared_head(tmp_path, make, target, head, x):
 
 
 def test_an_adapted_matrix_that_is_tied():
-    """Adapting the tied matrix and merging it leaves the embedding's weight alone, and so does a
-    base that somebody else holds."""
+    """Adapting and merging a tied matrix leaves the embedding's weight and the old base alone."""
     model = Tied()
     base = model.proj
     randomize(inject(model, cfg("proj", **FLAT)))

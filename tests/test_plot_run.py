@@ -26,7 +26,7 @@ def folders(tmp_path_factory):
 
 def points(axis):
     """The points of each line that an axis shows: [([x], [y]), ...]."""
-    return [tuple(line.get_data().tolist()) for line in axis.lines]
+    return [tuple([*values] for values in line.get_data()) for line in axis.lines]
 
 
 def values(found, *names):
@@ -35,8 +35,7 @@ def values(found, *names):
 
 
 def test_the_curves_of_a_run(folders, monkeypatch):
-    """The lines of loss, penalty and score against metrics.jsonl; the shaded phases end and begin
-    at steps 4 and 12."""
+    """Loss, penalty and score against metrics.jsonl; the phases are shaded at both ends."""
     monkeypatch.setattr(plot_run, "SHARE", 8)  # a mean of three lines
     steps, dev = lines(folders / "dora"), evaluations(folders / "dora")
     figure = plot_run.draw([plot_run.read_run(folders / "dora")])

@@ -3,10 +3,12 @@ import json
 import os
 import signal
 import socket
-import time
 
 import pytest
-from tiny import ROOT, command, evaluations, flags, lines, newest, run, run_settings, same_runs
+from small import close
+from tiny import (
+    ROOT, command, evaluations, files, flags, lines, newest, read_json, run, run_settings,
+    same_runs, wait_for)
 
 pytestmark = pytest.mark.slow
 FLOAT64 = dict(dropout=False, dtype="float64")
@@ -35,16 +37,21 @@ def free_port():
 
 def start(words, masks, world=2, code=RECORDING):
     """The processes that torchrun would start, without its agent."""
-    port = str(free_port())
-    return [command(*words, code=code, env={
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASKS": str(masks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in range(world)]
+    processes = []
+    env = {"WORLD_SIZE": world, "MASKS": masks,
+           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for rank in range(world):
+        env |= {"RANK": rank, "LOCAL_RANK": rank}
+        strings = {name: str(value) for name, value in env.items()}
+        processes.append(command(*words, code=code, env=strings))
+    return processes
 
 
 def ends(processes, timeout=240):
-    """[(exit code, stdout, stderr)] of all."""
+    """The exit codes, and what each wrote to stdout and to stderr."""
     texts = [process.communicate(timeout=timeout) for process in processes]
-    return [(process.returncode, *text) for process, text in zip(processes, texts)]
+    codes = [process.returncode for process in processes]
+    return (codes, *zip(*texts))
 
 
 @pytest.mark.parametrize("changes", [
@@ -57,20 +64,20 @@ def test_two_processes(tmp_path, changes):
     changes = {**FLOAT64, "max_steps": 50, **changes}
     alone, pair = tmp_path / "alone", tmp_path / "pair"
     words = flags(**run_settings(alone, **changes))
-    found = ends(start(words, alone.with_suffix(".masks"), world=1))
-    found += ends(start(flags(**run_settings(pair, **changes)), pair.with_suffix(".masks")))
-    assert [code for code, _, _ in found] == [0, 0, 0], found
+    codes, _, errors = ends(start(words, tmp_path / "masks-alone", world=1))
+    assert codes == [0], errors
+    words = flags(**run_settings(pair, **changes))
+    codes, said, errors = ends(start(words, tmp_path / "masks-pair"))
+    assert codes == [0, 0], errors
+    assert said[1] == ""  # the second process prints nothing
     a, b = lines(alone), lines(pair)
-    assert len(a) == len(b) == 50
-    for x, y in zip(a, b):
-        assert x == pytest.approx(y, rel=1e-9, abs=1e-9) and x["lr"] == y["lr"]
-    masks = [(tmp_path / name).read_text() for name in
-             ("alone.masks.0", "pair.masks.0", "pair.masks.1")]
-    assert masks[0] == masks[1] == masks[2] and len(masks[0].splitlines()) > 5
-    for x, y in zip(evaluations(alone), evaluations(pair), strict=True):
-        assert x == pytest.approx(y, rel=1e-9)
-    assert (alone / "ranks.json").read_bytes() == (pair / "ranks.json").read_bytes()
-    assert found[2][1] == ""                             # the second process prints nothing
+    assert len(a) == 50
+    close(a, b, 1e-9)
+    assert [line["lr"] for line in a] == [line["lr"] for line in b]
+    close(evaluations(alone), evaluations(pair), 1e-9)
+    masks = [path.read_text() for path in tmp_path.glob("masks-*")]
+    assert len(masks) == 3 and len({*masks}) == 1 and masks[0].count("\n") > 5
+    assert read_json(alone / "ranks.json") == read_json(pair / "ranks.json")
 
 
 def test_only_the_first_process_writes(tmp_path):
@@ -89,7 +96,8 @@ import train_glue
 sys.exit(train_glue.main(sys.argv[1:]))"""
     out = tmp_path / "guarded-run"
     words = flags(**run_settings(out, max_steps=12, save_every=2))
-    assert [code for code, _, _ in ends(start(words, tmp_path / "m", code=guarded))] == [0, 0]
+    codes, _, errors = ends(start(words, tmp_path / "m", code=guarded))
+    assert codes == [0, 0], errors
     assert (out / "result.json").exists() and newest(out)["step"] == 12
 
 
@@ -109,10 +117,12 @@ for part in (examples, examples[:1], examples[:3]):
     print(train_glue.predict(model, part).tolist())
 if train_glue.process()[1] > 1:
     torch.distributed.destroy_process_group()"""
-    words = [run_settings(tmp_path)[name] for name in ("data_dir", "model_dir")]
-    found = ends(start(words, "", 1, code)) + ends(start(words, "", 2, code))
-    assert [code for code, _, _ in found] == [0, 0, 0], found
-    expected, *others = [[json.loads(line) for line in text.splitlines()] for _, text, _ in found]
+    found = []
+    for world in (1, 2):
+        codes, said, errors = ends(start(files(), "", world, code))
+        assert codes == [0] * world, errors
+        found += [[*map(json.loads, text.splitlines())] for text in said]
+    expected, *others = found
     assert [len(row) for row in expected] == [40, 1, 3] and len({*expected[0]}) > 30
     for other in others:
         for a, b in zip(expected, other, strict=True):
@@ -124,23 +134,20 @@ def test_a_killed_process_ends_all(tmp_path, victim):
     """kill -9 for one of two: the other ends within a minute with exit code 1 and a last line that
     names the run folder and --resume; the newest checkpoint is whole, and two processes resume from
     it to the same end as two that nothing disturbed."""
-    given = run_settings(tmp_path / "out", epochs=200, save_every=1)
+    out = tmp_path / "out"
+    given = run_settings(out, epochs=200, save_every=1)
     processes = start(flags(**given), tmp_path / "m")
-    while len([*(tmp_path / "out").glob("checkpoints/step-*.pt")]) < 2:
-        assert processes[0].poll() is None, processes[0].communicate()
-        time.sleep(0.05)
+    wait_for(out, processes[0], "checkpoints/step-*.pt", count=2)
     processes[victim].kill()
-    found = ends(processes, timeout=60)
-    assert found[victim][0] == -signal.SIGKILL
-    code, _, error = found[1 - victim]
-    last = error.strip().splitlines()[-1]
-    assert code == 1 and str(tmp_path / "out") in last and "--resume" in last
-    assert newest(tmp_path / "out")["step"] > 1
+    codes, _, errors = ends(processes, timeout=60)
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1
+    last = errors[1 - victim].strip().splitlines()[-1]
+    assert str(out) in last and "--resume" in last
+    assert newest(out)["step"] > 1
 
 
 def test_an_error_of_one_process(tmp_path):
-    """D6: one of two runs out of memory: it shows its traceback. Both end with exit code 1 and the
-    same last line."""
+    """D6: one of two runs out of memory and shows it. Both end with exit code 1 and one line."""
     failing = """
 import os, sys, train_glue
 real, steps = train_glue.task_loss, []
@@ -152,8 +159,8 @@ def task_loss(*args):
 train_glue.task_loss = task_loss
 sys.exit(train_glue.main(sys.argv[1:]))"""
     words = flags(**run_settings(tmp_path / "out"))
-    (code, _, other), (failed_code, _, error) = ends(start(words, "m", code=failing), timeout=60)
-    assert (code, failed_code) == (1, 1)
+    codes, _, (other, error) = ends(start(words, "m", code=failing), timeout=60)
+    assert codes == [1, 1]
     assert "Traceback" in error and "can't allocate memory" in error.strip().splitlines()[-2]
     assert error.splitlines()[-1] == other.splitlines()[-1] and "--resume" in other
 
@@ -161,35 +168,35 @@ sys.exit(train_glue.main(sys.argv[1:]))"""
 def test_two_processes_resume(tmp_path):
     """SIGTERM for the second alone: both stop after the same step, the first saves, both return
     143; resumed, losses, masks, scores and weights are those of an undisturbed pair."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
     changes = dict(epochs=12, **FLOAT64)
-    for name in ("whole", "cut"):
-        words = flags(**run_settings(tmp_path / name, **changes))
-        processes = start(words, tmp_path / f"{name}-masks")
-        if name == "whole":
-            assert [code for code, _, _ in ends(processes)] == [0, 0]
-            continue
-        while not (tmp_path / name / "metrics.jsonl").exists() or not lines(tmp_path / name):
-            time.sleep(0.01)
-        processes[1].send_signal(signal.SIGTERM)
-        found = ends(processes)
-        assert [code for code, _, _ in found] == [143, 143], found
-        assert newest(tmp_path / name)["step"] < 96
-    words = [*flags(**run_settings(tmp_path / "cut", **changes)), "--resume"]
-    assert [code for code, _, _ in ends(start(words, tmp_path / "cut-masks"))] == [0, 0]
-    for a, b in zip(lines(tmp_path / "cut"), lines(tmp_path / "whole")):
-        assert a == b
-    same_runs(tmp_path / "cut", tmp_path / "whole")
+    words = flags(**run_settings(whole, **changes))
+    codes, _, errors = ends(start(words, tmp_path / "m"))
+    assert codes == [0, 0], errors
+    words = flags(**run_settings(cut, **changes))
+    processes = start(words, tmp_path / "m")
+    wait_for(cut, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    codes, _, errors = ends(processes)
+    assert codes == [143, 143], errors
+    assert newest(cut)["step"] < 96
+    codes, _, errors = ends(start([*words, "--resume"], tmp_path / "m"))
+    assert codes == [0, 0], errors
+    same_runs(cut, whole)
 
 
 def test_bad_input_ends_both(tmp_path):
     """A folder that holds a run: the first process refuses, and the second does not wait for it
     for ever. The toy: both refuse, in one line that says what to name instead."""
     run(tmp_path / "out", max_steps=5, interval=1)
-    found = ends(start(flags(**run_settings(tmp_path / "out")), tmp_path / "m"), timeout=60)
-    assert found[0][0] == 2 and "already contains a run" in found[0][2]
-    assert found[1][0] in (1, 2) and "Traceback" not in found[1][2]
-    for code, _, error in ends(start(["--out", tmp_path / "toy"], tmp_path / "m"), timeout=60):
-        assert code == 2 and "the toy runs in one process" in error and "Traceback" not in error
+    words = flags(**run_settings(tmp_path / "out"))
+    codes, _, errors = ends(start(words, tmp_path / "m"), timeout=60)
+    assert codes[0] == 2 and "already contains a run" in errors[0]
+    assert codes[1] in (1, 2) and "Traceback" not in errors[1]
+    codes, _, errors = ends(start(["--out", tmp_path / "toy"], tmp_path / "m"), timeout=60)
+    assert codes == [2, 2]
+    for error in errors:
+        assert "the toy runs in one process" in error and "Traceback" not in error
 
 
 def test_torchrun_itself(tmp_path):

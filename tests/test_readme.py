@@ -74,8 +74,7 @@ def test_python_blocks_run(code, tmp_path, monkeypatch, capsys):
 
 
 def test_own_task_trains(tmp_path, monkeypatch):
-    """The row of TASKS in RECIPES.md with TSV files of one's own: trained and scored like any
-    other."""
+    """The row of TASKS in RECIPES.md with one's own TSV files: trained and scored."""
     monkeypatch.setitem(data.TASKS, "mine", None)  # removed afterwards
     recipe = (ROOT / "notebooks/RECIPES.md").read_text(encoding="utf-8").split("## A task of")[1]
     exec(re.search(r"```python\n(.*?)```", recipe, re.DOTALL)[1], {})
@@ -113,8 +112,7 @@ def test_commands_name_what_exists():
 
 @pytest.mark.slow
 def test_the_toy(tmp_path, monkeypatch, capsys):
-    """The first command's table, compared with the README's: the same rows, and scores within 0.03,
-    since CPUs round differently."""
+    """The first command's table against the README's: the same rows, scores within 0.03."""
     monkeypatch.chdir(tmp_path)
     assert train_glue.main([]) == 0
     rows = re.compile(r"^ +(-?\d\.\d{3})  (\w.*?)  +[\d,]+$", re.MULTILINE)

@@ -12,22 +12,18 @@ import time
 import pytest
 import torch
 from tiny import (
-    GLUE, MINILM, command, evaluations, flags, lines, newest, run, run_settings, same, same_runs)
+    GLUE, MINILM, command, contents, evaluations, files, flags, lines, newest, read_json, run,
+    run_settings, same, same_runs, wait_for)
 
 import dora
 import train_glue
 from dora import DoRAError
-from train_glue import Interrupted, main, make_config, train
+from train_glue import Interrupted, main, make_config
 
 
 def slow(*values):
     """A case that only --slow runs."""
     return pytest.param(*values, marks=pytest.mark.slow)
-
-
-def resume(out, **changes):
-    """Continue a run."""
-    return run(out, resume=True, **changes)
 
 
 @pytest.fixture(autouse=True)
@@ -105,8 +101,7 @@ def test_nohup(tmp_path, monkeypatch):
 
 
 def test_a_pipe_that_is_closed(tmp_path, whole):
-    """T18: `train_glue.py ... | head -1`: the run continues to its end, and log.txt has every
-    line."""
+    """T18: `train_glue.py ... | head -1`: the run goes on, and log.txt has every line."""
     process = command(*flags(**run_settings(tmp_path / "out")), env={"PYTHONUNBUFFERED": "1"})
     process.stdout.readline()
     process.stdout.close()
@@ -127,7 +122,8 @@ def test_interrupted_while_it_evaluates(tmp_path, capsys, monkeypatch, epoch, nu
 
     monkeypatch.setattr(train_glue.data, "batches", batches)
     run(tmp_path / "whole")
-    words, calls = flags(**run_settings(tmp_path / "out")), []
+    out, step, calls = tmp_path / "out", 8 * epoch, []
+    words = flags(**run_settings(out))
     with monkeypatch.context() as patch:
         real = train_glue.RobertaForSequenceClassification.forward
 
@@ -141,17 +137,16 @@ def test_interrupted_while_it_evaluates(tmp_path, capsys, monkeypatch, epoch, nu
         patch.setattr(train_glue.RobertaForSequenceClassification, "forward", forward)
         assert main(words) == 128 + number
     assert len(calls) == 10 * (epoch - 1) + 2
-    step = 8 * epoch
-    said = f"stopped at step {step} of 24, saved in {tmp_path / 'out'}"
-    assert said in printed(capsys) and said in (tmp_path / "out" / "log.txt").read_text()
-    assert newest(tmp_path / "out")["step"] == step
-    assert len(evaluations(tmp_path / "out")) == epoch - 1 and len(lines(tmp_path / "out")) == step
-    noted = json.loads((tmp_path / "out" / "run.json").read_text())
-    noted["seconds"] = 1000.0                                    # they count for the whole run, too
-    (tmp_path / "out" / "run.json").write_text(json.dumps(noted))
+    said = f"stopped at step {step} of 24, saved in {out}"
+    assert said in printed(capsys) and said in (out / "log.txt").read_text()
+    assert newest(out)["step"] == len(lines(out)) == step
+    assert len(evaluations(out)) == epoch - 1
+    noted = read_json(out / "run.json")
+    noted["seconds"] = 1000.0  # they count for the whole run, too
+    (out / "run.json").write_text(json.dumps(noted))
     assert main([*words, "--resume"]) == 0
-    same_runs(tmp_path / "out", tmp_path / "whole")
-    assert 1000 < json.loads((tmp_path / "out" / "result.json").read_text())["seconds"] < 2000
+    same_runs(out, tmp_path / "whole")
+    assert 1000 < read_json(out / "result.json")["seconds"] < 2000
 
 
 @pytest.mark.parametrize("method", ["paper", "full", *map(slow, (
@@ -159,14 +154,15 @@ def test_interrupted_while_it_evaluates(tmp_path, capsys, monkeypatch, epoch, nu
 def test_every_method_resumes(tmp_path, monkeypatch, method):
     """The same for the other methods, with accumulation: final weights, moments, scores."""
     changes = dict(method=method, epochs=2, accumulate=2)
-    run(tmp_path / "whole", **changes)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(whole, **changes)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(patch, 9)
-        run(tmp_path / "cut", **changes)
-    assert newest(tmp_path / "cut")["step"] == 5
-    resume(tmp_path / "cut", **changes)
-    same(newest(tmp_path / "cut"), newest(tmp_path / "whole"))
-    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+        run(cut, **changes)
+    assert newest(cut)["step"] == 5
+    run(cut, resume=True, **changes)
+    same(newest(cut), newest(whole))
+    assert lines(cut) == lines(whole)
 
 
 def test_a_killed_run_goes_back_to_its_checkpoint(tmp_path, monkeypatch, whole):
@@ -183,15 +179,9 @@ def test_a_killed_run_goes_back_to_its_checkpoint(tmp_path, monkeypatch, whole):
     assert len(lines(tmp_path)) == 14 and newest(tmp_path)["step"] == 12
     with open(tmp_path / "metrics.jsonl", "a") as f:
         f.write('{"step": 15, "l')                                   # and a line cut short
-    resume(tmp_path, save_every=3)
-    same_runs(tmp_path, whole)
-
-
-def test_resuming_what_has_finished(tmp_path, whole):
-    """It changes nothing and gives the same result."""
-    shutil.copytree(whole, tmp_path / "out")
-    resume(tmp_path / "out")
-    same_runs(tmp_path / "out", whole)
+    for _ in range(2):  # the second time it has finished, and nothing changes
+        run(tmp_path, resume=True, save_every=3)
+        same_runs(tmp_path, whole)
 
 
 def test_checkpoints_hold_tensors_alone(whole):
@@ -239,21 +229,21 @@ def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch, whole, value, 
 
 # ---- damaged checkpoints ------------------------------------------------------------------------
 
-@pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(path.read_bytes()[:-1000]),
-    slow(lambda path: torch.save({"step": 14}, path))])
-def test_a_damaged_checkpoint(tmp_path, monkeypatch, whole, damage):
+def test_a_damaged_checkpoint(tmp_path, monkeypatch, whole):
     """The newest is cut short, or of another version: it is refused by name. Without it, the run
     continues from the one before, and ends as the uninterrupted run."""
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(patch, 14)
         run(tmp_path, save_every=5)
     path = tmp_path / "checkpoints" / "step-00000014.pt"
-    damage(path)
+    path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(DoRAError, match=rf"{path} is damaged"):
-        resume(tmp_path, save_every=5)
+        run(tmp_path, resume=True, save_every=5)
+    torch.save({"step": 14}, path)
+    with pytest.raises(DoRAError, match=rf"{path} is damaged"):
+        run(tmp_path, resume=True, save_every=5)
     path.unlink()
-    resume(tmp_path, save_every=5)
+    run(tmp_path, resume=True, save_every=5)
     same_runs(tmp_path, whole)
 
 
@@ -264,48 +254,48 @@ def test_a_damaged_checkpoint(tmp_path, monkeypatch, whole, damage):
     (dict(targets=("query",)), "targets"), (dict(task="toy-pretrain"), "task = toy, not toy-pre"),
     ("model", "model weights"), ("train", "train.tsv = "), ("dev", "dev.tsv = ")])
 def test_another_run_is_not_resumed(tmp_path, whole, changes, word):
-    """Other settings, data or weights: refused by name, with both values; the folder stays as it
-    is."""
+    """Other settings, data or weights: refused by name and both values; the folder stays."""
     out = shutil.copytree(whole, tmp_path / "out")
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    given = run_settings(out, resume=True)
+    before = contents(out)
+    data_dir, model_dir = (shutil.copytree(folder, tmp_path / folder.name) for folder in files())
+    path = model_dir / "model.safetensors"
     if changes == "model":
-        folder = given["model_dir"] = shutil.copytree(given["model_dir"], tmp_path / "m")
-        weights = dora.read_safetensors(folder / "model.safetensors")
+        weights = dora.read_safetensors(path)
         weights["roberta.encoder.layer.1.output.dense.bias"] += 0.5
-        dora.write_safetensors(folder / "model.safetensors", weights)
+        dora.write_safetensors(path, weights)
     elif isinstance(changes, str):
-        folder = given["data_dir"] = shutil.copytree(given["data_dir"], tmp_path / "d")
-        path = folder / "toy" / f"{changes}.tsv"
-        path.write_bytes(path.read_bytes().replace(b"dog", b"cat", 1))
-    given = {name: str(value) if name.endswith("_dir") else value for name, value in given.items()}
+        path = data_dir / "toy" / f"{changes}.tsv"
+        path.write_text(path.read_text().replace("dog", "cat", 1))
+    given = dict(data_dir=str(data_dir), model_dir=str(model_dir), resume=True)
+    if isinstance(changes, dict):
+        given |= changes
     with pytest.raises(DoRAError, match=word):
-        train(make_config(**{**given, **(changes if isinstance(changes, dict) else {})}))
-    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+        run(out, **given)
+    assert contents(out) == before
 
 
 def test_two_runs_in_one_folder(tmp_path, monkeypatch):
     """The second, started while the first is under way, is refused; the first continues. The remedy
     is to wait, before the first checkpoint of the first run (step 2) and after it."""
-    real, steps = train_glue.task_loss, iter(range(1, 100))
+    seen = []
 
-    def loss(logits, labels):
-        if next(steps, 0) in (1, 4):
+    def change(n, loss):
+        if n in (1, 4):
             for again in (False, True):
                 with pytest.raises(DoRAError, match="another run is writing here"):
                     run(tmp_path, max_steps=5, resume=again)
-        return real(logits, labels)
+            seen.append(n)
+        return loss
 
-    monkeypatch.setattr(train_glue, "task_loss", loss)
+    each_loss(monkeypatch, change)
     assert run(tmp_path, max_steps=5, interval=1, save_every=2)["steps"] == 5
-    assert next(steps) > 4
+    assert seen == [1, 4]
 
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_run_that_died_before_its_first_checkpoint(tmp_path, capsys, whole, again):
-    """Nothing to continue from but a few lines of a log: the same command starts again (with
-    --resume it says so), and the run is as any other. A killed process's half file is removed.
-    """
+    """Nothing to continue from but a line of a log: the same command starts again (with --resume it
+    says so), and the run is as any other. A killed process's half file is removed."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / ".step-00000008.pt.abc.part").write_bytes(b"half")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "l')
@@ -355,11 +345,9 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch, whole, path):
 # ---- kill -9 ------------------------------------------------------------------------------------
 
 def killed(words, seconds, folder):
-    """Start the command, kill it some seconds after its run folder is there; False if it ended
-    before that."""
+    """Start the command and kill it after its folder is there; False if it ended before that."""
     process = command(*words)
-    while process.poll() is None and not (folder / "metrics.jsonl").exists():
-        time.sleep(0.01)
+    wait_for(folder, process)
     time.sleep(seconds)
     process.kill()
     process.communicate()
@@ -395,8 +383,7 @@ def test_kill_at_random_moments(tmp_path, given):
 
     whole = tmp_path / "whole"
     process = command(*words(whole))
-    while process.poll() is None and not (whole / "metrics.jsonl").exists():
-        time.sleep(0.01)
+    wait_for(whole, process)
     started = time.monotonic()
     assert process.wait() == 0, process.communicate()
     duration = time.monotonic() - started  # without loading, as killed() counts

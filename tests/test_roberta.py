@@ -70,8 +70,7 @@ def test_defaults_are_roberta_bases():
 @pytest.mark.parametrize("extra", [1, 30])
 @torch.no_grad()
 def test_padding_changes_nothing(extra):
-    """Logits of a batch against the same with more padding, and against each row alone without
-    any."""
+    """Logits of a batch against the same with more padding, and with none, row by row."""
     model, (ids, mask) = tiny_model().double(), sentences()
     wide_ids = torch.nn.functional.pad(ids, (0, extra), value=1)
     found = model(wide_ids, wide_ids != 1)
@@ -100,8 +99,7 @@ def test_positions_start_after_pad():
 
 
 def test_the_last_layers_shortcut():
-    """rows = 1, which computes only the state of <s> in the last layer, against all of it: values
-    and gradients."""
+    """rows = 1, the last layer for <s> alone, against all rows: values and gradients."""
     model, (ids, mask) = tiny_model().double(), sentences()
     parameters = [*model.roberta.parameters()]
     found = []
@@ -131,8 +129,7 @@ def test_attention_by_hand():
 
 
 def test_dropout_only_in_training():
-    """Two passes differ in training, with dropout in every place on, and are equal in
-    evaluation."""
+    """Two passes differ in training, with each kind of dropout, and are equal in evaluation."""
     model, batch = tiny_model(), sentences()
     assert torch.equal(model(*batch), model(*batch))
     model.train()
@@ -296,8 +293,7 @@ def test_the_order_of_labels(tmp_path, task, names, order):
     ("stsb", 1, {}),
     ("stsb", 1, {"label_top": 4.0})])
 def test_a_head_for_other_labels(tmp_path, task, classes, fields):
-    """T1: a head of the right size for other labels, another task or another unit is not used, and
-    the model says so (N6)."""
+    """T1, N6: a head for other labels, another task or unit is not used, and the model says so."""
     save_model(tiny_model(classes), tmp_path)
     with_config(tmp_path, **fields)
     model = load_roberta(tmp_path, classes, data.TASKS[task])
@@ -334,8 +330,7 @@ def test_the_dropout_of_the_head(folder):
     ("model_type", "bert"), ("hidden_act", "relu"), ("position_embedding_type", "relative_key"),
     ("is_decoder", True), ("add_cross_attention", True)])
 def test_fields_that_are_not_robertas(folder, field, value):
-    """A size that is not there (never roberta-base's instead) and another architecture: an error
-    with file and field."""
+    """A missing size (never roberta-base's instead) and other architectures: file and field."""
     with_config(folder, **{field: value})
     with pytest.raises(DoRAError) as caught:
         load_roberta(folder, 2)
@@ -348,8 +343,7 @@ def test_fields_that_are_not_robertas(folder, field, value):
 
 @pytest.mark.skipif(not MINILM.exists(), reason="needs ../shared/models")
 def test_recorded_hidden_states():
-    """The shared encoder's states of padded sentences against those that transformers computed
-    (fixtures/record.py), to 1e-5."""
+    """The shared encoder's states of padded sentences against transformers', to 1e-5."""
     theirs = recorded("transformers")
     ids = torch.tensor(theirs["ids"])
     model = load_roberta(MINILM, 2).eval()

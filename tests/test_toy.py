@@ -103,8 +103,7 @@ def test_other_methods_and_seeds(short, capsys):
     ("--targets querry", "'querry'"), ("--model-dir m", "--model-dir"),
     ("--initial-phase 0.9", "initial_phase = 0.9")])
 def test_it_refuses_before_it_pretrains(short, tmp_path, capsys, words, says):
-    """A setting that cannot work is refused at once, and leaves nothing that would be in the
-    way of the right one."""
+    """A setting that cannot work is refused at once and leaves nothing behind."""
     assert main(["--out", str(tmp_path / "out"), "--device", "cpu", *words.split()]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out" / "pretrain").exists()

@@ -182,8 +182,7 @@ def test_every_method_runs(tmp_path, method):
 
 @pytest.mark.parametrize("method", ["bitfit", "full", "head"])
 def test_methods_without_an_adapter(tmp_path, method):
-    """What trains has moved, what is frozen has not, and the saved model scores as the result
-    says."""
+    """What trains has moved, the rest has not, and the saved model scores as the result says."""
     found = run(tmp_path, method=method, max_steps=8)
     assert found["ranks"] == {} and not (tmp_path / "adapter").exists()
     assert (tmp_path / "model" / "vocab.json").exists()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,12 @@ def read_json(path):
     return json.loads(Path(path).read_text())
 
 
+def contents(folder):
+    """{path: bytes} of the files in a folder, but for the lock."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path: path.read_bytes() for path in paths}
+
+
 def json_lines(path):
     """The objects in a file of JSON lines."""
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
@@ -151,9 +158,17 @@ def same_runs(a, b):
 
 
 def command(*words, code=None, env=()):
-    """Start `python train_glue.py WORDS`, or other code with these words, in a process of its
-    own."""
+    """Start `python train_glue.py WORDS`, or other code with these words, in its own process."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **dict(env)}
     program = ["-c", code] if code else ["train_glue.py"]
     return subprocess.Popen([sys.executable, *program, *map(str, words)], cwd=ROOT, env=env,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(folder, process, pattern="metrics.jsonl", count=1):
+    """Wait until so many such files are in the folder and not empty, or the process has ended."""
+    while process.poll() is None:
+        files = [path for path in folder.glob(pattern) if path.stat().st_size]
+        if len(files) >= count:
+            break
+        time.sleep(0.01)

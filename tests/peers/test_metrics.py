@@ -34,8 +34,7 @@ def random_pairs(name):
 @pytest.mark.parametrize("name", REFERENCES)
 @pytest.mark.filterwarnings("ignore")  # theirs warn of what ours returns 0 for
 def test_metric(name):
-    """500 random pairs and all of three bits (each one equal, each one wrong, ...): the reference's
-    value to 1e-12, 0 for NaN."""
+    """500 random pairs and all pairs of three bits: the reference's value to 1e-12, 0 for NaN."""
     bits = [np.array(bits) for bits in product((0, 1), repeat=3)]
     for predictions, labels in [*random_pairs(name), *product(bits, repeat=2)]:
         theirs = REFERENCES[name](predictions, labels)

@@ -155,8 +155,7 @@ def test_continuing(names):
 
 
 def test_gpt2(names):
-    """The adapter in PEFT on the untouched GPT-2, and the merged model after save_pretrained,
-    against the trained model."""
+    """The adapter in PEFT on GPT-2, and the merged model reloaded, against the trained model."""
     there, peft, back = RECIPES["GPT-2, there and back"]
     exec(there, names)
     ids, expected = names["ids"], logits(names["model"], names["ids"])

@@ -32,8 +32,7 @@ def logits_close(ours, theirs, vocab):
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_we_load_what_they_save(tmp_path, prefix):
-    """A checkpoint of roberta-base's widths that transformers wrote, with and without the prefix
-    "roberta."."""
+    """A checkpoint by transformers in the base model's widths, with and without "roberta."."""
     torch.manual_seed(0)
     config = transformers.RobertaConfig(
         vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5,
