@@ -1,11 +1,10 @@
 """Files of every text format and safetensors, 2,000 damaged ones each (hypothesis, the
 same in each run): a file loads and can be used, or one line that names it refuses it.
 """
-import json
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_data import tokenizer_json
 from tiny import files
 
 import data
@@ -13,10 +12,10 @@ from dora import DoRAError, read_safetensors
 
 pytestmark = pytest.mark.slow
 N = 2000
-TOKENS = [b"\0", b"\t", b"\n", b"\r\n", b"\xff", b"\xef\xbb\xbf", b'"', b"{", b"}", b"[", b"]",
-          b":", b",", b" ", b"-1", b"0", b"9" * 9, b"9" * 5000, b"1e999", b"1.5", b"NaN", b"null",
-          b"true", b"[" * 3000, b"\\ud800", b"\xed\xa0\x80", b"\xc2\x85", b"\xe2\x80\xa8", b"<s>",
-          b"#version: 0.2\n", b"../", b"PK\3\4", (2**60).to_bytes(8, "little")]
+WORDS = b'\0 \t \n \r\n \xff \xef\xbb\xbf " { } [ ] : , -1 0 1e999 1.5 NaN null true <s> \\ud800'
+TOKENS = [*WORDS.split(b" "), b" ", b"9" * 9, b"9" * 5000, b"[" * 3000,
+          b"\xed\xa0\x80", b"\xc2\x85", b"\xe2\x80\xa8",
+          b"#version: 0.2\n", (2**60).to_bytes(8, "little")]
 ROWS = {"rte": "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n1\tc\td\tnot_entailment\n",
         "cola": "s\t1\t\tA cat.\ns\t0\t*\tCat a.\n" * 3,
         "stsb": "index\tsentence1\tsentence2\tscore\n0\ta b\tc\t3.25\n1\td\té²\t5\n"}
@@ -29,35 +28,25 @@ def damaged(draw, original):
     raw = bytearray(original)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, min(len(raw), 3000)) | st.integers(0, len(raw)))
-        raw[at:at + draw(st.integers(0, 40))] = draw(
-            st.binary(max_size=8) | st.sampled_from(TOKENS))
+        end = at + draw(st.integers(0, 40))
+        raw[at:end] = draw(st.binary(max_size=8) | st.sampled_from(TOKENS))
     if draw(st.integers(0, 9)) == 9:
         del raw[draw(st.integers(0, len(raw))):]
     return bytes(raw)
 
 
-def tokenizer_json():
-    """The one file that transformers 5 saves in place of the tiny model's two."""
-    vocab = (files()[1] / "vocab.json").read_text("utf-8")
-    lines = (files()[1] / "merges.txt").read_text("utf-8").splitlines()[1:]
-    return json.dumps({
-        "normalizer": None, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
-        "added_tokens": [{"id": 0, "content": "<s>"}],
-        "model": {"type": "BPE", "merges": [*map(str.split, lines)],
-                  "vocab": json.loads(vocab)}}).encode()
-
-
 def use(folder, name):
     """Use a file of a folder that holds all formats, so that a fault in it shows."""
     if name in ROWS:
-        bpe = data.BPE(files()[1])
-        for batch in data.batches(data.load_task(name, folder, "train", bpe, 32), 4, 0, 0):
+        examples = data.load_task(name, folder, "train", data.BPE(files()[1]), 32)
+        for batch in data.batches(examples, 4, 0, 0):
             assert batch.labels.isfinite().all()
     elif name == "model.safetensors":
         assert all(tensor.numel() >= 0 for tensor in read_safetensors(folder / name).values())
     else:  # a tokenizer that could be made gives ids that turn back into the text
         bpe, text = data.BPE(folder), "low newest <s> é² "
-        assert bpe.decode(bpe.encode(text)) == text and min(bpe.encode(text)) > 3
+        ids = bpe.encode(text)
+        assert bpe.decode(ids) == text and min(ids) > 3
 
 
 @pytest.mark.parametrize("name", [*ROWS, "vocab.json", "merges.txt", "tokenizer.json",
@@ -71,7 +60,7 @@ def test_damaged_files(tmp_path, name):
         path.parent.mkdir()
         path.write_text(ROWS[name], "utf-8")
     elif name == "tokenizer.json":
-        path.write_bytes(tokenizer_json())
+        path.write_text(tokenizer_json(files()[1]), "utf-8")
     else:
         for file in ("vocab.json", "merges.txt", "model.safetensors"):
             (tmp_path / file).write_bytes((files()[1] / file).read_bytes())

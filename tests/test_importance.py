@@ -40,8 +40,8 @@ def loss_of(model):
 
 def components(layer):
     """c_i b_i a_i^T of one layer, (r', d_out, d_in)."""
-    parts = zip(layer.A, layer.B.T, layer.c)
-    return torch.stack([c * torch.outer(b, a) for a, b, c in parts])
+    parts = [torch.outer(b, a) for a, b in zip(layer.A, layer.B.T)]
+    return layer.c[:, None, None] * torch.stack(parts)
 
 
 def norms(layer):
@@ -51,7 +51,8 @@ def norms(layer):
 
 def naive_eq7(layer):
     """Eq. 7 with the tensor that the closed form avoids."""
-    return norms(layer) / (components(layer).sum(0).norm() + 1e-8)
+    total = components(layer).sum(0)
+    return norms(layer) / (total.norm() + 1e-8)
 
 
 def scores_now(importance, layers):
@@ -72,7 +73,8 @@ def test_eq7_by_hand():
     assert norm_score([layer]).tolist() == pytest.approx([4, 3])
 
 
-@pytest.mark.parametrize("d_out, d_in, r", [(4, 6, 3), (3, 3, 8), (5, 7, 1)])
+@pytest.mark.parametrize("d_out, d_in, r", [
+    (4, 6, 3), (3, 3, 8), (5, 7, 1)])
 def test_eq7_closed_form(d_out, d_in, r):
     """Five random layers at once: the closed form equals the naive one in float64 and float32, and
     `frobenius`, Eq. 7 without its denominator, the naive norms."""
@@ -99,7 +101,8 @@ def test_eq7_where_all_cancels():
         layer.B.data[:] = torch.randn(40, 1)
         layer.c.data = torch.tensor([1, -0.7, -0.3])
         scores = norm_score([layer])
-        assert scores.isfinite().all() and (scores > 0).all()
+        assert scores.isfinite().all()
+        assert (scores > 0).all()
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", "zero_b"])
@@ -107,7 +110,8 @@ def test_eq7_of_a_matrix_without_an_update(init):
     """All c = 0 or B = 0 would be 0 / 0: every start's score is 0, in the naive form, too."""
     _, layers = adapted(net_config(init=init))
     for layer in layers.values():
-        assert not norm_score([layer]).any() and not naive_eq7(layer).any()
+        assert not norm_score([layer]).any()
+        assert not naive_eq7(layer).any()
 
 
 # ---- Eq. 8 ---------------------------------------------------------------------------------------
@@ -167,8 +171,9 @@ def test_three_euler_products_agree(dropout_on):
     model, layers = random_model(dropout=0.4, dropout_on=dropout_on)
     loss_of(model.train()).backward()
     for layer in layers.values():
-        A, B, c = (p * p.grad for p in (layer.A, layer.B, layer.c))
+        c = layer.c * layer.c.grad
         assert c.abs().max() > 0
+        A, B = layer.A * layer.A.grad, layer.B * layer.B.grad
         close(A.sum(1), c, 1e-11)
         close(B.sum(0), c, 1e-11)
         close(sensitivity([layer]), c.abs(), 1e-11)
@@ -288,10 +293,10 @@ def test_the_pruners_penalty_is_eta_times_r(penalty):
     """penalty() is eta * R for Eq. 10, eta times the mean of ||A A^T - I||_F and ||B^T B - I||_F
     over all A and B for AdaLoRA's, and 0 for none; it has a gradient."""
     _, layers = random_model(penalty=penalty, eta=0.25)
-    distances = []
+    distances, eye = [], torch.eye(3)
     for layer in layers.values():
-        for rows in (layer.A, layer.B.T):
-            distances.append((rows @ rows.T - torch.eye(3)).norm().item())
+        distances.append((layer.A @ layer.A.T - eye).norm().item())
+        distances.append((layer.B.T @ layer.B - eye).norm().item())
     expected = {None: 0.0, "dem": dem_penalty([*layers.values()]).item(),
                 "orthogonal": sum(distances) / 12}
     value = Pruner(layers, layer.config, 50).penalty()

@@ -40,16 +40,19 @@ def test_the_curves_of_a_run(folders, monkeypatch):
     steps, dev = lines(folders / "dora"), evaluations(folders / "dora")
     figure = plot_run.draw([plot_run.read_run(folders / "dora")])
     loss, score, live, parameters, penalty, *_ = figure.axes
-    each, (_, mean) = points(loss)
+    each, smooth = points(loss)
     assert each == values(steps, "step", "loss")
-    assert mean[2] == pytest.approx(sum(each[1][:3]) / 3)
+    losses, means = each[1], smooth[1]
+    assert means[2] == pytest.approx(sum(losses[:3]) / 3)
     assert points(penalty) == [values(steps, "step", "penalty")]
     assert points(score) == [values(dev, "step", "matthews")]
     for axis in (loss, score, live, parameters):
-        assert axis.get_title() and axis.get_ylabel() and axis.get_xlim() == (0, 24)
-        first, last = axis.patches
-        assert first.get_x() == 0 and first.get_width() == 4
-        assert last.get_x() == 12 and last.get_width() == 12
+        assert axis.get_title()
+        assert axis.get_ylabel()
+        assert axis.get_xlim() == (0, 24)
+        initial, final = [(patch.get_x(), patch.get_width()) for patch in axis.patches]
+        assert initial == (0, 4)
+        assert final == (12, 12)
 
 
 def test_the_ranks_of_a_run(folders):
@@ -59,18 +62,22 @@ def test_the_ranks_of_a_run(folders):
     figure = plot_run.draw([plot_run.read_run(folders / "dora")])
     _, _, live, parameters, _, ranks, _ = figure.axes
     costs = head["parameters per component"].values()
-    steps, rows = ([*column] for column in values(history, "step", "live"))
+    steps, rows = values(history, "step", "live")
     assert ranks.collections[0].get_array().T.tolist() == rows
     names = [label.get_text() for label in ranks.get_yticklabels()]
-    assert names[0] == "0 query" and names[9] == "1 attention.output.dense" and len(names) == 12
+    assert len(names) == 12
+    assert names[0] == "0 query"
+    assert names[9] == "1 attention.output.dense"
 
-    steps, rows = [*steps, 24], [*rows, rows[-1]]  # lines go on to the last step
+    steps.append(24)  # the lines go on to the last step
+    rows.append(rows[-1])
     sizes = [sum(map(operator.mul, row, costs)) for row in rows]
     assert points(live) == [(steps, [*map(sum, rows)])]
     spent, (x, allowed) = points(parameters)
     last = lines(folders / "dora")[-1]
     assert spent == (steps, sizes)
-    assert (sizes[-1], allowed[-1]) == (last["parameters"], last["budget"])
+    assert sizes[-1] == last["parameters"]
+    assert allowed[-1] == last["budget"]
     for step in range(25):
         size = sizes[bisect(steps, step) - 1]
         assert size <= allowed[bisect(x, step) - 1]

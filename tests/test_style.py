@@ -15,7 +15,8 @@ import dora
 
 ROOT = Path(__file__).parent.parent
 LOUD = "# You can stop reading here: what follows is plumbing"
-SOURCE = {name: (ROOT / f"{name}.py").read_text("utf-8") for name in ("dora", "data", "train_glue")}
+FILES = ("dora", "data", "train_glue")
+SOURCE = {name: (ROOT / f"{name}.py").read_text("utf-8") for name in FILES}
 LINES = {name: text.splitlines() for name, text in SOURCE.items()}
 
 

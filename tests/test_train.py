@@ -68,7 +68,8 @@ def test_files_of_a_run(finished):
     own = make_config(**run_settings(folder))
     assert TrainConfig(**read_json(folder / "config.json")) == own
     found = read_json(folder / "run.json")
-    assert found["steps"] == 24 and found["processes"] == 1
+    assert found["steps"] == 24
+    assert found["processes"] == 1
     assert found["torch"] == torch.__version__
     assert found["device"].startswith("cpu (")
     assert found["command"].startswith("python ")
@@ -245,7 +246,8 @@ def logits_alone(model, examples):
 def test_predictions_keep_the_files_order(classes):
     """predict, which sorts by length, against each example alone in the file's order: its class,
     or the value of the one output, cut to 0..1."""
-    model, examples = tiny_model(classes), dev()
+    examples = dev()
+    model = tiny_model(classes)
     model.classifier.out_proj.weight.data *= 10
     middle = logits_alone(model, examples).median(0).values  # so that both classes occur
     model.classifier.out_proj.bias.data -= middle if classes == 2 else middle - 0.5
@@ -319,7 +321,8 @@ def test_accumulation(tmp_path, masks):
     run(tmp_path / "parts", batch_size=4, accumulate=3, **changes)
     close(lines(tmp_path / "whole"), lines(tmp_path / "parts"), 1e-9)
     half = len(masks) // 2
-    assert masks[:half] == masks[half:] and half > 5
+    assert half > 5
+    assert masks[:half] == masks[half:]
 
 
 @pytest.mark.parametrize("rank", [2.0, 0.5])
