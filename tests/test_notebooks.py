@@ -2,6 +2,8 @@
 It is skipped without notebooks/requirements.txt."""
 import ast
 import copy
+import functools
+import math
 import re
 import time
 from pathlib import Path
@@ -38,7 +40,8 @@ def sections(notebook):
     found, title = {}, None
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            title = (re.findall(r"^## (.+)$", cell.source, re.MULTILINE) or [title])[-1]
+            headings = re.findall(r"^## (.+)$", cell.source, re.MULTILINE)
+            title = headings[-1] if headings else title
         elif cell.cell_type == "code" and title:
             found.setdefault(title, []).append(cell)
     return found
@@ -51,43 +54,54 @@ def defined(tree):
 
 def shown(cell):
     """What a code cell printed or evaluated to, as text."""
-    return "".join(output.get("text") or output.get("data", {}).get("text/plain", "")
-                   for output in cell.outputs
-                   if "image/png" not in output.get("data", {}))
+    text = ""
+    for output in cell.outputs:
+        shown_as = output.get("data", {})
+        if "image/png" not in shown_as:
+            text += output.get("text") or shown_as.get("text/plain", "")
+    return text
 
 
 def same_text(stored, fresh):
     """Equal but for numbers, which need to agree to three significant digits only."""
-    a, b = ([float(n.replace(",", "")) for n in NUMBER.findall(text)] for text in (stored, fresh))
-    words, fresh_words = (NUMBER.sub("#", text).split() for text in (stored, fresh))
+    def numbers(text):
+        return [float(number.replace(",", "")) for number in NUMBER.findall(text)]
+
+    def words(text):
+        return NUMBER.sub("#", text).split()
+
     # half a unit of the third digit of each rounding, so 1 in 200 at worst
-    return words == fresh_words and len(a) == len(b) and all(
-        x == y or abs(x - y) <= 5e-3 * max(abs(x), abs(y)) + 1e-9 for x, y in zip(a, b))
+    near = functools.partial(math.isclose, rel_tol=5e-3, abs_tol=1e-9)
+    return words(stored) == words(fresh) and all(map(near, numbers(stored), numbers(fresh)))
 
 
 def test_the_folder():
     """At least 12 notebooks, numbered from 00 without a gap, have less than 4 MB together. Their
     first cells name the paper and which DoRA it is, and link to the neighbours."""
-    assert [int(name[:2]) for name in NAMES] == list(range(len(NAMES))) and len(NAMES) >= 12
+    assert [int(name[:2]) for name in NAMES] == [*range(len(NAMES))]
+    assert len(NAMES) >= 12
     assert sum((FOLDER / name).stat().st_size for name in NAMES) < 4e6
-    for i, name in enumerate(NAMES):
+    for before, name, after in zip(["", *NAMES], NAMES, [*NAMES[1:], ""]):
         first = read(name).cells[0].source
         assert "arxiv.org/abs/2405.17357" in first and "NVIDIA" in first
-        linked = set(re.findall(r"\]\((\d\d_\w+\.ipynb)\)", first))
-        assert {*NAMES[max(0, i - 1):i], *NAMES[i + 1:i + 2]} <= linked <= set(NAMES)
+        linked = re.findall(r"\]\((\d\d_\w+\.ipynb)\)", first)
+        assert {before, after} - {""} <= {*linked} <= {*NAMES}
 
 
-MODULES = [ast.parse((ROOT / f"{name}.py").read_text()) for name in ("dora", "data", "train_glue")]
+def modules():
+    """Names of the functions and classes in the three files."""
+    trees = [ast.parse(path.read_text("utf-8")) for path in ROOT.glob("*.py")]
+    return set().union(*map(defined, trees))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_form(name):
     """Cells of at most 15 lines, an assert in each section, nothing defined that the modules
     define, outputs stored in order, no error, no stderr and no path of a machine in them."""
-    notebook = read(name)
+    notebook, known = read(name), modules()
     for count, cell in enumerate(code_cells(notebook), 1):
         assert len(cell.source.splitlines()) <= 15, cell.source
-        assert not defined(python(cell.source)) & set().union(*map(defined, MODULES)), cell.source
+        assert not defined(python(cell.source)) & known, cell.source
         assert cell.execution_count == count, "run it from top to bottom, then save"
         for output in cell.outputs:
             assert output.output_type != "error" and output.get("name") != "stderr", output

@@ -1,5 +1,6 @@
 """dora.py's adapters of our RoBERTa in Hugging Face PEFT, and PEFT's here. (Other models:
 test_other_models.py.)"""
+import re
 import shutil
 
 import peft
@@ -54,7 +55,9 @@ def pruned(folder):
     layers = inject(model, config)
     model.classifier.requires_grad_(True)
     ranks = dict(zip(layers, [0, 1, 2, 3, 1, 2] * 2))
-    scores = [score for rank in ranks.values() for score in [2] * rank + [1] * (3 - rank)]
+    scores = []
+    for rank in ranks.values():
+        scores += [2] * rank + [1] * (3 - rank)
     assert prune(layers, config, scores).ranks() == ranks
     return model, ranks
 
@@ -92,9 +95,10 @@ def test_pefts_auto_class_loads_a_run(tmp_path, monkeypatch):
     loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     assert loaded.peft_config["default"].base_model_name_or_path == str(base.resolve())
     close(logits(loaded), logits(model))
-    names, (code,) = {}, (folder / "README.md").read_text().split("```python\n")[1:]
+    names, card = {}, (folder / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(folder)
-    exec(code.split("```")[0], names)  # scores the text "a sentence"
+    exec(code, names)  # scores the text "a sentence"
     ids = torch.tensor([data.encode_row(data.BPE(base), ["a sentence"], 48)])
     close(names["logits"], model(ids, torch.ones_like(ids, dtype=torch.bool)))
     assert names["logits"].dtype == torch.float32

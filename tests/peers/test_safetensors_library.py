@@ -16,16 +16,20 @@ def tensors_of(seed):
     """Tensors of all types and many shapes, names with odd characters."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    shapes = [(), (1,), (0,), (7,), (3, 5), (2, 0, 3), (2, 3, 4, 5), (1, 1, 129)]
-    return {f"{i}.é\n\"日{name}": (torch.randn(rng.choice(shapes)) * 50).abs().to(dtype)
-            for i in range(3) for name, dtype in DTYPES.items()}
+    shapes = [(), (0,), (7,), (3, 5), (2, 0, 3), (1, 1, 129)]
+    tensors = {}
+    for name, dtype in 3 * [*DTYPES.items()]:
+        tensor = torch.randn(rng.choice(shapes)).abs() * 50
+        tensors[f"{len(tensors)}.é\n\"日{name}"] = tensor.to(dtype)
+    return tensors
 
 
 def equal(a, b):
     assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape
-        assert bits(a[name]) == bits(b[name])
+    for name, x in a.items():
+        y = b[name]
+        assert x.dtype == y.dtype and x.shape == y.shape
+        assert bits(x) == bits(y)
 
 
 def test_round_trips(tmp_path):
@@ -48,18 +52,19 @@ def test_round_trips(tmp_path):
 
 def header_by_chance(rng):
     """(header, size of the data): sizes, shapes, types and places that mostly fit together."""
-    def pick(good, p=0.95):
-        return good if rng.random() < p else rng.choice(
-            [0, 1, 4, 8, -1, -8, 2**32, 2**63, None, "4", []])
+    odd = [0, 1, 4, 8, -1, -8, 2**32, 2**63, None, "4", []]
+    sizes = dict(F32=4, U8=1, F64=8, BOOL=1, F16=2, I4=1, F31=4, f32=4)
+
+    def pick(good):
+        return good if rng.random() < 0.95 else rng.choice(odd)
 
     header, end = {}, 0
     for i in range(rng.randint(0, 3)):
-        name, size = rng.choice([("F32", 4), ("U8", 1), ("F64", 8), ("BOOL", 1), ("F16", 2),
-                                 ("I4", 1), ("F31", 4), ("f32", 4)])
-        shape = [rng.choice([0, 1, 2, 3]) for _ in range(rng.randint(0, 3))]
-        start, end = end, end + size * torch.Size(shape).numel()
-        header[str(i)] = {"dtype": pick(name), "shape": [pick(n) for n in shape],
-                          "data_offsets": [pick(start), pick(end)]}
+        dtype = rng.choice([*sizes])
+        shape = rng.choices(range(4), k=rng.randint(0, 3))
+        begin, end = end, end + sizes[dtype] * torch.Size(shape).numel()
+        header[str(i)] = {"dtype": pick(dtype), "shape": [*map(pick, shape)],
+                          "data_offsets": [pick(begin), pick(end)]}
     return header, max(0, end + rng.choice([0] * 10 + [1, -1]))
 
 

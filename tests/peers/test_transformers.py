@@ -61,7 +61,8 @@ def test_they_load_what_we_save(tmp_path, classes):
 
     ids, mask = batch(437)
     model(ids, mask).sin().sum().backward()
-    theirs(input_ids=ids, attention_mask=mask.long()).logits.sin().sum().backward()
+    output = theirs(input_ids=ids, attention_mask=mask.long())
+    output.logits.sin().sum().backward()
     expected = dict(theirs.named_parameters())
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name].grad, rtol=1e-4, atol=1e-5)
