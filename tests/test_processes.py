@@ -58,9 +58,8 @@ def ends(processes, timeout=240):
     {}, dict(accumulate=2), dict(batch_size=12, method="paper"), dict(batch_size=4, accumulate=3)],
     ids=["plain", "accumulate", "last batch of one", "both"])
 def test_two_processes(tmp_path, changes):
-    """50 steps of the same global batch, in float64 without dropout, the compaction among them:
-    losses and norms to 1e-9, the masks of both processes at every pruning, scores and ranks. 61
-    examples are 5 * 12 + 1: of the last batch one process has nothing."""
+    """50 steps of the same global batch in float64 without dropout: losses and norms to 1e-9, masks
+    of both processes, scores, ranks. 61 = 5 * 12 + 1: of the last batch one process has nothing."""
     changes = {**FLOAT64, "max_steps": 50, **changes}
     alone, pair = tmp_path / "alone", tmp_path / "pair"
     words = flags(**run_settings(alone, **changes))
@@ -132,8 +131,7 @@ if train_glue.process()[1] > 1:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_all(tmp_path, victim):
     """kill -9 for one of two: the other ends within a minute with exit code 1 and a last line that
-    names the run folder and --resume; the newest checkpoint is whole, and two processes resume from
-    it to the same end as two that nothing disturbed."""
+    names the run folder and --resume; the newest checkpoint is whole."""
     out = tmp_path / "out"
     given = run_settings(out, epochs=200, save_every=1)
     processes = start(flags(**given), tmp_path / "m")

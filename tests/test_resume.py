@@ -72,10 +72,9 @@ def whole(tmp_path_factory):
     *(slow(step, signal.SIGTERM) for step in (3, 7, 9, 13, 16, 23)), (1, signal.SIGTERM),
     (8, signal.SIGINT), (11, signal.SIGHUP), (12, signal.SIGTERM), (24, signal.SIGINT)])
 def test_interrupted_and_resumed(tmp_path, capsys, monkeypatch, whole, step, number):
-    """Ctrl-C, SIGTERM or a closed terminal in a step: the step is finished and saved, main says how
-    to continue, returns 128 + signal, and the old handlers are back. With --resume the run's end
-    equals the uninterrupted one's. An epoch ends at 8, 16 and 24, prunings are at 7, 10 and 12, at
-    12 the dead components leave."""
+    """Ctrl-C, SIGTERM or a closed terminal in a step (epochs end at 8, 16, 24, prunings are at 7,
+    10, 12): it is finished and saved, main says how to continue, returns 128 + signal, and gives
+    the old handlers back. With --resume the run's end equals the uninterrupted one's."""
     words, before = flags(**run_settings(tmp_path / "out")), signal.getsignal(number)
     with monkeypatch.context() as patch:
         stop_at(patch, step, number)
@@ -205,10 +204,9 @@ def test_ctrl_c_while_loading(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("value, step, log_every", [
     (math.nan, 3, 1), slow(math.inf, 11, 1), (math.nan, 14, 100), slow(math.inf, 16, 100)])
 def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch, whole, value, step, log_every):
-    """NaN or inf from a step on, seen at a log step (each one), before a checkpoint (save_every 4)
-    or before the evaluation at an epoch's end (16): exit code 2, one line with step and learning
-    rate; checkpoints hold finite numbers only, there is no adapter, and the resumed run ends as the
-    one that never broke."""
+    """NaN or inf from a step on, seen at a log step, before a checkpoint or an evaluation: exit
+    code 2, a line with step and learning rate, finite checkpoints, no adapter. The resumed run ends
+    as the one that never broke."""
     words = flags(**run_settings(tmp_path, log_every=log_every, save_every=4))
     seen = step if log_every == 1 else 16
     with monkeypatch.context() as patch:

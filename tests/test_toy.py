@@ -152,9 +152,8 @@ def test_the_places_in_words():
 
 @pytest.mark.slow
 def test_the_place_matters(tmp_path, capsys, monkeypatch):
-    """`python train_glue.py` with six seeds on which nothing was chosen: dora is ahead of the
-    median of three random placements on at least five, and of LoRA on query and value in the
-    median; the head alone, and dora without pretraining, are far behind."""
+    """Six seeds on which nothing was chosen: dora is ahead of the median of three random placements
+    on five or more, and of LoRA on query and value in the median; the others are far behind."""
     monkeypatch.chdir(tmp_path)
     seeds = range(11, 17)
     assert main(["--device", "cpu", "--deterministic", "--seeds", *map(str, seeds)]) == 0

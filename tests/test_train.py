@@ -78,9 +78,8 @@ def test_files_of_a_run(finished):
 
 
 def test_metrics_of_a_run(finished):
-    """One line for each of the 24 steps with eight fields; the learning rate is learning_rate's,
-    the budget Eq. 9's, live is the budget of the last pruning, all the rest finite; the penalty is
-    0 once pruning has ended. After an epoch's last step stand its dev scores."""
+    """One line of eight finite fields for each of the 24 steps, with learning_rate's rate, Eq. 9's
+    budget and, in live, that of the last pruning; after an epoch's last step its dev scores."""
     folder, returned = finished
     config, found = make_config(**run_settings(folder)), lines(folder)
     assert [line["step"] for line in found] == [*range(1, 25)]
@@ -114,9 +113,8 @@ def test_history_of_the_ranks(finished):
 
 
 def test_what_a_run_says(finished, tmp_path, capsys):
-    """The lines before the first step name task, method, examples, steps, device, dtype, folder,
-    what is pruned and the parameters, which add up; then come scores and result. No line is longer
-    than 80 columns, and log.txt has the same text."""
+    """What a run prints first (what is trained, on what, how long, and the parameters, which add
+    up), then scores and result. No line is longer than 80 columns; log.txt has the same text."""
     folder, returned = finished
     run(tmp_path / "out")
     said = capsys.readouterr().out.splitlines()
@@ -327,9 +325,8 @@ def test_accumulation(tmp_path, masks):
 
 @pytest.mark.parametrize("rank", [2.0, 0.5])
 def test_compaction_in_training(tmp_path, masks, monkeypatch, rank):
-    """A run that drops dead components after the last pruning against one that only masks them:
-    losses, scores and the adapter, in float64 to 1e-9. The norm of the gradient differs and is
-    not clipped: it counts the closed gates, too, where they are still there."""
+    """A run that drops dead components after the last pruning against one that masks them: losses,
+    scores and adapter to 1e-9. The gradient's norm, which counts closed gates, is not clipped."""
     changes = dict(max_steps=40, rank=rank, start_rank=3, clip=1e9, **FLOAT64)
     compacted = run(tmp_path / "compacted", **changes)
     monkeypatch.setattr(train_glue, "compact_", lambda model, optimizer=None: model)
