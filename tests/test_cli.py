@@ -325,7 +325,7 @@ def test_eval_only_of_something_else(tmp_path, capsys, monkeypatch):
     moved = shutil.copytree(files()[1], tmp_path / "moved")
     words += ["--model-dir", str(moved)]
     assert main(words) == 0
-    for name, old, new in (("config.json", b'"num_attention_heads": 4', b'"num_attention_heads": 2'),
+    for name, old, new in (("config.json", b'attention_heads": 4', b'attention_heads": 2'),
                            ("vocab.json", b'"!": 4, "\\"": 5', b'"!": 5, "\\"": 4'),
                            ("model.safetensors", b"\x3d", b"\xbd")):  # another sign
         path = moved / name
