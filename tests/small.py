@@ -38,8 +38,7 @@ class Net(nn.Module):
 
 
 def net_config(**changes):
-    """A DoRAConfig for Net: the default method without dropout, its budget in components (numbers
-    that can be worked out by hand), but for the changes."""
+    """A DoRAConfig for Net: the default without dropout, in components, but for the changes."""
     return DoRAConfig(**{"targets": TARGETS, "dropout": 0.0, "interval": 3,
                          "budget_unit": "components", **changes})
 
@@ -245,8 +244,7 @@ def close(a, b, tolerance=1e-5):
 
 
 def reloads(model, make, folder, call=lambda model: model(X), tolerance=1e-5):
-    """Save the model's adapter and load it into make(), which is returned: the same output as
-    before, and again after merge_ of both."""
+    """Save the model's adapter; load it into make(), which is returned: equal, merged too."""
     expected = call(model.eval())
     save_adapter(model, folder)
     fresh = make().eval()

@@ -80,8 +80,7 @@ def test_merge_by_hand():
 
 
 def test_saved_files_by_hand(folder):
-    """The two files hold what PEFT's format asks for: live rows of A, columns of B with c and the
-    scale folded in, the head; and nothing else."""
+    """The two files hold live rows of A, columns of B with c and scale in them, and the head."""
     model = pruned()
     assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors"]
     tensors = tensors_of(folder)

@@ -189,8 +189,7 @@ def test_three_seeds(tmp_path, capsys):
 
 
 def test_overwrite(tmp_path, capsys):
-    """A11: a folder with a run is refused; with --overwrite the run's own files are gone, and no
-    other, and the new run is as any other."""
+    """A11: a folder with a run is refused; --overwrite removes the run's own files alone."""
     out, new = tmp_path / "out", tmp_path / "new"
     run(out, epochs=4)
     notes = [out / "notes.txt", out / "adapter" / "notes.txt"]
@@ -337,8 +336,7 @@ def test_eval_only_of_something_else(tmp_path, capsys, monkeypatch):
 
 
 def test_eval_only_without_a_head_or_an_adapter(tmp_path, capsys):
-    """An encoder whose file has no head, a run that has saved no adapter yet, and a run's folder in
-    place of a model's: refused, each by its name."""
+    """No head, no adapter yet, a run in place of a model: each is refused by its name."""
     folder = shutil.copytree(files()[1], tmp_path / "model")
     weights = read_safetensors(folder / "model.safetensors")
     write_safetensors(folder / "model.safetensors", {

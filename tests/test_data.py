@@ -121,7 +121,6 @@ MALFORMED = [  # task, file, line, parts of the message
     ("cola", "gj04,1,,A cat.\n", 1, "1 columns", "tabs"),
     ("rte", RTE.replace("not_", "Not"), 3, "'Notentailment'", "'not_entailment'"),
     ("rte", RTE.replace("not_entailment", "x" * 9000), 3, "expected"),
-    ("rte", "0\ta\tb\tentailment\n", 1, "0 columns 'sentence1'"),
     ("rte", "index\tsentence1\tsentence2\n0\ta\tb\n", 1, "0 columns 'label'"),
     ("rte", RTE.replace("index", "label"), 1, "2 columns 'label'"),
     ("rte", RTE.split("\n")[0] + "\n", None, "no rows"),
@@ -132,7 +131,6 @@ MALFORMED = [  # task, file, line, parts of the message
     ("rte", (RTE + "2\tcaf\xe9\ty\tentailment\n").encode("latin-1"), 4, "0xe9", "UTF-8"),
     ("stsb", "sentence1\tsentence2\tscore\na\tb\tgood\n", 2, "'good'", "0 to 5"),
     ("stsb", "sentence1\tsentence2\tscore\na\tb\t5.001\n", 2, "'5.001'", "0 to 5"),
-    ("stsb", "sentence1\tsentence2\tscore\na\tb\t-0.1\n", 2, "'-0.1'", "0 to 5"),
     ("stsb", "sentence1\tsentence2\tscore\na\tb\tnan\n", 2, "'nan'", "0 to 5"),
 ]
 
@@ -282,8 +280,7 @@ def test_every_character_is_of_its_class():
 
 
 def test_pieces_make_the_text():
-    """For random texts, pieces concatenate to the text and equal a naive reading of the pattern,
-    with character sets that are spelled out."""
+    """Pieces of random texts against a naive pattern whose sets of characters are spelled out."""
     sets = {"L": "", "N": ""}
     for char in map(chr, range(0x3000)):
         kind = unicodedata.category(char)[0]
@@ -349,17 +346,8 @@ def test_encode_row_cuts_as_join_ids_does(toy):
             assert data.encode_row(toy, texts, max_len) == data.join_ids(ids, max_len), texts
 
 
-def test_decode_of_half_a_character(toy):
-    """An id that is half of "é" decodes to U+FFFD, special ids to their names."""
-    first, second = toy.encode("é")
-    assert toy.decode([first, second]) == "é"
-    assert toy.decode([first]) == "\ufffd"
-    assert toy.decode([0, *toy.encode("low"), 2]) == "<s>low</s>"
-
-
 def test_train_bpe_by_hand(toy_folder, toy):
-    """Merges of a small text against pair counts by hand: "low" thrice and in "lower", so l+o and
-    o+w stand 4 times; then the ties go by alphabet."""
+    """Merges of a small text against counts of pairs by hand; ties go by alphabet."""
     merges = (toy_folder / "merges.txt").read_text().split("\n")
     # after "lo" and "low": Ġ+low 3 times (two "low" and "lower" after a space); then e+s, s+t, ...
     # (in " newest", "newest": twice each): e+s comes before e+w, n+e, s+t, w+e and Ġ+n
@@ -460,8 +448,7 @@ def test_tokenizers_of_other_kinds(changes, says, toy_folder, tmp_path):
      '{"add_prefix_space": false}'),
     ("added_tokens.json", '{"[USER]": 265}', "'[USER]'", '{"<mask>": 264}')])
 def test_files_beside_the_tokenizer(file, bad, says, good, copied, toy):
-    """A space before each text and added tokens would give other ids than ours, so they are
-    refused; RoBERTa's own values are taken."""
+    """Settings that would give other ids than ours are refused; RoBERTa's own are taken."""
     (copied / file).write_text(bad)
     refused(f"{copied}", says, use=lambda: BPE(copied))
     (copied / file).write_text(good)
@@ -532,15 +519,8 @@ def test_split_and_ranks(regression, world):
         assert parts[0].labels.dtype == (torch.float32 if regression else torch.int64)
 
 
-def test_batches_without_labels():
-    """The labels of a test file, which has none, are -1."""
-    batch = data.collate([Example([0, 2], None)], range(1))
-    assert batch.labels.tolist() == [-1] and batch.labels.dtype == torch.int64
-
-
 def test_padding():
-    """Less than 5 % of the training batches is padding, and hardly a batch of one epoch stays
-    together in the next."""
+    """Less than 5 % is padding, and hardly a batch of one epoch stays together in the next."""
     examples = some_examples(20_000)
     masks = [batch.mask for batch in data.batches(examples, 16, 1, 0)]
     tokens = sum(mask.sum().item() for mask in masks)
@@ -582,8 +562,7 @@ def test_recorded_metrics():
 
 
 def test_constant_predictions_score_nothing():
-    """Predictions or labels all equal: correlation and Matthews are 0, not NaN, even for a constant
-    whose mean rounds; F1 without a positive is 0."""
+    """Predictions or labels all equal: 0, not NaN, even where the mean rounds."""
     y = [0, 1, 1, 0, 1, 1, 0]
     cases = [(data.matthews, 0), (data.matthews, 1)]
     for constant in (0.1, -7, 0.3):

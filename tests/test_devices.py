@@ -88,12 +88,8 @@ def test_resume(tmp_path, monkeypatch, first, then, last):
     same_files(tmp_path, folder("cpu", "dora", save_every=last))
 
 
-# ---- what a step costs ---------------------------------------------------------------------------
-
-
 def steps(monkeypatch, kind, **given):
-    """Waits, operations and blocking copies, a list each, of every optimizer step, from one call of
-    learning_rate to the next."""
+    """Waits, operations and blocking copies of every optimizer step, a list each."""
     found, real = [], train_glue.learning_rate
     with Device(kind) as device, tempfile.TemporaryDirectory() as out:
         def learning_rate(*args):
@@ -130,9 +126,6 @@ def test_operations(monkeypatch):
     assert later[4] < plain
     assert found["paper"][0] <= 1.15 * plain
     assert found["adalora"][0] <= 1.45 * plain
-
-
-# ---- choosing a device, TF32, compile, several processes -----------------------------------------
 
 
 def test_auto():

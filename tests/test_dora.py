@@ -64,8 +64,7 @@ def test_eq6_is_the_sum_of_outer_products(scale, divisor, dropout_on):
 
 @pytest.mark.parametrize("dropout_on", ["input", "components"])
 def test_dropout_acts_where_the_setting_says(dropout_on):
-    """Training mode equals F.dropout on x, or on the r' numbers a_i . x, drawn from the same seed;
-    the base's own path is untouched, and eval mode has none."""
+    """Training mode against F.dropout on x, or on the r' numbers a_i . x, drawn alike."""
     layer = layer_of(4, 6, dropout=0.5, dropout_on=dropout_on)
     x = inputs(10, 6)
     torch.manual_seed(5)
@@ -99,8 +98,7 @@ def test_step_0_changes_nothing(init, dropout_on):
 
 
 def test_starts_have_the_stated_distributions():
-    """Bounds of the uniform starts and the deviation of the Gaussian one, on 200,000 entries, equal
-    the formulas; and c, B are 0 or 1 where they should be."""
+    """Bounds and deviations of the starts' 200,000 entries against the formulas."""
     d_in, r = 2000, 100
     torch.manual_seed(0)
     start = {}
@@ -188,8 +186,7 @@ BAD_COMBINATIONS = [  # and what the message names
 
 
 def test_a_configuration_that_cannot_work():
-    """A bad value, an unknown choice or a bad combination is an error of one line that names the
-    setting and its value, and for a choice what there is."""
+    """Bad values, choices, combinations: one line with setting and value, or what there is."""
     for name, value in BAD_VALUES.items():
         refused(re.escape(f"{name} = {value!r}"), DoRAConfig, **{name: value})
     for name, choice in BAD_CHOICES.items():
@@ -240,8 +237,7 @@ def test_methods_are_rows_of_one_table():
 # ---- the rank map --------------------------------------------------------------------------------
 
 def test_rank_map_by_hand():
-    """The words of two tables equal those below, sums included. A matrix that a layer lacks is a
-    dot, and names that share a cell add up."""
+    """The words of two tables, sums included. A missing matrix is a dot; equal names add up."""
     ranks = {"encoder.layer.0.attention.self.query": 3, "encoder.layer.0.output.dense": 0,
              "encoder.layer.10.attention.self.query": 1, "encoder.layer.10.output.dense": 12}
     assert rank_map(ranks).split() == """
@@ -286,8 +282,7 @@ def test_every_matrix_has_its_own_cell(kind):
 
 
 def test_lora_equals_the_recorded_peft():
-    """METHODS["lora"] gives the outputs and gradients that PEFT's LoRA gave for the same weights
-    (fixtures/record.py; live in peers/test_recordings.py)."""
+    """METHODS["lora"] against outputs and gradients of PEFT's LoRA (fixtures/record.py)."""
     peft = recorded("peft")["lora"]
     r, alpha = peft["r"], peft["alpha"]
     weights = {name: torch.tensor(rows) for name, rows in peft["weights"].items()}

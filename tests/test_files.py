@@ -33,8 +33,6 @@ def entries(*words):
     return json.dumps(header)
 
 
-# ---- good files ---------------------------------------------------------------------------------
-
 def test_golden_bytes(tmp_path):
     """A file spelled out byte by byte reads as the two tensors it says, in any order of its
     entries, and at any byte: the I16 of the second file begins at an odd one."""
@@ -108,8 +106,7 @@ def test_round_trip(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    """A type that the format lacks, and an error half-way: the old content stays under the name,
-    and no temporary file beside it. A missing folder is made."""
+    """A type that the format lacks, an error half-way: the old content stays, and nothing else."""
     path = tmp_path / "folder" / "x"
     write_safetensors(path, {"x": torch.zeros(4)})
     old = path.read_bytes()
@@ -121,8 +118,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert error.value.filename == str(path)
     assert path.read_bytes() == old and os.listdir(path.parent) == ["x"]
 
-
-# ---- broken safetensors -------------------------------------------------------------------------
 
 BROKEN = [  # whole content, or header and size of the data
     b"", struct.pack("<Q", 2**60) + b"{}", b"\0" * 100, b"<html>404</html>",
@@ -154,8 +149,6 @@ def test_broken_safetensors(tmp_path, case):
     assert "\n" not in text and len(text) < len(str(path)) + 400
     assert "again" in text and "git lfs pull" in text
 
-
-# ---- broken files through the whole program -----------------------------------------------------
 
 @pytest.fixture
 def place(tmp_path):

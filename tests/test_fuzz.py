@@ -52,8 +52,7 @@ def use(folder, name):
 @pytest.mark.parametrize("name", [*ROWS, "vocab.json", "merges.txt", "tokenizer.json",
                                   "model.safetensors"])
 def test_damaged_files(tmp_path, name):
-    """2,000 damaged files of a format: each is used, or refused by a DoRAError or DataError of one
-    line that names the file or its folder."""
+    """2,000 damaged files of a format: each is used, or refused by one line that names the file."""
     path = tmp_path / name
     if name in ROWS:
         path = tmp_path / data.TASKS[name].folder / "train.tsv"

@@ -92,8 +92,7 @@ def test_eq7_closed_form(d_out, d_in, r):
 
 
 def test_eq7_where_all_cancels():
-    """All components cancel: rounding leaves the closed form's sum around 0, on either side; the
-    scores are finite, positive numbers nevertheless."""
+    """All components cancel, and the closed form's sum is around 0: finite, positive scores."""
     for seed in range(20):
         torch.manual_seed(seed)
         layer = DoRALinear(nn.Linear(30, 40), net_config(rank=3, start_rank=3))
@@ -128,8 +127,7 @@ def test_eq8_by_hand():
 
 
 def test_norm_scores_are_those_of_the_updated_weights():
-    """The paper scores after the optimizer's step: weights changed between observe() and step()
-    count, those before do not."""
+    """Weights changed between observe() and step() count: the paper scores after the update."""
     layer, pruner = orthogonal("0 0", **EXACT)
     layer.c.grad = torch.zeros_like(layer.c)
     pruner.observe()

@@ -54,25 +54,20 @@ def defined(tree):
 
 def shown(cell):
     """What a code cell printed or evaluated to, as text."""
-    text = ""
-    for output in cell.outputs:
-        shown_as = output.get("data", {})
-        if "image/png" not in shown_as:
-            text += output.get("text") or shown_as.get("text/plain", "")
-    return text
+    return "".join(output.get("text") or output.get("data", {}).get("text/plain", "")
+                   for output in cell.outputs
+                   if "image/png" not in output.get("data", {}))
 
 
 def same_text(stored, fresh):
     """Equal but for numbers, which need to agree to three significant digits only."""
-    def numbers(text):
-        return [float(number.replace(",", "")) for number in NUMBER.findall(text)]
-
-    def words(text):
-        return NUMBER.sub("#", text).split()
-
+    words, numbers = [], []
+    for text in (stored, fresh):
+        words.append(NUMBER.sub("#", text).split())
+        numbers.append([float(number.replace(",", "")) for number in NUMBER.findall(text)])
     # half a unit of the third digit of each rounding, so 1 in 200 at worst
     near = functools.partial(math.isclose, rel_tol=5e-3, abs_tol=1e-9)
-    return words(stored) == words(fresh) and all(map(near, numbers(stored), numbers(fresh)))
+    return words[0] == words[1] and all(map(near, *numbers))
 
 
 def test_the_folder():
@@ -88,17 +83,13 @@ def test_the_folder():
         assert {before, after} - {""} <= {*linked} <= {*NAMES}
 
 
-def modules():
-    """Names of the functions and classes in the three files."""
-    trees = [ast.parse(path.read_text("utf-8")) for path in ROOT.glob("*.py")]
-    return set().union(*map(defined, trees))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_form(name):
     """Cells of at most 15 lines, an assert in each section, nothing defined that the modules
     define, outputs stored in order, no error, no stderr and no path of a machine in them."""
-    notebook, known = read(name), modules()
+    notebook, known = read(name), set()
+    for path in ROOT.glob("*.py"):
+        known |= defined(ast.parse(path.read_text("utf-8")))
     for count, cell in enumerate(code_cells(notebook), 1):
         assert len(cell.source.splitlines()) <= 15, cell.source
         assert not defined(python(cell.source)) & known, cell.source
@@ -125,8 +116,7 @@ def test_same_text():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_runs(name):
-    """Executed in the notebooks folder, no cell fails, each prints what is stored and draws as many
-    figures, and all of it takes less than three minutes."""
+    """Executed, no cell fails, each prints what is stored and draws as many figures."""
     stored = read(name)
     fresh = copy.deepcopy(stored)
     started = time.monotonic()

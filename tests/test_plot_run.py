@@ -39,7 +39,7 @@ def test_the_curves_of_a_run(folders, monkeypatch):
     monkeypatch.setattr(plot_run, "SHARE", 8)  # a mean of three lines
     steps, dev = lines(folders / "dora"), evaluations(folders / "dora")
     figure = plot_run.draw([plot_run.read_run(folders / "dora")])
-    loss, score, live, parameters, penalty, *_ = figure.axes
+    loss, score, live, parameters, penalty = figure.axes[:5]
     each, smooth = points(loss)
     assert each == values(steps, "step", "loss")
     losses, means = each[1], smooth[1]
@@ -56,8 +56,7 @@ def test_the_curves_of_a_run(folders, monkeypatch):
 
 
 def test_the_ranks_of_a_run(folders):
-    """Live components, their parameters and the map against ranks.jsonl; parameters, counted here,
-    are never above the line of the budget."""
+    """Live components, parameters and map against ranks.jsonl, all below the line of the budget."""
     head, *history = json_lines(folders / "dora" / "ranks.jsonl")
     figure = plot_run.draw([plot_run.read_run(folders / "dora")])
     _, _, live, parameters, _, ranks, _ = figure.axes
@@ -73,7 +72,8 @@ def test_the_ranks_of_a_run(folders):
     rows.append(rows[-1])
     sizes = [sum(map(operator.mul, row, costs)) for row in rows]
     assert points(live) == [(steps, [*map(sum, rows)])]
-    spent, (x, allowed) = points(parameters)
+    spent, budget = points(parameters)
+    x, allowed = budget
     last = lines(folders / "dora")[-1]
     assert spent == (steps, sizes)
     assert sizes[-1] == last["parameters"]
@@ -98,8 +98,7 @@ def test_several_runs(folders):
 
 
 def test_the_command(folders):
-    """`python notebooks/plot_run.py RUN RUN` writes compare.png into the first folder alone, and
-    one RUN run.png, whatever backend a notebook exports."""
+    """RUN RUN writes compare.png into the first folder, RUN run.png, with any MPLBACKEND."""
     dora, paper = folders / "dora", folders / "paper"
     subprocess.run([sys.executable, "notebooks/plot_run.py", paper, dora], cwd=ROOT, check=True,
                    env={**os.environ, "MPLBACKEND": "module://nowhere.backend_inline"})

@@ -101,8 +101,7 @@ sys.exit(train_glue.main(sys.argv[1:]))"""
 
 
 def test_evaluation_counts_each_example_once(tmp_path):
-    """Predictions of two processes for 40 examples, gathered, against one process's; and of 1
-    example, of which the second process has none."""
+    """Predictions of two processes for 40, 1 and 3 examples against one process's."""
     code = """
 import sys; sys.path.insert(0, "tests")
 import torch, data, train_glue

@@ -152,8 +152,7 @@ def test_a_gradient_that_overflowed_is_not_observed(importance):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_state_dict_continues_bit_for_bit(method):
-    """A run cut in any phase, with weights and states through a file into new objects, in either
-    order, ends bit for bit as the uncut run does."""
+    """A run cut in any phase, with its states through a file, ends bit for bit as the uncut."""
     config = net_config(**METHODS[method], rank=1)
     whole = trained(config).model
     for stop, weights_first in ((3, True), (11, False), (11, True), (20, True), (27, False)):

@@ -25,8 +25,6 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
-# ---- shape ---------------------------------------------------------------------------------------
-
 def test_length_and_first_command():
     """The page has at most 220 lines, and the first command is in its first 12."""
     assert len(TEXT.splitlines()) <= 220
@@ -40,8 +38,6 @@ def test_links_lead_to_files(page):
     for link in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text):
         assert link.startswith("http") or ((ROOT / page).parent / link).exists(), link
 
-
-# ---- the method ----------------------------------------------------------------------------------
 
 def test_each_equation_has_its_function_and_its_test():
     """Rows of the table, compared with dora.py and with the text of the test files."""
@@ -61,8 +57,6 @@ def test_list_of_differences():
     listed = TEXT.split("begins with `# differs:`.\n")[1].split("\n\n")[0]
     assert [line.removeprefix("- ") for line in listed.split("\n")] == found
 
-
-# ---- code and commands ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_blocks_run(code, tmp_path, monkeypatch, capsys):
@@ -126,8 +120,6 @@ def test_the_toy(tmp_path, monkeypatch, capsys):
         assert float(found) == pytest.approx(float(expected), abs=0.03), what
 
 
-# ---- numbers -------------------------------------------------------------------------------------
-
 def page(name):
     """A page that the benchmarks wrote, its line breaks removed."""
     return " ".join((ROOT / "benchmarks" / name).read_text(encoding="utf-8").split())
@@ -144,8 +136,7 @@ def cell(name, row, column):
 
 
 def test_the_table_of_results():
-    """The table, its noise and the counts below it, compared with what glue.py and
-    rank_recovery.py wrote from their logs."""
+    """The table, its noise and the counts below it against what the benchmarks wrote."""
     rows = (RESULTS / "readme_table.md").read_text(encoding="utf-8")
     assert rows.strip() in TEXT
     text = page("RESULTS.md")
@@ -187,8 +178,7 @@ def test_places():
 
 
 def test_speed():
-    """Time and memory over PEFT's LoRA, compared with the recorded runs: time with MKL and with
-    oneDNN, memory once."""
+    """Time (with MKL and with oneDNN) and memory over PEFT's LoRA against the recorded runs."""
     cases = json.loads((RESULTS / "step_time.json").read_text(encoding="utf-8"))
     times, memory = [], []
     for model in ("MiniLM", "RoBERTa-base"):

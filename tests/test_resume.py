@@ -305,8 +305,7 @@ def test_a_run_that_died_before_its_first_checkpoint(tmp_path, capsys, whole, ag
 
 
 def test_several_seeds_resume(tmp_path, monkeypatch, whole):
-    """Stopped in the second of two seeds: the same command with --resume finishes the second and
-    leaves the first as it is."""
+    """Stopped in the second of two seeds: --resume finishes it and leaves the first as it is."""
     words = [*flags(**run_settings(tmp_path / "out")), "--seeds", "2", "1"]
     with monkeypatch.context() as patch:
         stop_at(patch, 30)
@@ -397,8 +396,7 @@ def test_kill_at_random_moments(tmp_path, given):
 
 @pytest.mark.slow
 def test_kill_inside_a_write(tmp_path, whole):
-    """A process dies between the two halves of the write of the checkpoint of step 14: the one of
-    step 13 is the newest, and the run ends equal."""
+    """A process dies half-way through the checkpoint of step 14: that of step 13 is the newest."""
     words = flags(**run_settings(tmp_path / "out", save_every=1))
     dying = """
 import contextlib, os, signal, sys, data, dora, train_glue

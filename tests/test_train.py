@@ -137,8 +137,7 @@ def test_what_a_run_says(finished, tmp_path, capsys):
 
 
 def test_the_adapters_card(finished):
-    """adapter/README.md names base model, task, labels and score; its front matter is what Hugging
-    Face reads. (peers/test_peft.py runs its Python.)"""
+    """The adapter's README names base, task, labels, score. (peers/test_peft.py runs its code.)"""
     folder, returned = finished
     text = (folder / "adapter" / "README.md").read_text()
     assert text.startswith(f'---\nbase_model: "{files()[1].resolve()}"\nlibrary_name: peft\n')
@@ -211,8 +210,7 @@ def test_max_steps(tmp_path):
 
 
 def test_the_learning_rate():
-    """By hand: 50 steps, 6 % = 3 of warm-up, then straight to 0 after the last step; no warm-up in
-    short runs."""
+    """By hand: of 50 steps 6 % = 3 warm up, then down to 0; no warm-up in short runs."""
     config = make_config("cola", lr=1.0)
     rates = [learning_rate(step, 50, config) for step in range(50)]
     assert rates[:3] == [1 / 3, 2 / 3, 1.0]
@@ -242,8 +240,7 @@ def logits_alone(model, examples):
 
 @pytest.mark.parametrize("classes", [1, 2])
 def test_predictions_keep_the_files_order(classes):
-    """predict, which sorts by length, against each example alone in the file's order: its class,
-    or the value of the one output, cut to 0..1."""
+    """predict, which sorts by length, against each example alone, in the file's order."""
     examples = dev()
     model = tiny_model(classes)
     model.classifier.out_proj.weight.data *= 10

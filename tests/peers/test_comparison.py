@@ -113,8 +113,7 @@ def test_exact_budget_with_ties(table):
 
 
 def test_adapter_files(table, tmp_path):
-    """What kind of adapter each writes, that PEFT's LoRA gives our outputs, and who loads an
-    adapter on other weights of the same shapes."""
+    """What kind of adapter each writes, and who loads one on other weights."""
     here = ours()
     here.step(STEPS)
     save_adapter(here.model, tmp_path / "here")
@@ -135,8 +134,7 @@ def test_adapter_files(table, tmp_path):
 
 
 def test_step_times(table):
-    """The row of step times against the stored results of benchmarks/step_time.py, with MKL and
-    with oneDNN."""
+    """The row of step times against the stored results of benchmarks/step_time.py."""
     cases = json.loads((BENCHMARKS / "results/step_time.json").read_text())
     found = [case["rows"] for case in cases
              if case["model"].startswith("MiniLM") and case["width"] == 64]

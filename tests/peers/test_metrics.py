@@ -15,7 +15,8 @@ def test_scales_and_nan(name):
     float64 itself has no more digits). If one is NaN or infinite: NaN, but ranks may order it."""
     ours, theirs = data.METRICS[name], REFERENCES[name]
     labels = np.random.default_rng(1).uniform(0, 5, 50)
-    for predictions in (1e-150 * labels, 1e150 * labels, 1e-6 * labels + 1e6, -labels):
+    far = 1e-6 * labels + 1e6
+    for predictions in (1e-150 * labels, 1e150 * labels, far, -labels):
         expected, _ = theirs(predictions, labels)
         assert ours(predictions, labels) == pytest.approx(expected, abs=1e-6)
     odd = labels.copy()
