@@ -5,15 +5,11 @@ its own.
         train(make_config(device="cuda", ...))
     device.waits, device.operations    # Counters
 
-A tensor of the device is a Simulated. To Python it says that it is on cuda:0 or mps:0; it holds a
-CPU tensor, which does the work. The device refuses what a real one refuses: an operation on its
-tensors and the CPU's (but single numbers may join elementwise ones), and float64 on MPS. It counts
-the operations that launch a kernel, and each wait for a result: item(), float(), bool(), tolist(),
-cpu(), a copy to the CPU, and operations whose result has a size that depends on values.
-
-It does not simulate a device's own rounding, its streams, its memory, or autocast; the random
-numbers are the CPU's. To torch's C++ code every Simulated is a CPU tensor: to claim CUDA there as
-well would need a device guard, which must be compiled.
+A tensor of the device is a Simulated, which to Python is on cuda:0 or mps:0 and holds a CPU tensor
+that does the work. The device refuses what a real one refuses: an operation on its tensors and the
+CPU's (but single numbers may join elementwise ones), and float64 on MPS. It counts operations that
+launch a kernel and waits for a result: item(), tolist(), a copy to the CPU, sizes that depend on
+values. It simulates no rounding, streams, memory or autocast, and to C++ code it is the CPU.
 """
 from collections import Counter
 from unittest import mock

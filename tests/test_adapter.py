@@ -101,17 +101,6 @@ def test_saved_files_by_hand(folder):
     assert config_of(folder).items() >= expected.items()
 
 
-def test_head_is_what_trains(tmp_path):
-    """modules_to_save are the outermost modules all of whose parameters train."""
-    model = pruned()
-    model.head = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 2)).double()
-    save_adapter(model, tmp_path / "whole")
-    assert config_of(tmp_path / "whole")["modules_to_save"] == ["head"]
-    model.head[0].requires_grad_(False)
-    save_adapter(model, tmp_path / "part")
-    assert config_of(tmp_path / "part")["modules_to_save"] == ["head.1"]
-
-
 def test_loaded_layers(folder, tmp_path):
     """The layers returned are those in the model, with their ranks; A, B and the head train, the
     base and c do not. Saved again, they have the same tensors, bit for bit."""

@@ -377,10 +377,8 @@ def fake_task(root, name):
 
 
 @pytest.mark.parametrize("name, method, expected", [
-    ("cola", "dora", {"CoLA": 7}),
-    ("sst2", "full", {"SST-2": 7}),
-    ("stsb", "dora", {"STS-B": 7}),
-    ("rte", "head", {"RTE": 7}),
+    ("cola", "dora", {"CoLA": 7}), ("sst2", "full", {"SST-2": 7}),
+    ("stsb", "dora", {"STS-B": 7}), ("rte", "head", {"RTE": 7}),
     ("mnli", "dora", {"MNLI-m": 7, "MNLI-mm": 5, "AX": 7})])
 def test_predict(tmp_path, capsys, name, method, expected):
     """--predict test after a run, and again with --eval-only: the same files, with GLUE's names,

@@ -62,8 +62,6 @@ def scores_now(importance, layers):
     return total([I] if isinstance(I, torch.Tensor) else I)
 
 
-# ---- Eq. 7 ---------------------------------------------------------------------------------------
-
 def test_eq7_by_hand():
     """Two orthogonal components of norms 3 and 4: the matrix has norm 5, the scores are 0.6, 0.8.
     Two that partly cancel, 4 and -3 times the same matrix: norm 1, scores 4 and 3."""
@@ -113,8 +111,6 @@ def test_eq7_of_a_matrix_without_an_update(init):
         assert not naive_eq7(layer).any()
 
 
-# ---- Eq. 8 ---------------------------------------------------------------------------------------
-
 def test_eq8_by_hand():
     """Scores (.6, .8), (.8, .6), (.6, .8) with beta 0.9 give the three averages worked out by hand;
     without bias correction, as the paper has it."""
@@ -145,8 +141,6 @@ def test_ema_and_uncertainty_by_hand():
         feed(pruner, [I])
         assert pruner.scores().item() == pytest.approx(expected)
 
-
-# ---- sensitivity ---------------------------------------------------------------------------------
 
 def test_sensitivity_is_the_removal_derivative():
     """|c dℓ/dc| equals the central difference of the loss as component i fades, c_i (1 ± h)."""
@@ -200,8 +194,6 @@ def test_a_matrix_without_gradient_has_importance_0(importance):
     assert (expected > 0).all() and not found[-3:].any()
 
 
-# ---- AdaLoRA's triplet ---------------------------------------------------------------------------
-
 def test_triplet_by_hand():
     """One step, beta 0.85: an entry with |w dℓ/dw| = I has I_bar .15 I, U_bar .15 * .85 I, score
     .019125 I^2. c 2 * 1, A (1 * 3, 2 * 1), B (1 * 4, 0 * 5, -1 * 2):
@@ -241,8 +233,6 @@ def test_adalora_equals_the_recorded_peft():
     assert step == T - record.T_F
     assert len(recorded["masks"]) == 4
 
-
-# ---- Eq. 10 and AdaLoRA's penalty ----------------------------------------------------------------
 
 def test_eq10_by_hand():
     """a = (1, 3): variance 2; b = (0, 0, 6): 12; a second component constant: 0. R = 14 / 2."""

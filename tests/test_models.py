@@ -23,8 +23,6 @@ from dora import (
 TESTS = Path(__file__).parent
 
 
-# ---- what is shared ------------------------------------------------------------------------------
-
 def test_a_shared_head(tmp_path):
     """A head that is tied to the embedding trains and reloads as such."""
     model = Tied()
@@ -43,8 +41,6 @@ def test_an_adapted_matrix_that_is_tied():
     assert torch.equal(model.emb.weight, Tied().emb.weight)
     assert model.proj is not base and torch.equal(base.weight, Tied().emb.weight)
 
-
-# ---- what cannot be adapted, trained or saved ----------------------------------------------------
 
 NOT_LINEAR = [
     lambda: parametrizations.weight_norm(nn.Linear(8, 8)),
@@ -160,8 +156,6 @@ def test_compiled_and_wrapped_models(tmp_path, wrap):
     reloads(model, make, tmp_path / "yes")
 
 
-# ---- optimizers ----------------------------------------------------------------------------------
-
 def test_several_optimizers_through_compact():
     """An optimizer for matrices, one for gates, one for the head: compact_ cuts the states, and the
     run ends at the outputs of the masks alone. Some of the optimizers are refused."""
@@ -201,8 +195,6 @@ def test_a_graph_that_is_still_held():
     assert calls == [A.shape] * 2 and len(A) == 1
     del held
 
-
-# ---- inputs, dtypes, code that reads an nn.Linear ------------------------------------------------
 
 def test_inputs_of_any_shape():
     """Inputs with 1 to 5 dimensions, empty ones and odd views: outputs and gradients equal those of
@@ -258,8 +250,6 @@ def test_autocast(tmp_path, dtype):
     close(low.float(), model(X), 0.05)
     reloads(model, two_matrices, tmp_path)
 
-
-# ---- other programs ------------------------------------------------------------------------------
 
 def whole_run(model, other, folder, device):
     """Train, compact and save the model; load into the other; return its merged outputs."""
@@ -350,8 +340,6 @@ def test_going_back_to_earlier_weights(tmp_path):
     model.load_state_dict(states[25])
     reloads(model, two_matrices, tmp_path / "later")
 
-
-# ---- to change the method ------------------------------------------------------------------------
 
 def test_an_own_importance(monkeypatch):
     """A row whose function returns a score of a wrong shape is refused by its name."""

@@ -76,7 +76,8 @@ def test_the_folder():
     assert [int(name[:2]) for name in NAMES] == [*range(len(NAMES))]
     assert len(NAMES) >= 12
     assert sum((FOLDER / name).stat().st_size for name in NAMES) < 4e6
-    for before, name, after in zip(["", *NAMES], NAMES, [*NAMES[1:], ""]):
+    neighbours = zip(["", *NAMES], NAMES, [*NAMES[1:], ""])
+    for before, name, after in neighbours:
         first = read(name).cells[0].source
         assert "arxiv.org/abs/2405.17357" in first and "NVIDIA" in first
         linked = re.findall(r"\]\((\d\d_\w+\.ipynb)\)", first)

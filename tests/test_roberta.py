@@ -56,8 +56,6 @@ def without_prefix(weights):
         weights[name.removeprefix("roberta.")] = weights.pop(name)
 
 
-# ---- the model ----------------------------------------------------------------------------------
-
 def test_defaults_are_roberta_bases():
     """The number of parameters of RobertaConfig()'s encoder equals roberta-base's: 124,055,040
     without pooler, as its model card's 125 M says; built without memory."""
@@ -132,8 +130,6 @@ def test_dropout_only_in_training():
     quiet = tiny_model(hidden_dropout_prob=0.0).train()     # what is left is attention's
     assert not torch.equal(quiet(*batch), quiet(*batch))
 
-
-# ---- the loader ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_forms_of_a_checkpoint(folder, prefix):
@@ -239,8 +235,6 @@ def test_files_that_are_not_there(folder):
         load_roberta(folder, 2)
 
 
-# ---- the labels of a checkpoint's head ----------------------------------------------------------
-
 def with_config(folder, **fields):
     """Change fields of the folder's config.json."""
     path = folder / "config.json"
@@ -313,8 +307,6 @@ def test_the_dropout_of_the_head(folder):
         assert model.roberta.embeddings.dropout.p == 0.1
 
 
-# ---- config.json --------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("field, value", [
     ("hidden_size", None), ("layer_norm_eps", None),
     ("model_type", "bert"), ("hidden_act", "relu"), ("position_embedding_type", "relative_key"),
@@ -328,8 +320,6 @@ def test_fields_that_are_not_robertas(folder, field, value):
     assert str(folder / "config.json") in message and "\n" not in message
     assert field in message
 
-
-# ---- numbers of the reference -------------------------------------------------------------------
 
 @pytest.mark.skipif(not MINILM.exists(), reason="needs ../shared/models")
 def test_recorded_hidden_states():

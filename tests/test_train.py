@@ -36,8 +36,6 @@ def masks(monkeypatch):
     return found
 
 
-# ---- a run and its folder -----------------------------------------------------------------------
-
 def test_runs_repeat(tmp_path):
     """Two runs with one seed are equal bit for bit in every file; another seed differs."""
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -229,8 +227,6 @@ def test_losses():
     assert task_loss(logits[:, :1], numbers("0.5 1")) == (0.25 + 1) / 2
 
 
-# ---- evaluation ---------------------------------------------------------------------------------
-
 @torch.no_grad()
 def logits_alone(model, examples):
     """The logits (N, classes) of each example in a batch of its own."""
@@ -305,8 +301,6 @@ def test_the_mean_of_mnlis_two():
     assert scores["accuracy"] == (matched + mismatched) / 2 and matched != mismatched
     assert mismatched == evaluate(tiny_model(3), second, task)["accuracy"]
 
-
-# ---- accumulation, compaction, number types -----------------------------------------------------
 
 def test_accumulation(tmp_path, masks):
     """In float64 without dropout, 50 steps of 12 examples against the same in three parts of 4:
