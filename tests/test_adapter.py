@@ -51,7 +51,8 @@ def test_masked_compacted_merged_reloaded(method, tmp_path):
     """After a run of each method the masked model, the compacted, the merged, and the saved and
     reloaded one (saved from either form) give the same outputs to 1e-12."""
     masked = trained(net_config(**METHODS[method], rank=1)).model
-    x, expected = inputs(), masked.eval()(inputs())
+    x = inputs()
+    expected = masked.eval()(x)
     assert (expected - plain()(x)).abs().max() > 1e-3
     compacted, models = compact_(copy.deepcopy(masked)), []
     for source in (masked, compacted):
@@ -197,7 +198,8 @@ def test_refused_tensors(folder):
 def test_the_files_of_two_saves(tmp_path):
     """A save that broke off leaves one adapter's tensors beside another's ranks: refused."""
     for rank in (1, 2):
-        save_adapter(trained(net_config(rank=rank, start_rank=3)).model, tmp_path / str(rank))
+        model = trained(net_config(rank=rank, start_rank=3)).model
+        save_adapter(model, tmp_path / str(rank))
     path = tmp_path / "1" / "adapter_model.safetensors"
     path.write_bytes((tmp_path / "2" / "adapter_model.safetensors").read_bytes())
     untouched(r"layer\.\d\.", load_adapter, plain(), tmp_path / "1")
