@@ -14,7 +14,8 @@ def test_scales_and_nan(name):
     """Predictions tiny, huge, far from 0 or negated: the reference's value to 1e-6 (at 1e6 ± 1e-6
     float64 itself has no more digits). If one is NaN or infinite: NaN, but ranks may order it."""
     ours, theirs = data.METRICS[name], REFERENCES[name]
-    labels = np.random.default_rng(1).uniform(0, 5, 50)
+    rng = np.random.default_rng(1)
+    labels = rng.uniform(0, 5, 50)
     far = 1e-6 * labels + 1e6
     for predictions in (1e-150 * labels, 1e150 * labels, far, -labels):
         expected, _ = theirs(predictions, labels)
