@@ -41,8 +41,6 @@ def failed(capsys, *words):
     return lines[-1]
 
 
-# ---- flags --------------------------------------------------------------------------------------
-
 def test_every_setting_is_a_flag():
     """Both dataclasses' fields against the parser's flags; each has help and default in --help."""
     text = " ".join(make_parser([]).format_help().split())
@@ -113,8 +111,6 @@ def test_bad_input(tmp_path, capsys, row):
     assert says in line and not (tmp_path / "out").exists()
 
 
-# ---- defaults -----------------------------------------------------------------------------------
-
 TABLE_8 = """
     task  lr      batch_size  epochs  eta  interval
     mnli  0.003   32          10      0.3  50
@@ -150,8 +146,6 @@ def test_table_8(cells):
     asked = parsed("--task", task, "--lr", "0.125", "--eta", "0.125")
     assert asked.lr == asked.eta == 0.125
 
-
-# ---- main ---------------------------------------------------------------------------------------
 
 def test_a_run_from_the_command_line(tmp_path, capsys):
     """main's run equals train()'s bit for bit, returns 0, and prints score, parameter counts
@@ -222,8 +216,6 @@ def test_overwriting_where_a_run_starts(tmp_path, capsys):
     assert not (model / "config.json").exists()
 
 
-# ---- folders ------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("words", [["--overwrite"], ["--seeds", "1", "2"]])
 def test_a_folder_that_is_not_a_runs(tmp_path, capsys, words):
     """N15: --out is a model's folder, or has a file of one's own: refused, and each file stays."""
@@ -272,8 +264,6 @@ def test_a_run_in_a_thread(tmp_path):
         found = pool.submit(run, tmp_path / "thread", max_steps=4, interval=1).result()
     assert found["steps"] == 4 and signal.getsignal(signal.SIGINT) is before
 
-
-# ---- --eval-only --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("method", ["dora", "full"])
 def test_eval_only(tmp_path, capsys, monkeypatch, method):
@@ -352,8 +342,6 @@ def test_eval_only_without_a_head_or_an_adapter(tmp_path, capsys):
     line = failed(capsys, "--eval-only", "--adapter", str(tmp_path / "out"))
     assert f"{tmp_path / 'out'} has no adapter yet" in line
 
-
-# ---- the submission files -----------------------------------------------------------------------
 
 TEST_ROWS = {"test": 7, "test_mm": 5}
 

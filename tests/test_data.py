@@ -53,8 +53,6 @@ def load(tmp_path, toy):
     return write_and_load
 
 
-# ---- TSV files ---------------------------------------------------------------------------------
-
 # Task, rows of train, dev and test, as in shared/glue.md, but for MRPC's train file: the copy in
 # ../shared lacks the pair 2750203, 2750153 of Microsoft's file; download_task builds all 3,668.
 ROWS = """
@@ -224,8 +222,6 @@ def test_a_task_checks_itself(changes, says):
     """A row that cannot work is refused when it is made, in one line that names it."""
     refused("'mine'", says, use=lambda: Task(**{**GOOD_ROW, **changes}))
 
-
-# ---- BPE ---------------------------------------------------------------------------------------
 
 def test_recorded_pieces():
     """Pieces of 30 texts against those that the tokenizers library gave (fixtures/record.py)."""
@@ -454,8 +450,6 @@ def test_files_beside_the_tokenizer(file, bad, says, good, copied, toy):
     assert BPE(copied).ranks == toy.ranks
 
 
-# ---- Batches -----------------------------------------------------------------------------------
-
 def some_examples(n=203, regression=False):
     """n examples of 2 to 42 tokens with labels 0, 1, 2 or real numbers."""
     rng = random.Random(0)
@@ -533,8 +527,6 @@ def test_padding():
     assert together < 0.05 * len(masks)
 
 
-# ---- Metrics -----------------------------------------------------------------------------------
-
 def test_metrics_by_hand():
     """Each metric against a number worked out by hand."""
     p = [1, 1, 0, 1, 0]
@@ -590,8 +582,6 @@ def test_metrics_take_two_vectors(metric):
     with pytest.raises(ValueError, match="two classes"):
         data.matthews([0, 2], good)
 
-
-# ---- Submissions -------------------------------------------------------------------------------
 
 SUBMISSIONS = """
     cola  test     CoLA.tsv     0,1           0,1

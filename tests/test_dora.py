@@ -27,8 +27,6 @@ def layer_of(d_out, d_in, **changes):
     return layer
 
 
-# ---- Eq. 6 ---------------------------------------------------------------------------------------
-
 def test_delta_weight_by_hand():
     """One component and two, alpha / r = 8 / 2: the update equals the one worked out on paper."""
     layer = layer_of(2, 3, rank=2, start_rank=2, alpha=8.0)
@@ -81,8 +79,6 @@ def test_dropout_acts_where_the_setting_says(dropout_on):
     close(layer.eval()(x), y + x @ update.T, 1e-12)
 
 
-# ---- the start -----------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("dropout_on", ["input", "components"])
 @pytest.mark.parametrize("init", ["zero_b", "kaiming", "gaussian"])
 def test_step_0_changes_nothing(init, dropout_on):
@@ -119,8 +115,6 @@ def test_starts_have_the_stated_distributions():
         assert weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert abs(weight.mean()) < 1e-3
 
-
-# ---- inject --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("targets, expected", [
     (("attention.output.dense",), ["0.attention.output.dense", "1.attention.output.dense"]),
@@ -163,8 +157,6 @@ def test_inject_freezes_the_rest(changes, expected):
     assert layer.A.shape == (r, 5) and layer.B.shape == (8, r)
     assert layer.c.shape == (r,) and len(layers) == 6
 
-
-# ---- configuration -------------------------------------------------------------------------------
 
 BAD_VALUES = dict(
     rank="2", start_rank=0, alpha=math.nan, eps=0, eta=-1,
@@ -233,8 +225,6 @@ def test_methods_are_rows_of_one_table():
     tree = ast.dump(ast.parse(source))
     assert "='METHODS'" in tree and "='method'" not in tree
 
-
-# ---- the rank map --------------------------------------------------------------------------------
 
 def test_rank_map_by_hand():
     """The words of two tables, sums included. A missing matrix is a dot; equal names add up."""

@@ -29,8 +29,6 @@ def best(scores, k):
     return [i in kept for i in range(len(scores))]
 
 
-# ---- exactly b(t) gates, at the right steps ------------------------------------------------------
-
 @pytest.mark.parametrize("schedule", ["slow_first", "fast_first"])
 @pytest.mark.parametrize("equal", [False, True])
 def test_exactly_b_gates_after_every_prune(schedule, equal):
@@ -57,8 +55,6 @@ def test_exactly_b_gates_after_every_prune(schedule, equal):
         assert [*pruner.ranks().values()] == ranks.tolist()
         assert pruner.live == sum(expected) == 12
 
-
-# ---- regrowth, and the end of it -----------------------------------------------------------------
 
 def test_a_pruned_component_comes_back_before_the_final_mask():
     """The pair closed by the first prunings is the better one from step 7 on, and comes back. From
@@ -87,8 +83,6 @@ def test_momentum_reopens_a_gate_until_the_final_mask():
     assert masks(layers).sum() == 6
     assert all(layer.A.any(1).all() for layer in layers.values())
 
-
-# ---- wrong use -----------------------------------------------------------------------------------
 
 def averages(pruner):
     """All that the Pruner has smoothed, in one tensor."""
@@ -148,8 +142,6 @@ def test_a_gradient_that_overflowed_is_not_observed(importance):
     assert not torch.equal(averages(pruner), before) and pruner.scores().isfinite().all()
 
 
-# ---- the same run again, and in two parts --------------------------------------------------------
-
 @pytest.mark.parametrize("method", METHODS)
 def test_state_dict_continues_bit_for_bit(method):
     """A run cut in any phase, with its states through a file, ends bit for bit as the uncut."""
@@ -195,8 +187,6 @@ def test_a_state_of_other_settings(changes, steps, blocks, names):
     assert other.t == 0 and not other.I_bar
 
 
-# ---- compaction ----------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("optimizer, options", [
     (torch.optim.AdamW, dict(amsgrad=True, fused=True)),
     (torch.optim.SGD, dict(momentum=0.9)),
@@ -232,8 +222,6 @@ def test_compaction_keeps_the_trajectory(optimizer, options, method):
             assert type(short) is nn.Linear
             assert short.weight.equal(layer.base.weight)
 
-
-# ---- before a run is finished --------------------------------------------------------------------
 
 def test_before_the_last_pruning(tmp_path):
     """Without any step, and after 8 of 40, compact_, merge_ and save_adapter are an error that says

@@ -66,8 +66,6 @@ def whole(tmp_path_factory):
     return folder
 
 
-# ---- interrupted and resumed --------------------------------------------------------------------
-
 @pytest.mark.parametrize("step, number", [
     *(slow(step, signal.SIGTERM) for step in (3, 7, 9, 13, 16, 23)), (1, signal.SIGTERM),
     (8, signal.SIGINT), (11, signal.SIGHUP), (12, signal.SIGTERM), (24, signal.SIGINT)])
@@ -225,8 +223,6 @@ def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch, whole, value, 
         same_runs(tmp_path, whole)
 
 
-# ---- damaged checkpoints ------------------------------------------------------------------------
-
 def test_a_damaged_checkpoint(tmp_path, monkeypatch, whole):
     """The newest is cut short, or of another version: it is refused by name. Without it, the run
     continues from the one before, and ends as the uninterrupted run."""
@@ -244,8 +240,6 @@ def test_a_damaged_checkpoint(tmp_path, monkeypatch, whole):
     run(tmp_path, resume=True, save_every=5)
     same_runs(tmp_path, whole)
 
-
-# ---- refusals -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, word", [
     (dict(rank=1.5), "rank = 2.0, not 1.5"), (dict(epochs=4), "epochs = 3, not 4"),
@@ -315,8 +309,6 @@ def test_several_seeds_resume(tmp_path, monkeypatch, whole):
     assert len(lines(tmp_path / "out" / "seed-2")) == 24
 
 
-# ---- disk full, read-only -----------------------------------------------------------------------
-
 @pytest.mark.parametrize("path", [
     "checkpoints/step-00000011.pt", "adapter/adapter_model.safetensors", "result.json"])
 def test_a_full_disk(tmp_path, capsys, monkeypatch, whole, path):
@@ -338,8 +330,6 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch, whole, path):
     assert main([*words, "--resume"]) == 0
     same_runs(tmp_path, whole)
 
-
-# ---- kill -9 ------------------------------------------------------------------------------------
 
 def killed(words, seconds, folder):
     """Start the command and kill it after its folder is there; False if it ended before that."""
