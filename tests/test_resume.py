@@ -334,7 +334,7 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch, whole, path):
 def killed(words, seconds, folder):
     """Start the command and kill it after its folder is there; False if it ended before that."""
     process = command(*words)
-    wait_for(folder, process)
+    wait_for(folder, process, "config.json")
     time.sleep(seconds)
     process.kill()
     process.communicate()
@@ -370,7 +370,7 @@ def test_kill_at_random_moments(tmp_path, given):
 
     whole = tmp_path / "whole"
     process = command(*words(whole))
-    wait_for(whole, process)
+    wait_for(whole, process, "config.json")
     started = time.monotonic()
     assert process.wait() == 0, process.communicate()
     duration = time.monotonic() - started  # without loading, as killed() counts
