@@ -438,7 +438,8 @@ class Pruner:
 
     def ranks(self) -> dict[str, int]:
         """Return the number of live components of each matrix, by name."""
-        return {name: layer.rank for name, layer in self.layers.items()}
+        parts = self.mask.split(self.config.r_prime)
+        return {name: int(part.sum()) for name, part in zip(self.layers, parts)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the model's and the optimizer's state."""
@@ -555,7 +556,7 @@ def orthogonal_penalty(layers: list[DoRALinear]) -> Tensor:
     vectors = [*(layer.A for layer in layers), *(layer.B.T for layer in layers)]
     norms = []
     for X in map(torch.stack, alike(vectors, lambda rows: rows.shape)):  # (matrices, r', d)
-        eye = torch.eye(X.shape[1]).to(X)
+        eye = torch.eye(X.shape[1], device=X.device, dtype=X.dtype)
         norms.append(torch.linalg.vector_norm(X @ X.mT - eye, dim=(1, 2)))
     return torch.cat(norms).mean()
 

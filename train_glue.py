@@ -765,15 +765,10 @@ def parameter_counts(model: RobertaForSequenceClassification) -> dict[str, int]:
     return counts
 
 
-def live_components(pruner: Pruner) -> list[int]:
-    """Return how many components of each matrix the last pruning kept."""
-    return [int(part.sum()) for part in pruner.mask.split(pruner.config.r_prime)]
-
-
 def live_parameters(pruner: Pruner) -> int:
     """Return the parameters of the components that the last pruning kept: d_in + d_out of each."""
     return sum(n * (layer.in_features + layer.out_features)
-               for n, layer in zip(live_components(pruner), pruner.layers.values()))
+               for n, layer in zip(pruner.ranks().values(), pruner.layers.values()))
 
 
 # ---- what a run says about itself ----------------------------------------------------------------
@@ -1074,7 +1069,7 @@ class Run:
         step = self.step
         self.bar.update()
         if self.pruner.mask is not self.mask:  # each pruning makes a new one
-            self.mask, live = self.pruner.mask, live_components(self.pruner)
+            self.mask, live = self.pruner.mask, [*self.pruner.ranks().values()]
             self.append("ranks.jsonl", json.dumps({"step": step, "live": live}))
 
         logging = step % self.config.log_every == 0 or step == self.total
