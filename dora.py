@@ -869,7 +869,7 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 tensors[name] = flat.view(shape)
             require(begin + end == len(data), f"{len(data)} bytes, expected {begin + end}")
         except Exception as error:  # of any kind: the header may hold anything
-            raise DoRAError(f"{path}: not a safetensors file ({error!s:.200}); download or save it "
+            raise DoRAError(f"{path}: not a safetensors file ({error!r:.200}); download or save it "
                             f"again (if it is a git-lfs pointer, run git lfs pull)") from None
     return tensors, metadata
 
