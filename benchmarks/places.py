@@ -1,8 +1,6 @@
 """Does it matter where a few components are, and does dora put them into good places? On text.
 
-    python benchmarks/places.py            # all runs that are missing, in the order of to_do()
-    python benchmarks/places.py --report   # only the table and the figure, from the runs there are
-    python benchmarks/places.py --short    # a minute: what CI runs
+    python benchmarks/places.py    # all runs that are missing, in the order of to_do()
 
 The protocol, which was fixed before the runs, is in README.md.
 """

@@ -1,8 +1,6 @@
 """Does pruning put the rank where it is needed? A test whose answer is known.
 
-    python benchmarks/rank_recovery.py                     # all, 20 seeds
-    python benchmarks/rank_recovery.py --only dora mixed   # runs of one row and pattern
-    python benchmarks/rank_recovery.py --short             # about 20 s: what CI runs
+    python benchmarks/rank_recovery.py    # all, 20 seeds
 
 A row is a set of DoRAConfig values. The seed fixes teacher, data and start, so all rows meet the
 same problems.

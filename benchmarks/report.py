@@ -284,14 +284,6 @@ def resident(key):
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1e3
 
 
-def forget_peak():
-    """Let the peak of the memory count from now on, where Linux allows it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-
-
 # ---- tables and figures --------------------------------------------------------------------------
 
 
@@ -328,10 +320,8 @@ def rates_table(title, tried):
 
 
 def spread(values, digits=4):
-    """Return "median (smallest to largest, number)", or "not run"."""
+    """Return "median (smallest to largest, number)"."""
     found = sorted(values)
-    if not found:
-        return "not run"
     ends = statistics.median(found), found[0], found[-1]
     middle, low, high = (f"{value:.{digits}f}" for value in ends)
     return f"{middle} ({low} to {high}, {len(found)})"

@@ -6,8 +6,7 @@ is the shortest of all rounds. On the CPU it is the process's CPU time, which de
 other load, and on a GPU wall-clock time. Memory is measured in one process per row: the largest
 resident size (Linux) in three steps, less that of the loaded model.
 
-    python benchmarks/step_time.py            # all; about an hour on a shared machine
-    python benchmarks/step_time.py --short    # MiniLM's shape, 60 s: what CI runs
+    python benchmarks/step_time.py                 # all; about an hour on a shared machine
     python benchmarks/step_time.py --shape host    # operations and host time only, a minute
     python benchmarks/step_time.py --device cuda   # a GPU: float32 and bf16
 """
@@ -308,7 +307,7 @@ def memory(case, name):
         torch.cuda.reset_peak_memory_stats()
     else:
         ctypes.CDLL(None).malloc_trim(0)  # gives back what loading has freed
-        report.forget_peak()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
         before = report.resident("VmRSS")
     row = build(name, model)
     for _ in range(3):

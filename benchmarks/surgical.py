@@ -1,8 +1,6 @@
 """Does dora find the matrix that has to change? Digits whose input or labels change.
 
-    python benchmarks/surgical.py            # all runs that are missing, then tables and figure
-    python benchmarks/surgical.py --report   # only tables and figure, from the runs there are
-    python benchmarks/surgical.py --short    # half a minute: what CI runs
+    python benchmarks/surgical.py    # all runs that are missing, then tables and figure
 
 The protocol, which was fixed before the runs, is in README.md.
 """

@@ -1,13 +1,16 @@
-"""benchmarks/: the parts of rank_recovery.py, step_time.py and report.py, against answers known by
-hand."""
+"""benchmarks/: the parts of rank_recovery.py, step_time.py, glue.py and report.py, against answers
+known by hand and against the logs."""
 import dataclasses
 import math
 
+import glue
 import pytest
 import rank_recovery as rr
 import report
 import step_time
 import torch
+
+import train_glue
 
 
 def test_update_has_the_ranks_it_claims():
@@ -122,6 +125,31 @@ def test_operations_are_counted_without_views():
     with step_time.Operations() as found:
         loss.backward()
     assert found.count == 2  # ones_like for the loss, mm; the rest are views
+
+
+def test_controls_of_glue(monkeypatch):
+    """The same ranks, in the same places or shuffled: each run on record is among those to do, and
+    would start with the gates open that the log has as its ranks."""
+    tiny = train_glue.RobertaConfig(vocab_size=9, hidden_size=4, num_hidden_layers=6,
+                                    num_attention_heads=1, intermediate_size=16)
+    cells = [cell for cell in glue.to_do() if cell["row"] in glue.CONTROLS]
+
+    class Stop(Exception):
+        """Carries the open gates of each matrix."""
+
+    def train(config):
+        layers = train_glue.adapt(train_glue.RobertaForSequenceClassification(tiny, 2), config)
+        train_glue.Pruner(layers, config, 10)
+        raise Stop([int(layer.c.sum()) for layer in layers.values()])
+
+    monkeypatch.setattr(train_glue, "train", train)
+    done = report.finished(glue.LOG)
+    for cell in cells:
+        with pytest.raises(Stop) as stop:
+            glue.run(cell)
+        assert stop.value.args[0] == done[report.key_of(cell)]["ranks"], cell
+    recorded = [line for line in done.values() if line["row"] in glue.CONTROLS]
+    assert len(cells) == len(recorded) == 24
 
 
 def test_the_search_for_a_rate():
