@@ -83,20 +83,6 @@ def test_the_ranks_of_a_run(folders):
         assert size <= allowed[bisect(x, step) - 1]
 
 
-def test_several_runs(folders):
-    """Four runs in the same axes, each named once; a run without an adapter has no components, a
-    budget is drawn where its unit is, and ranks that never change have no map."""
-    methods = ("dora", "paper", "head", "lora")
-    figure = plot_run.draw([plot_run.read_run(folders / method) for method in methods])
-    counts = [len(axis.lines) for axis in figure.axes[:4]]  # loss, score, live, parameters
-    assert counts == [8, 4, 3 + 1, 3 + 1]
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == [f"toy, {method}, seed 1" for method in methods]
-    titles = [axis.get_title() for axis in figure.axes]
-    maps = [title for title in titles if title.startswith("rank")]
-    assert maps == [f"rank of each matrix: {name}" for name in names[:2]]
-
-
 def test_the_command(folders):
     """RUN RUN writes compare.png into the first folder, RUN run.png, with any MPLBACKEND."""
     dora, paper = folders / "dora", folders / "paper"
