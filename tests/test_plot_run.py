@@ -84,10 +84,11 @@ def test_the_ranks_of_a_run(folders):
 
 
 def test_the_command(folders):
-    """RUN RUN writes compare.png into the first folder, RUN run.png, with any MPLBACKEND."""
+    """Four runs write compare.png into the first folder, one run.png, with any MPLBACKEND."""
     dora, paper = folders / "dora", folders / "paper"
-    subprocess.run([sys.executable, "notebooks/plot_run.py", paper, dora], cwd=ROOT, check=True,
-                   env={**os.environ, "MPLBACKEND": "module://nowhere.backend_inline"})
+    others = [folders / "head", folders / "lora"]  # no component, no budget
+    subprocess.run([sys.executable, "notebooks/plot_run.py", paper, dora, *others], cwd=ROOT,
+                   check=True, env={**os.environ, "MPLBACKEND": "module://nowhere.inline"})
     assert (paper / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert not [*dora.glob("*.png")] and not (paper / "run.png").exists()
     assert plot_run.main([str(paper)]) == 0
