@@ -232,7 +232,7 @@ def sensitivity(layers: list[DoRALinear]) -> Tensor:
 def norm_score(layers: list[DoRALinear]) -> Tensor:
     """s_i = ||c_i b_i a_i^T||_F / ||sum_j c_j b_j a_j^T||_F, within each matrix, (n,) (Eq. 7)."""
     s: dict[DoRALinear, Tensor] = {}
-    for group in alike(layers, lambda layer: (layer.A.shape, layer.B.shape)):  # m at once
+    for group in alike(layers, lambda layer: (layer.A.shape, layer.B.shape)):  # m layers at once
         A = torch.stack([layer.A for layer in group])  # (m, r', d_in)
         B = torch.stack([layer.B.T for layer in group])  # (m, r', d_out)
         c = torch.stack([layer.c for layer in group])  # (m, r')
@@ -246,7 +246,7 @@ def norm_score(layers: list[DoRALinear]) -> Tensor:
 
 
 # To add an importance, write its function and its row: function, when it is measured ("gradients",
-# before optimizer.step(), or "weights", after it), and what makes smoothed tensors to scores (n,).
+# before optimizer.step(), or "weights", after it), and what turns averages into scores (n,).
 IMPORTANCE: dict[str, tuple[Callable[..., Any], str, Callable[..., Tensor]]] = {
     "sensitivity": (sensitivity, "gradients", torch.cat),
     "norm": (norm_score, "weights", torch.cat),
@@ -257,12 +257,12 @@ IMPORTANCE: dict[str, tuple[Callable[..., Any], str, Callable[..., Tensor]]] = {
 
 
 def slow_first(p: float, surplus: int) -> int:
-    """Return what is left of the surplus at progress p in [0, 1]: little goes first (Eq. 9)."""
+    """Return what is left of the surplus at progress p in [0, 1]: little goes early (Eq. 9)."""
     return surplus - int(surplus * p**3)
 
 
 def fast_first(p: float, surplus: int) -> int:
-    """Return the same, but most of the surplus goes first (AdaLoRA)."""
+    """Return the same, but most of the surplus goes early (AdaLoRA)."""
     return int(surplus * (1 - p) ** 3)
 
 
