@@ -668,7 +668,7 @@ def onednn_is_faster(threads: int) -> bool:
     It does on AMD CPUs with full AVX-512, where MKL uses AVX2. torch's name for the switch, "bf16",
     misleads: there oneDNN computes in float32. With AMX it would round, which the error shows.
     """
-    x, w = torch.randn(256, 384), torch.randn(1536, 384)
+    x, w = torch.randn(256, 384, device="cpu"), torch.randn(1536, 384, device="cpu")
     before, times = ONEDNN.matmul.fp32_precision, []
     for precision in (before, "bf16") * 15:  # by turns, since other programs come and go
         ONEDNN.matmul.fp32_precision = precision
