@@ -75,7 +75,8 @@ BASE = IU | STARTS["B=0"] | CURVES["fast"] | PHASES | FIXED
 LATE = dict(initial_phase=0.3, final_phase=0.3)
 CHANGES = (
     dict(scale="start_rank"), dict(init="gaussian", scale="start_rank"),
-    dict(importance="triplet"), dict(beta2=None), dict(beta1=0.98, beta2=None),
+    dict(init="gaussian"), dict(importance="triplet"), dict(beta2=None),
+    dict(beta1=0.98, beta2=None),
     dict(beta1=0.7, beta2=0.7), dict(beta1=0.95, beta2=0.95),
     dict(penalty="dem", eta=0.3), dict(penalty="orthogonal", eta=0.5),
     dict(interval=50), dict(final_phase=0.3), dict(final_phase=0.7),

@@ -25,6 +25,7 @@ NAMES = tuple("1234567")  # of the matrices, and of the modules
 SINGLE = tuple(f"matrix {name}" for name in NAMES)
 FOUND = {
     "dora": METHODS["dora"],
+    "AdaLoRA's start": dict(init="gaussian"),
     "adalora": METHODS["adalora"],
     "Eq. 7": dict(importance="norm", beta1=0.9, beta2=None, schedule="slow_first"),
 }
