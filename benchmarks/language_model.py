@@ -315,9 +315,8 @@ def short():
         folder, tuned = Path(name), ("dora 2", "lora 2", RANDOM[0])
         rows = {row: ROWS[row] for row in (*tuned, FINDS, PLACES)}
         smaller = dict(LOG=folder / "language_model.jsonl", load=tiny, ROWS=rows, TUNED=tuned,
-                       PAIRS=(("dora 2", "lora 2"), (PLACES, RANDOM[0])),
-                       SEEDS=(1,), TRAINED=64, CHOICE_STEPS=4,
-                       MEANINGS=5, MAX_TOKENS=12)
+                       PAIRS=(("dora 2", "lora 2"), (PLACES, RANDOM[0])), SEEDS=(1,),
+                       TRAINED=64, CHOICE_STEPS=4, MEANINGS=5, MAX_TOKENS=12)
         with (mock.patch.dict(globals(), smaller),
               mock.patch.multiple(report, README=folder / "README.md", RUNS=folder)):
             report.make_all(LOG, to_do, run)

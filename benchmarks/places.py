@@ -354,10 +354,8 @@ def row(setting, seeds):
     return [
         str(setting), f"{len(seeds)} x {' or '.join(map(str, sizes))}",
         f"{wide:.3f}" + ", wide" * (wide >= WIDE),
-        f"{min(every):.3f}",
-        f"{statistics.median(every):.3f}",
-        f"{middle(seeds, 'dora'):.3f}",
-        f"{middle(seeds, PLACES):.3f}",
+        f"{min(every):.3f}", f"{statistics.median(every):.3f}",
+        f"{middle(seeds, 'dora'):.3f}", f"{middle(seeds, PLACES):.3f}",
         percentile(seeds, PLACES), f"{chance(beaten(seeds, PLACES)):.3f}",
         percentile(seeds, "dora"),
     ]

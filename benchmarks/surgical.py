@@ -210,7 +210,8 @@ def write_report():
     kept = [[f"{shift}, {arm}", *(f"{mean:.1f}" for mean in means(arm, shift))]
             for shift in SHIFTS for arm in FOUND]
     report.write_page("surgical", "Digits whose right place is known", lines, [
-        f"The tables have {len(seeds)} of {len(SEEDS)} seeds, made with dora.py of af50a13.",
+        f"The tables have {len(seeds)} of {len(SEEDS)} seeds. The commits before 50eb69d ran with "
+        "dora.py of af50a13, which computes the same.",
         report.differences_table("loss: lower in, median, sign test", SHIFTS, PAIRS, lines_of,
                                  "loss", compared),
         report.grid("error in % / loss, medians", SHIFTS, (*ROWS, *SINGLE), medians),
@@ -230,8 +231,7 @@ def compared(differences):
 def medians(arm, shift):
     """Return error and loss of an arm."""
     lines = lines_of(arm, shift)
-    error = statistics.median(line["error"] for line in lines)
-    loss = statistics.median(line["loss"] for line in lines)
+    error, loss = (statistics.median(line[name] for line in lines) for name in ("error", "loss"))
     return f"{100 * error:.1f} / {loss:.3f}" + f" ({lines[0]['arm']})" * (arm == BEST)
 
 
