@@ -265,11 +265,8 @@ def standard_error(task):
 
 def fact(kind, rows, tasks):
     """Return a number of results/findings.md, which asks for it as {kind: a > b; c > d on tasks}:
-    in how many runs the first row of a pair is ahead, the p of a sign test on that, the mean
-    difference with its interval or in examples; or {median: row on task}."""
-    if kind == "median":
-        found = scores(rows, tasks)
-        return f"{statistics.median(found):.4f}" if found else "not run"
+    in how many runs the first row of a pair is ahead, the p of a sign test on that, or the mean
+    difference with its interval or in examples."""
     found = []
     for pair, task in itertools.product(rows.split("; "), tasks.split()):
         first, second = pair.split(" > ")

@@ -24,6 +24,8 @@ from dora import IMPORTANCE, METHODS, DoRAConfig, Pruner, inject, sensitivity
 LOG = report.RESULTS / "places.jsonl"
 SCALE, DROPOUT, BATCH, STEPS = 8.0, 0.1, 16, 300
 RATES, TRIED = (1e-3, 2e-3, 4e-3, 8e-3), (101, 102, 103)
+SPLITS = {"dev": ("train", "dev"), "held out": ("the rest", "held out"),
+          "shuffled": ("shuffled", "dev")}  # what runs train on and are scored on
 LENGTHS = {"stsb": (28, 40), "mrpc": (48, 64)}  # tokens, at most: of the train set, of dev
 TITLES = {"stsb": "STS-B", "mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE"}
 WIDE, PLACES = 0.03, "dora's places"
@@ -51,20 +53,22 @@ WAYS = [arm for way in VARIANTS for arm in (way, f"{way}'s places")]
 def float32_by_onednn():
     """Let oneDNN make products of float32 matrices, which on AMD is faster than MKL. The setting's
     name misleads: this checks that the results are float32."""
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    x, W = torch.randn(448, 384), torch.randn(384, 1536)
-    exact = x.double() @ W.double()
+    cpu, x, W = torch.backends.mkldnn.matmul, torch.randn(448, 384), torch.randn(384, 1536)
+    cpu.fp32_precision, exact = "bf16", x.double() @ W.double()
     if torch.dist(x @ W, exact) > 1e-6 * exact.norm():  # bfloat16 has 2e-3
-        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        cpu.fp32_precision = "none"
 
 
 @functools.lru_cache(maxsize=4)
 def examples(task, split):
-    """Return examples: "train", "held out" (a tenth of the train set), "the rest" of it, "dev"."""
+    """Return examples: "train", "held out" (a tenth of the train set), "the rest" of it, "dev", or
+    the train set with its labels "shuffled"."""
     bpe = data.BPE(report.MINILM)
     file = "dev" if split == "dev" else "train"
     found = data.load_task(task, report.GLUE, file, bpe, 64)
     rows = np.random.default_rng(0).permutation(len(found))
+    if split == "shuffled":
+        found = [data.Example(here.ids, found[i].label) for here, i in zip(found, rows)]
     tenth = min(len(found) // 10, 1000)
     parts = {"held out": rows[:tenth], "the rest": rows[tenth:]}
     chosen = [found[i] for i in parts.get(split, range(len(found)))]
@@ -122,8 +126,7 @@ def make(run):
     """Train one arm with one seed and return its score, its places and its predictions."""
     float32_by_onednn()
     task, seed = data.TASKS[run["task"]], run["seed"]
-    dev = examples(run["task"], run["split"])
-    train = examples(run["task"], "train" if run["split"] == "dev" else "the rest")
+    train, dev = (examples(run["task"], part) for part in SPLITS[run["split"]])
 
     torch.manual_seed(seed)
     model = train_glue.load_roberta(report.MINILM, task.num_labels)
@@ -176,17 +179,18 @@ def to_do():
     """Yield the runs in their order. Those that need the result of another one follow it."""
     yield from block("stsb", (6,), [*ALL, *OTHERS])
     yield from block("stsb", (6,), [*ALL, *TESTED], FRESH, factor=0.5)
+    yield from block("stsb", (6,), ["dora"], range(1, 9), factor=0.5, split="shuffled")
     yield from block("stsb", (6,), MAIN, factor=0.5, steps=1200)
     # the rate, chosen at 6, makes some runs collapse at 18: so half of it, too
     for factor in (0.5, 1.0):
         yield from block("stsb", (3, 6, 12, 18, 36), MAIN, factor=factor)
         yield from block("mrpc", (6,), MAIN, factor=factor)
     yield from ways_to_find()
-    for task, factor in itertools.product(("cola", "rte", "sst2"), (1.0, 0.5)):
+    for task, factor in itertools.product(("rte", "sst2"), (1.0, 0.5)):
         yield from block(task, (6,), MAIN, factor=factor)
     yield from block("stsb", (6,), ALL, (4, 5))
     yield from block("stsb", (6,), MAIN, steps=1200)
-    for task in TITLES:
+    for task in ("stsb", "mrpc", "rte", "sst2"):  # on CoLA 300 steps teach nothing: all score 0
         yield from block(task, (18,), MAIN)
 
 
