@@ -19,13 +19,16 @@ from torch import nn
 
 import data
 import train_glue
-from dora import IMPORTANCE, METHODS, DoRAConfig, Pruner, inject, sensitivity
+from dora import METHODS, DoRAConfig, Pruner, inject
 
 LOG = report.RESULTS / "places.jsonl"
 SCALE, DROPOUT, BATCH, STEPS = 8.0, 0.1, 16, 300
 RATES, TRIED = (1e-3, 2e-3, 4e-3, 8e-3), (101, 102, 103)
-SPLITS = {"dev": ("train", "dev"), "held out": ("the rest", "held out"),
-          "shuffled": ("shuffled", "dev")}  # what runs train on and are scored on
+SPLITS = {  # what runs train on, and what they are scored on
+    "dev": ("train", "dev"),
+    "held out": ("the rest", "held out"),
+    "shuffled": ("shuffled", "dev"),
+}
 LENGTHS = {"stsb": (28, 40), "mrpc": (48, 64)}  # tokens, at most: of the train set, of dev
 TITLES = {"stsb": "STS-B", "mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE"}
 WIDE, PLACES = 0.03, "dora's places"
@@ -38,25 +41,25 @@ OTHERS = ["adalora", "adalora's places", "paper", "paper's places",
           *(f"layer {i}" for i in range(6)), *TESTED]
 
 LOOK = range(201, 207)  # seeds that only compare ways to find places
-SEARCH, SHORT = 100, "short search"  # steps that find places, before a fresh start
 VARIANTS = {
     "AdaLoRA's start": dict(init="gaussian"),
     "AdaLoRA's score": dict(importance="triplet"),
-    "score per parameter": dict(importance="per parameter"),
     "r' = 2": dict(start_rank=2),
     "longer look": dict(initial_phase=0.3),
 }
 WAYS = [arm for way in VARIANTS for arm in (way, f"{way}'s places")]
+EARLIER = ["score per parameter", "score per parameter's places", "short search"]  # see README.md
 
 
 @functools.cache
 def float32_by_onednn():
     """Let oneDNN make products of float32 matrices, which on AMD is faster than MKL. The setting's
     name misleads: this checks that the results are float32."""
-    cpu, x, W = torch.backends.mkldnn.matmul, torch.randn(448, 384), torch.randn(384, 1536)
-    cpu.fp32_precision, exact = "bf16", x.double() @ W.double()
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    x, W = torch.randn(448, 384), torch.randn(384, 1536)
+    exact = x.double() @ W.double()
     if torch.dist(x @ W, exact) > 1e-6 * exact.norm():  # bfloat16 has 2e-3
-        cpu.fp32_precision = "none"
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
 @functools.lru_cache(maxsize=4)
@@ -68,7 +71,8 @@ def examples(task, split):
     found = data.load_task(task, report.GLUE, file, bpe, 64)
     rows = np.random.default_rng(0).permutation(len(found))
     if split == "shuffled":
-        found = [data.Example(here.ids, found[i].label) for here, i in zip(found, rows)]
+        labels = [found[i].label for i in rows]
+        found = [here._replace(label=label) for here, label in zip(found, labels)]
     tenth = min(len(found) // 10, 1000)
     parts = {"held out": rows[:tenth], "the rest": rows[tenth:]}
     chosen = [found[i] for i in parts.get(split, range(len(found)))]
@@ -84,8 +88,6 @@ def costs_of(model):
 
 def source_of(run):
     """Return the run that finds the places of this one, or the run itself."""
-    if run["arm"] == SHORT:
-        return dict(run, arm="dora", steps=SEARCH)
     return dict(run, arm=run["arm"].removesuffix("'s places"))
 
 
@@ -101,15 +103,6 @@ def places(run, costs):
     starts = DoRAConfig(rank=run["budget"] / 36).r_prime  # as dora
     seed = 1000 * run["seed"] + int(which)
     return report.random_ranks(costs, run["budget"] * 1152, seed, starts)
-
-
-def per_parameter(layers):
-    """Return the sensitivity of each component, (n,), by what it stores."""
-    costs = [sum(layer.base.weight.shape) for layer in layers for _ in layer.c]
-    return sensitivity(layers) / torch.tensor(costs)
-
-
-IMPORTANCE["per parameter"] = per_parameter, "gradients", torch.cat
 
 
 def method(run):
@@ -196,9 +189,8 @@ def to_do():
 
 def ways_to_find():
     """Yield the runs that compare ways to find places, on the held-out tenth of STS-B."""
-    parts = ([*MAIN, *WAYS], STEPS), (["dora"], SEARCH), ([SHORT], STEPS - SEARCH)
-    for seed, (arms, steps) in itertools.product(LOOK, parts):
-        yield from block("stsb", (6,), arms, (seed,), steps=steps, split="held out")
+    for seed in LOOK:
+        yield from block("stsb", (6,), [*MAIN, *WAYS], (seed,), split="held out")
 
 
 def block(task, budgets, arms, seeds=(1, 2, 3), *, factor=1.0, steps=STEPS, split="dev"):
@@ -280,7 +272,7 @@ def ways():
     """Return the scores by arm of the seeds that compare ways to find places, [{arm: score}]."""
     found = collections.defaultdict(dict)
     for line in report.lines_of(LOG, split="held out"):
-        if line["seed"] in LOOK and line["steps"] != SEARCH:
+        if line["seed"] in LOOK and (line["steps"] == STEPS or line["arm"] in EARLIER):
             found[line["seed"]][line["arm"]] = line["score"]
     return whole(found)
 
@@ -342,7 +334,7 @@ def write_report():
           if any({*OTHERS} & arms.keys() for arms in seeds)),
         "Ways to find six places, on the held-out tenth of STS-B. These seeds only compare ways, "
         "so they are no evidence for the one that does best.",
-        arms_table(f"ways, {len(looked)} of {len(LOOK)} seeds", [*WAYS, SHORT], looked)
+        arms_table(f"ways, {len(looked)} of {len(LOOK)} seeds", [*WAYS, *EARLIER], looked)
         if looked else "No such run is stored yet.",
         "The mean score of random places on a held-out tenth chose the rate of a task:",
         report.table(["task", "rate: score"], rates)])
@@ -358,8 +350,10 @@ def row(setting, seeds):
     return [
         str(setting), f"{len(seeds)} x {' or '.join(map(str, sizes))}",
         f"{wide:.3f}" + ", wide" * (wide >= WIDE),
-        f"{min(every):.3f}", f"{statistics.median(every):.3f}",
-        f"{middle(seeds, 'dora'):.3f}", f"{middle(seeds, PLACES):.3f}",
+        f"{min(every):.3f}",
+        f"{statistics.median(every):.3f}",
+        f"{middle(seeds, 'dora'):.3f}",
+        f"{middle(seeds, PLACES):.3f}",
         percentile(seeds, PLACES), f"{chance(beaten(seeds, PLACES)):.3f}",
         percentile(seeds, "dora"),
     ]
