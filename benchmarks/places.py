@@ -254,7 +254,8 @@ class Setting(NamedTuple):
 
 
 def settings():
-    """Return by setting the scores of each seed by arm, {setting: [{arm: score}]}."""
+    """Return by setting the scores of each seed by arm, {setting: [{arm: score}]}, where there are
+    three seeds or more."""
     found = collections.defaultdict(lambda: collections.defaultdict(dict))
     for line in report.lines_of(LOG, split="dev"):
         shared = [line[name] for name in Setting._fields[:4]]
@@ -265,7 +266,7 @@ def settings():
 
     tasks = [*TITLES]
     order = sorted(found, key=lambda setting: (tasks.index(setting.task), setting))
-    return {setting: seeds for setting in order if (seeds := whole(found[setting]))}
+    return {setting: seeds for setting in order if len(seeds := whole(found[setting])) >= 3}
 
 
 def ways():

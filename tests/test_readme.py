@@ -164,18 +164,18 @@ def test_places():
         for row in ((300, "0.002, seeds 4 to 8"), (1200, "0.002"), (300, "0.004")))
     mrpc = cell("places.md", "MRPC, 6 components, 300 steps, rate 0.002",
                 "percentile of dora's places")
-    for budget in (12, 18, 36):  # where almost any places do
-        setting = f"STS-B, {budget} components, 300 steps, rate 0.002"
+    for words in ("STS-B, 12", "STS-B, 18", "STS-B, 36", "SST-2, 6"):  # almost any places do
+        setting = f"{words} components, 300 steps, rate 0.002"
         assert "wide" not in cell("places.md", setting, "best - worst")
     wins = "its places minus shuffled"
     counts = [cell("surgical.md", wins, column).split(",")[0]
               for column in ("mirrored", "swapped", "renamed", "placebo")]
     ada, _ = cell("surgical.md", "adalora", "mirrored").split(" / ")
     own, _ = cell("surgical.md", "dora", "mirrored").split(" / ")
-    for words in (f"beat {fresh} of random places after 300 steps",
-                  f"(p = {p.lstrip('0')}; 50 % is chance), and {long} after 1,200",
+    for words in (f"beat {fresh} of random places after 300 steps (p = {p.lstrip('0')},",
+                  f"and {long} after 1,200",
                   f"beat {best} (p = {p_best.lstrip('0')}), and on MRPC {mrpc}",
-                  f"shuffled ones with {counts[0]} seeds. [More",
+                  f"shuffled ones with {counts[0]} seeds. ##",
                   "{} seeds on digits that are mirrored, {} if pixels are swapped, {} if classes "
                   "are renamed, and {} if nothing changes".format(*counts),
                   f"mirrored digits, {ada} % against {own} %"):
