@@ -173,9 +173,9 @@ def test_places():
     ada, _ = cell("surgical.md", "adalora", "mirrored").split(" / ")
     own, _ = cell("surgical.md", "dora", "mirrored").split(" / ")
     for words in (f"beat {fresh} of random places after 300 steps (p = {p.lstrip('0')},",
-                  f"and {long} after 1,200",
-                  f"beat {best} (p = {p_best.lstrip('0')}), and on MRPC {mrpc}",
-                  f"shuffled ones with {counts[0]} seeds. ##",
+                  f"After 1,200 it is {long} (three seeds)",
+                  f"it is {best} (p = {p_best.lstrip('0')}). On MRPC at .002 it is {mrpc}",
+                  f"{counts[0]} seeds if the images are mirrored, and {counts[2]} if classes",
                   "{} seeds on digits that are mirrored, {} if pixels are swapped, {} if classes "
                   "are renamed, and {} if nothing changes".format(*counts),
                   f"mirrored digits, {ada} % against {own} %"):
