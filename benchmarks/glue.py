@@ -291,7 +291,7 @@ def write_report():
     words = (report.RESULTS / "findings.md").read_text("utf-8").strip()
     asked = re.compile(r"\{(\w+): ([^}]*) on ([^}]*)\}")
     words = asked.sub(lambda found: fact(*found.groups()), words).format(
-        runs=f"{len(lines)} runs, {hours:.1f} hours of one core: {report.machines(lines)}",
+        runs=f"{len(lines)} runs ({report.machines(lines)}), {hours:.1f} hours of one core",
         errors=", ".join(f"{standard_error(task):.3f} on {task}" for task in EPOCHS))
 
     table = functools.partial(report.grid, "score; parameters; rate", cell=in_words)
