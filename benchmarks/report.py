@@ -269,13 +269,13 @@ def machine(device="cpu"):
 
 
 def machines(lines):
-    """Return the machine that the runs of a log were made on, or how many on each of several. The
-    oldest runs did not note theirs."""
-    counts = Counter(line.get("machine") or f"a machine that was not noted, torch {line['torch']}"
-                     for line in lines)
+    """Return the machine that the runs of a log were made on, or how many on each of several in a
+    few words. The oldest runs did not note theirs."""
+    counts = Counter(line.get("machine", "a machine that was not noted") for line in lines)
     if len(counts) == 1:
         return next(iter(counts))
-    return "; ".join(f"{n} on {name}" for name, n in counts.items()) or "no run yet"
+    short = (f"{n} on {name.split(', 1 thread')[0]}" for name, n in counts.items())
+    return ", ".join(short) or "no run yet"
 
 
 def resident(key):
