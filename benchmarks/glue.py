@@ -89,7 +89,8 @@ STEPS = {  # what they change; with both changes LoRA is dora with nothing prune
 }
 STEP_PAIRS = (
     (AT_RATE, "lora 2"), *((row, AT_RATE) for row in STEPS if row != AT_RATE),
-    (ON_AX, NO_DROPOUT), ("dora 2", ON_AX), ("dora 2", UNPRUNED), (UNPRUNED, "lora 2"),
+    (ON_AX, NO_DROPOUT), ("dora 2", AT_RATE), ("dora 2", ON_AX), ("dora 2", UNPRUNED),
+    (UNPRUNED, "lora 2"),
 )
 FOUR = (AT_RATE, NO_DROPOUT, ON_AX, "dora 2")  # ten seeds each on MRPC
 ALL = ROWS | CONTROLS | {
@@ -359,7 +360,7 @@ def by_example():
 SHOWN = (("LoRA, rank 2", "lora 2", "lora"),
          ("… in the places that `dora` chose", f"{SAME}, 2", "lora"),
          ("… those shuffled", f"{SHUFFLED}, 2", "lora"),
-         ("… with `dora`'s dropout", ON_AX, "lora"),
+         ("… with `dora`'s rate and dropout", ON_AX, "lora"),
          ("`dora`, rank 2", "dora 2", "dora"),
          ("biases only", "bitfit", "bitfit"),
          ("all weights", "full", "full"))
