@@ -152,8 +152,7 @@ def generate(model, tokenizer, pairs):
         out = model.generate(
             input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(),
             do_sample=False, max_new_tokens=MAX_TOKENS,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id)
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
         found += tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
     return [sentence.strip() for sentence in found]
 
@@ -219,7 +218,8 @@ def run(c):
         model.model.to(torch.bfloat16)
     try:
         ranks = train(model, encode(tokenizer, pairs), c, costs)
-        merge_(model.float())
+        model.model.to(torch.float32)
+        merge_(model)
     except NotFiniteError as error:
         return {"nll": None, "diverged": str(error)}
 
