@@ -188,15 +188,11 @@ def to_do():
             yield dict(look, row=row, lr=rate, **dtype.get(row, {}))
     test = dict(code=CODE, split="test", steps=TRAINED // 16)
     for seed, row in itertools.product(SEEDS, ROWS):
-        rate = report.chosen_rate(tried_rates(tuned_row(row)))
+        # at rank 1/7 all rows take the rate of random places
+        rate = report.chosen_rate(tried_rates(row if row in TUNED else RANDOM[0]))
         known = row != PLACES or seed in [line["seed"] for line in on_test(FINDS)]
         if rate and known:
             yield dict(test, row=row, seed=seed, lr=rate, **dtype.get(row, {}))
-
-
-def tuned_row(row):
-    """Return the row whose learning rate a row takes: at rank 1/7 that of random places."""
-    return row if row in TUNED else RANDOM[0]
 
 
 def tried_rates(row):
@@ -214,8 +210,7 @@ def run(c):
     scored_ids = encode(tokenizer, scored)
     costs = {name: sum(module.weight.shape) for name, module in model.named_modules()
              if name.endswith(MATRICES)}
-    if c["row"] in FEW:
-        model.model.to(torch.bfloat16)
+    model.model.to(torch.bfloat16 if c["row"] in FEW else torch.float32)
     try:
         ranks = train(model, encode(tokenizer, pairs), c, costs)
         model.model.to(torch.float32)
@@ -282,7 +277,7 @@ def plot():
         report.dots(score, [line["nll"] for line in lines], y, color)
     score.set_yticks(range(len(found)), found)
     score.invert_yaxis()
-    score.set_title("NLL by seed (lower is better)")
+    score.set_title("NLL by seed,\nlower is better")
     score.grid(axis="x", alpha=0.3)
 
     names = [name.removesuffix("_proj") for name in MATRICES]
@@ -290,7 +285,7 @@ def plot():
         ranks = np.mean([line["ranks"] for line in found[row]], axis=0)  # (layers, 7)
         image = ax.imshow(ranks, "viridis", vmin=0, vmax=3, aspect="auto", origin="lower")
         ax.set_xticks(range(len(names)), names, rotation=60)
-        ax.set_title(f"{row}: {ranks.sum():.0f} in all")
+        ax.set_title(f"{row}:\n{ranks.sum():.0f} in all")
     maps[0].set_ylabel("layer")
     figure.colorbar(image, ax=maps, label="components, mean over seeds", ticks=range(4))
     report.save_figure(figure, LOG.with_suffix(".svg"))

@@ -177,14 +177,14 @@ def to_do():
     # the rate, chosen at 6, makes some runs collapse at 18: so half of it, too
     for factor in (0.5, 1.0):
         yield from block("stsb", (3, 6, 12, 18, 36), MAIN, factor=factor)
-        yield from block("mrpc", (6,), MAIN, factor=factor)
+        for task in ("mrpc", "sst2"):
+            yield from block(task, (6,), MAIN, factor=factor)
     yield from ways_to_find()
-    for task, factor in itertools.product(("rte", "sst2"), (1.0, 0.5)):
-        yield from block(task, (6,), MAIN, factor=factor)
     yield from block("stsb", (6,), ALL, (4, 5))
     yield from block("stsb", (6,), MAIN, steps=1200)
-    for task in ("stsb", "mrpc", "rte", "sst2"):  # on CoLA 300 steps teach nothing: all score 0
+    for task in ("stsb", "mrpc", "sst2"):
         yield from block(task, (18,), MAIN)
+    yield from block("rte", (6,), MAIN)  # 300 steps teach nothing here, and on CoLA: all score 0
 
 
 def ways_to_find():
@@ -391,6 +391,8 @@ def plot(found):
     per rate, and below it for long runs over the steps, and for other tasks over the rate."""
     rows = {}
     for setting, seeds in found.items():
+        if setting.task == "rte":
+            continue  # nothing is learned, so its strips are noise
         title, differ, value = panel_of(setting)
         panels = rows.setdefault("in all" in differ, {})
         panels.setdefault((setting.task, title, differ), {})[value] = seeds
