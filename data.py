@@ -57,7 +57,7 @@ SPLITS = {"train": "train.tsv", "dev": "dev.tsv", "test": "test.tsv"}
 class Task:
     """A row of TASKS. Its files are tab-separated; columns are found by the names in the header.
 
-    Raises DataError for a row that cannot work.
+    Raises DataError for fields that cannot work.
     """
 
     name: str
@@ -65,14 +65,14 @@ class Task:
     texts: tuple[str, ...]  # one or two text columns
     label: str  # the label column, which test files do not have
     metrics: tuple[str, ...]  # names in METRICS; the first is the headline
-    labels: tuple[str, ...] = ("0", "1")  # label words in the order of their ids; () = regression
+    labels: tuple[str, ...] = ("0", "1")  # as in the files, in the order of ids; () = regression
     words: tuple[str, ...] = ()  # what other people's checkpoints call these labels
     top: float = 5.0  # regression: labels y run from 0 to top, and y/top is what is trained
     columns: tuple[str, ...] = ()  # names for train and dev files that have no header line
     bad_rows: int = 0  # malformed train and dev rows that may be left out
     source: str = ""  # what download_task fetches, below glue/data/
     files: Mapping[str, str] = field(default_factory=lambda: SPLITS)
-    submissions: Mapping[str, str] = field(default_factory=dict)  # if not named like the folder
+    submissions: Mapping[str, str] = field(default_factory=dict)  # by split; default: folder
 
     def __post_init__(self) -> None:
         def check(condition: object, problem: str) -> None:
@@ -126,7 +126,7 @@ class Task:
 PAIR = ("sentence1", "sentence2")
 NLI2 = ("entailment", "not_entailment")
 NLI3 = ("entailment", "neutral", "contradiction")
-COLA = ("source", "label", "mark", "sentence")  # CoLA's files and the toy's have no header line
+COLA = ("source", "label", "mark", "sentence")  # their train and dev files have no header
 TOY_FILES = {"train": "train.tsv", "dev": "dev.tsv"}  # made by write_toy
 MNLI_FILES = {
     "train": "train.tsv",
@@ -188,7 +188,7 @@ def find_task(name: str, split: str = "") -> Task:
 
 
 def known_name(word: str, names: Iterable[str]) -> str:
-    """Return the name that a word spells in another way: MRPC, sst-2, Lora; or the word itself."""
+    """Return the known name that a word spells (MRPC, sst-2, Lora), or else the word itself."""
     return next((name for name in names if plain(name) == plain(word)), word)
 
 
@@ -236,8 +236,8 @@ def parse_row(task: Task, columns: Sequence[str], cells: Sequence[str], labelled
               place: int) -> tuple[list[str], int | float | None]:
     """Return the texts and the label (None in a test file) of a row. ValueError if malformed."""
     if len(cells) != len(columns):
-        raise ValueError(f"{len(cells)} columns, expected {len(columns)} with tabs between them, "
-                         f"even inside quotes: {', '.join(columns):.200}; fix the row")
+        raise ValueError(f"{len(cells)} columns, expected {len(columns)}: {', '.join(columns):.200}"
+                         f"; fix the row (a tab ends a column, even inside quotes)")
 
     row = dict(zip(columns, cells))
     texts = [row[text] for text in task.texts]
@@ -334,9 +334,9 @@ class BPE:
 
         With the merges (e, s), (es, t): n e w e s t -> n e w es t -> n e w est.
         """
-        # Plainly: while a pair of neighbours is in ranks, join the one that was learned first, the
-        # leftmost if there are several. A heap finds it in about constant time: a long word takes
-        # linear time, not quadratic.
+        # While a pair of neighbours is in ranks, join the one that was learned first, the leftmost
+        # if there are several. A heap finds it in O(log n), so a word of n bytes takes O(n log n)
+        # and not O(n^2).
         symbols = ["", *byte_chars(piece), ""]  # "" marks the ends, and those that were joined
         before = [*range(-1, len(symbols) - 1)]  # position of the neighbour on the left
         after = [*range(1, len(symbols) + 1)]  # and on the right
@@ -435,7 +435,7 @@ def batches(examples: Sequence[Example], batch_size: int, seed: int | None, epoc
             skip: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
     """Yield each example once, in batches of similar length; one batch may be smaller.
 
-    The order is a function of (seed, epoch) alone. seed None, for evaluation, puts the longest
+    Its only randomness is that of (seed, epoch). seed None, for evaluation, puts the longest
     first (running out of memory shows at once), and Batch.rows says where each belongs. The first
     `skip` batches are left out. Process `rank` of `world` gets batch.split(world)[rank] of each.
     """
@@ -524,7 +524,7 @@ def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Return Matthews' correlation of two vectors of ids 0 and 1, (N,). ValueError for other ids.
 
     For two classes it is Pearson's (the phi coefficient), and so 0 if all predictions are equal,
-    when the model collapsed to one class.
+    as those of a model that collapsed to one class.
     """
     if not np.isin((predictions, labels), (0, 1)).all():
         raise ValueError("matthews is for two classes, with ids 0 and 1")
@@ -582,7 +582,7 @@ def write_submission(task: Task, split: str, predictions: Any, folder: AnyPath) 
 
 
 # ==================================================================================================
-# You can stop reading here: what follows is plumbing (files, checks, downloads, the command line).
+# You can stop reading here: what follows is plumbing (the toy, checks of files, downloads).
 # ==================================================================================================
 
 # ---- the toy: generated sentences and a tokenizer learned from them ------------------------------

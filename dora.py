@@ -23,7 +23,7 @@ different method.)
     s        scores()              (n,)            the score that decides: Ī Ū
     R, η     PENALTIES, eta        scalar          regulariser and its weight
 
-A component is *live* if the last pruning kept it.
+A component is *live* unless the latest pruning dropped it.
 
 After pruner = Pruner(inject(model, config), config, T), the method takes three lines in each
 *optimizer* step, even under gradient accumulation:
@@ -68,7 +68,7 @@ class DoRAConfig:
     """Every setting of the method. The methods differ in these values alone (see METHODS)."""
 
     rank: float = 2.0  # r: the final budget is what rank r in every matrix costs; may be a fraction
-    start_rank: int | None = None  # r': components per matrix at the start; none = ceil(1.5 r)
+    start_rank: int | None = None  # r': initial rank; none = ceil(1.5 r), or r if nothing is pruned
     alpha: float = 8.0  # the update is scaled by alpha / max(1, rank) or alpha / start_rank
     dropout: float = 0.1  # dropout rate on the low-rank path (paper: 0.1)
     targets: tuple[str, ...] = ROBERTA  # matrices to adapt: whole dotted ends of their names
@@ -93,7 +93,7 @@ class DoRAConfig:
     # differs: the paper counts components, which can cost more than LoRA of the same rank
     budget_unit: Literal["parameters", "components"] = "parameters"  # what the budget counts
 
-    penalty: str | None = "dem"  # regulariser while pruning
+    penalty: str | None = "dem"  # regulariser until the last pruning
     eta: float = 0.3  # weight of the regulariser (paper: 0.3 or 0.5)
     # differs: the paper applies dropout to x; on the r' values A x it costs almost nothing
     dropout_on: Literal["input", "components"] = "components"  # what dropout applies to: x or A x
@@ -101,8 +101,8 @@ class DoRAConfig:
     @property
     def r_prime(self) -> int:
         """r': components per matrix at the start."""
-        surplus = 1.0 if self.schedule is None else 1.5
-        return self.start_rank or math.ceil(surplus * self.rank)
+        factor = 1.0 if self.schedule is None else 1.5
+        return self.start_rank or math.ceil(factor * self.rank)
 
     def __new__(cls, *args: Any, **settings: Any) -> DoRAConfig:
         check_names(cls, settings)
@@ -136,13 +136,13 @@ class DoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, config: DoRAConfig):
         super().__init__()
-        (d_out, d_in), r = base.weight.shape, config.r_prime
+        (d_out, d_in), r_prime = base.weight.shape, config.r_prime
         # float32 even over a half-precision base, which would round small updates away
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         like = base.weight.new_empty(0, dtype=dtype)
-        A = like.new_empty(r, d_in)
-        B = like.new_zeros(d_out, r)
-        c = like.new_zeros(r)
+        A = like.new_empty(r_prime, d_in)
+        B = like.new_zeros(d_out, r_prime)
+        c = like.new_zeros(r_prime)
 
         # the update starts at exactly 0: from B = 0 with open gates, or from c = 0
         if config.init == "zero_b":  # as LoRA
@@ -159,7 +159,7 @@ class DoRALinear(nn.Module):
         self.c = nn.Parameter(c, requires_grad=config.gate)
         self.register_buffer("mask", torch.ones_like(c, dtype=torch.bool))
         self.register_buffer("final", self.mask.new_tensor(config.schedule is None))
-        self.scale = config.alpha / (max(1, config.rank) if config.scale == "rank" else r)
+        self.scale = config.alpha / (max(1, config.rank) if config.scale == "rank" else r_prime)
         self.dropout = nn.Dropout(config.dropout)
         self.base, self.config = base.requires_grad_(False), config
         self.in_features, self.out_features = d_in, d_out
@@ -203,8 +203,8 @@ class DoRALinear(nn.Module):
 def inject(model: nn.Module, config: DoRAConfig) -> dict[str, DoRALinear]:
     """Freeze the model, replace each target by a DoRALinear, and return these layers by name.
 
-    A target is a whole dotted end of a name: "output.dense" matches "0.output.dense" and also
-    "0.attention.output.dense", "put.dense" matches neither. Unfreeze the head afterwards.
+    A target is a whole dotted end of a name: "output.dense" matches "0.output.dense" and
+    "0.attention.output.dense", but "put.dense" matches neither. Unfreeze the head afterwards.
     """
     bases = find_targets(model, config)
     model.requires_grad_(False)
@@ -221,8 +221,8 @@ def inject(model: nn.Module, config: DoRAConfig) -> dict[str, DoRALinear]:
 def sensitivity(layers: list[DoRALinear]) -> Tensor:
     """I_i = |c_i dℓ/dc_i|, (n,): how much removing component i changes the loss ℓ, to first order.
 
-    This is AdaLoRA's Eq. 8 for a whole component. Without the penalty a_i . dℓ/da_i and
-    b_i . dℓ/db_i are the same number (Euler's identity); without dropout <dℓ/dW, Delta W_i> is too.
+    This is AdaLoRA's Eq. 8 for a whole component. Without the penalty, a_i . dℓ/da_i and
+    b_i . dℓ/db_i equal c_i dℓ/dc_i (Euler's identity). Without dropout, so does <dℓ/dW, Delta W_i>.
     """
     c = torch.cat([layer.c for layer in layers])
     grad = torch.cat([gradient(layer.c) for layer in layers])
@@ -262,7 +262,7 @@ def slow_first(p: float, surplus: int) -> int:
 
 
 def fast_first(p: float, surplus: int) -> int:
-    """Return the same, but most of the surplus goes early (AdaLoRA)."""
+    """Return what is left of it if most goes early (AdaLoRA)."""
     return int(surplus * (1 - p) ** 3)
 
 
@@ -270,7 +270,7 @@ SCHEDULES = {"slow_first": slow_first, "fast_first": fast_first}
 
 
 def phases(total_steps: int, config: DoRAConfig) -> tuple[int, int]:
-    """Return (t_i, T - t_f): the last step of the full budget, and that of the last pruning."""
+    """Return t_i T and T - t_f T: the last step of the full budget and that of the last pruning."""
     if config.schedule is None:
         return 0, 0
     first = round(config.initial_phase * total_steps)
@@ -336,13 +336,13 @@ class Pruner:
 
         costs = [cost(layer, config) for layer in layers.values()]
         self.per_rank = sum(costs)  # the cost of one component in every matrix
-        # (n,), on the CPU, like all that decides: only a pruning step then waits for the device
+        # (n,), on the CPU, where pruning is decided: only a pruning step then waits for the device
         self.costs = torch.tensor(costs, device="cpu").repeat_interleave(config.r_prime)
         self.mask = torch.ones_like(self.costs, dtype=torch.bool)  # (n,), even after compact_
         self.t = 0  # optimizer steps done
         self.I_bar: list[Tensor] = []  # Ī: one tensor (n,), or three per layer for "triplet"
         self.U_bar: list[Tensor] = []  # Ū: likewise
-        self.observed = False  # since the last step()
+        self.observed = False  # whether observe() ran since the last step()
 
     @property
     def done(self) -> bool:
@@ -402,10 +402,10 @@ class Pruner:
 
     def _smooth(self, I: Tensor, I_bar: Tensor, U_bar: Tensor) -> tuple[Tensor, Tensor]:
         """Ī <- β1 Ī + (1 - β1) I,  Ū <- β2 Ū + (1 - β2) |I - Ī|  (Eq. 8; AdaLoRA Eq. 9-10)."""
-        seen = I.abs() < math.inf  # skip a gradient that overflowed (GradScaler)
-        I_bar = I_bar.lerp(torch.where(seen, I, I_bar), 1 - self.config.beta1)
+        finite = I.abs() < math.inf  # skip a gradient that overflowed (GradScaler)
+        I_bar = I_bar.lerp(torch.where(finite, I, I_bar), 1 - self.config.beta1)
         if self.config.beta2 is not None:
-            U_bar = U_bar.lerp(torch.where(seen, (I - I_bar).abs(), U_bar), 1 - self.config.beta2)
+            U_bar = U_bar.lerp(torch.where(finite, (I - I_bar).abs(), U_bar), 1 - self.config.beta2)
         return I_bar, U_bar
 
     def scores(self) -> Tensor:
@@ -462,7 +462,7 @@ class Pruner:
 
 
 # ==================================================================================================
-# You can stop reading here: what follows is plumbing (files, checks, downloads, the command line).
+# You can stop reading here: what follows is plumbing (compaction, AdaLoRA, checks, files).
 # ==================================================================================================
 
 

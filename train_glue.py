@@ -48,7 +48,7 @@ from dora import (METHODS, PEFT_NAMES, RANGES, DoRAConfig, DoRAError, DoRALinear
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: (message, signal). The state has been saved."""
+    """Raised on Ctrl-C, SIGTERM or SIGHUP, with (message, signal), once the state is saved."""
 
 
 # ---- RoBERTa by hand -----------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, x: Tensor, mask: Tensor, rows: int | None = None) -> Tensor:
-        """(B, T, D) -> (B, rows, D): the last layer computes only the first rows; None = all."""
+        """(B, T, D) -> (B, rows, D): the last layer computes only the first `rows`; None = all."""
         for layer in self.layer[:-1]:
             x = layer(x, x, mask)
         h = x[:, :rows].contiguous()  # copy once here, not in every matrix product
@@ -241,10 +241,10 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
 
 def backward(net: Any, batch: data.Batch, penalty: Tensor, parts: int,
              device: torch.device) -> Tensor:
-    """Add up the gradients of the batch's mean loss + the penalty; return that loss, a scalar.
+    """Add up the gradients of the mean loss + the penalty; return this process's loss, a scalar.
 
-    The batch is cut into `parts`, one after another, and each part is shared by the processes. A
-    piece weighs as much as its share of the examples, so the weights add up to the batch's mean.
+    The batch is cut into `parts` that run in turn, each shared by the processes. A piece weighs as
+    much as its share of the examples, so the losses of all add up to the batch's mean.
     """
     rank, world = process()
     losses = []
@@ -348,7 +348,7 @@ def predict(model: nn.Module, examples: list[Example]) -> np.ndarray:
 
 def spread(logits: Tensor) -> float:
     """Return how much the outputs (N, classes) differ between examples: the standard deviation of
-    a regression's output, or the largest of any difference between two classes' logits."""
+    a regression's output, or of the difference of those two classes' logits that varies most."""
     if logits.shape[1] > 1:
         logits = (logits[:, :, None] - logits[:, None, :]).flatten(1)  # (N, classes^2)
     return logits.std(0, correction=0).max().item()
@@ -376,7 +376,7 @@ def evaluate_dev(model: nn.Module, sets: dict[str, list[Example]], task: Task) -
 
 
 # ==================================================================================================
-# You can stop reading here: what follows is plumbing (files, checks, downloads, the command line).
+# You can stop reading here: what follows is plumbing (files, checks, the toy, the command line).
 # ==================================================================================================
 
 
