@@ -383,12 +383,12 @@ def panel_of(setting):
     if setting.task == "stsb":
         value = str(setting.budget) + "\nfresh\nseeds" * setting.fresh
         return f"{task}, {rate}", f"components in all, {STEPS} steps", value
-    return task, f"rate, {components},\n{STEPS} steps", f"{setting.lr:g}"
+    return task, f"components, rate;\n{STEPS} steps", f"{setting.budget}\n{setting.lr:g}"
 
 
 def plot(found):
     """Draw strips of random places with a line through dora's: on STS-B over the budget, a panel
-    per rate, and below it for long runs over the steps, and for other tasks over the rate."""
+    per rate, and below it for long runs over the steps, and for other tasks over both."""
     rows = {}
     for setting, seeds in found.items():
         if setting.task == "rte":
