@@ -237,7 +237,7 @@ def parse_row(task: Task, columns: Sequence[str], cells: Sequence[str], labelled
     """Return the texts and the label (None in a test file) of a row. ValueError if malformed."""
     if len(cells) != len(columns):
         raise ValueError(f"{len(cells)} columns, expected {len(columns)}: {', '.join(columns):.200}"
-                         f"; fix the row (a tab ends a column, even inside quotes)")
+                         f"; fix the row (tabs end columns, even inside quotes)")
 
     row = dict(zip(columns, cells))
     texts = [row[text] for text in task.texts]
