@@ -126,7 +126,7 @@ class Task:
 PAIR = ("sentence1", "sentence2")
 NLI2 = ("entailment", "not_entailment")
 NLI3 = ("entailment", "neutral", "contradiction")
-COLA = ("source", "label", "mark", "sentence")  # their train and dev files have no header
+COLA = ("source", "label", "mark", "sentence")  # train and dev of CoLA and the toy have no header
 TOY_FILES = {"train": "train.tsv", "dev": "dev.tsv"}  # made by write_toy
 MNLI_FILES = {
     "train": "train.tsv",
