@@ -262,7 +262,7 @@ def slow_first(p: float, surplus: int) -> int:
 
 
 def fast_first(p: float, surplus: int) -> int:
-    """Return what is left of it if most goes early (AdaLoRA)."""
+    """Return what is left of the surplus if most of it goes early (AdaLoRA)."""
     return int(surplus * (1 - p) ** 3)
 
 

@@ -113,8 +113,7 @@ def token_nll(model, ids, wanted):
 
 
 def places(c, costs):
-    """Return the components of each matrix of a row whose places are given. costs has what one of
-    them stores."""
+    """Return the components by matrix of a row with given places. costs has what one stores."""
     if c["row"] == PLACES:
         (dora,) = on_test(FINDS, seed=c["seed"])
         return dict(zip(costs, np.ravel(dora["ranks"]).tolist()))
@@ -123,8 +122,7 @@ def places(c, costs):
 
 
 def train(model, pairs, c, costs):
-    """Adapt the model to the pairs. Return the live components of each matrix. Raises
-    NotFiniteError if training diverges."""
+    """Adapt the model and return its live components by matrix. NotFiniteError if it diverges."""
     torch.manual_seed(c["seed"])
     if settings := ROWS[c["row"]]:
         config = DoRAConfig(**settings, targets=MATRICES)
@@ -180,28 +178,28 @@ def load():
 
 
 def to_do():
-    """Yield the runs that can be made now: first the search for learning rates, then the rows whose
-    rate and places are known, seed by seed."""
-    look = dict(code=CODE, split="held out", steps=CHOICE_STEPS, seed=1)
+    """Yield the runs that can be made now: the search for rates, then the rows, seed by seed."""
+    def cell(row, **more):
+        return dict(code=CODE, row=row, **more, **BF16.get(row, {}))
+
     for row in TUNED:
         if rate := report.next_rate(tried_rates(row)):
-            yield dict(look, row=row, lr=rate, **BF16.get(row, {}))
-    test = dict(code=CODE, split="test", steps=TRAINED // 16)
+            yield cell(row, split="held out", steps=CHOICE_STEPS, seed=1, lr=rate)
     for seed, row in itertools.product(SEEDS, ROWS):
         # at rank 1/7 all rows take the rate of random places
         rate = report.chosen_rate(tried_rates(row if row in TUNED else RANDOM[0]))
         if rate and (row != PLACES or on_test(FINDS, seed=seed)):
-            yield dict(test, row=row, seed=seed, lr=rate, **BF16.get(row, {}))
+            yield cell(row, split="test", steps=TRAINED // 16, seed=seed, lr=rate)
 
 
 def tried_rates(row):
     """Return minus the held-out NLL by learning rate, -inf for a run that diverged."""
     lines = report.lines_of(LOG, row=row, split="held out")
-    return {line["lr"]: -line["nll"] for line in lines}
+    return {line["lr"]: -(line["nll"] or math.inf) for line in lines}
 
 
 def run(c):
-    """Make a run. Return its line of the log; the NLL is infinite if it diverged."""
+    """Make a run. Return its line of the log; the NLL is None if it diverged."""
     model, tokenizer = load()
     pairs, scored, test = sets()
     if c["split"] == "test":
@@ -215,15 +213,16 @@ def run(c):
         ranks = train(model, encode(tokenizer, pairs), c, costs)
         model.model.to(torch.float32)
         merge_(model)
-    except NotFiniteError:
-        return {"nll": math.inf}
+    except NotFiniteError as error:
+        return {"nll": None, "diverged": str(error)}
 
     model.eval()
     with torch.no_grad():
         losses = [token_nll(model, *collate(batch)) for batch in batches(scored_ids, 0)]
     nll = torch.cat(losses).mean().item()
     by_layer = np.reshape([*ranks.values()], (-1, len(MATRICES)))
-    line = {"nll": nll, "ranks": by_layer.tolist(),
+    line = {"nll": nll if math.isfinite(nll) else None,
+            "ranks": by_layer.tolist(),
             "parameters": sum(ranks[name] * cost for name, cost in costs.items())}
     if c["split"] == "test" and "dtype" not in c:
         sentences = generate(model, tokenizer, scored_ids)
@@ -235,8 +234,9 @@ def run(c):
 
 
 def on_test(row, _=None, **more):
-    """Return the finished runs of a row on the test file, by seed."""
-    return report.lines_of(LOG, row=row, split="test", **more)
+    """Return the finished runs of a row on the test file that did not diverge."""
+    lines = report.lines_of(LOG, row=row, split="test", **more)
+    return [line for line in lines if line["nll"] is not None]
 
 
 def result(row):
@@ -295,7 +295,8 @@ def tiny():
     torch.manual_seed(0)
     tokenizer = transformers.ByT5Tokenizer()
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
         vocab_size=len(tokenizer), tie_word_embeddings=True)), tokenizer
 
 
@@ -313,14 +314,16 @@ def short():
         rows = {row: ROWS[row] for row in (*tuned, FINDS, PLACES)}
         smaller = dict(
             LOG=folder / "language_model.jsonl", load=tiny,
-            ROWS=rows, TUNED=tuned, PAIRS=PAIRS[:1], SEEDS=(1,),
+            PAIRS=(("dora 2", "lora 2"), (PLACES, RANDOM[0])),
+            ROWS=rows, TUNED=tuned, SEEDS=(1,),
             TRAINED=64, CHOICE_STEPS=4, MEANINGS=5, MAX_TOKENS=12)
         with (mock.patch.dict(globals(), smaller),
               mock.patch.multiple(report, README=folder / "README.md", RUNS=folder)):
             report.make_all(LOG, to_do, run)
             write_report()
             lines, text = report.read_log(LOG), report.README.read_text("utf-8")
-        assert {line["row"] for line in lines if line["split"] == "test"} == {*rows}, lines
+        scored = {line["row"]: "bleu" in line for line in lines if line["split"] == "test"}
+        assert scored == {row: row not in BF16 for row in rows}, lines
         assert "not run" not in text and (folder / "language_model.svg").exists(), text
     print(f"{len(lines)} runs of a tiny model")
 

@@ -339,7 +339,7 @@ def write_report():
         if looked else "No such run is stored yet.",
         "The mean score of random places on a held-out tenth chose the rate of a task:",
         report.table(["task", "rate: score"], rates)])
-    plot(found)
+    plot({key: seeds for key, seeds in found.items() if key.task != "rte"})  # scores of guesses
 
 
 def row(setting, seeds):
@@ -391,8 +391,6 @@ def plot(found):
     per rate, and below it for long runs over the steps, and for other tasks over both."""
     rows = {}
     for setting, seeds in found.items():
-        if setting.task == "rte":
-            continue  # nothing is learned, so its strips are noise
         title, differ, value = panel_of(setting)
         panels = rows.setdefault("in all" in differ, {})
         panels.setdefault((setting.task, title, differ), {})[value] = seeds
