@@ -474,7 +474,8 @@ def compact_(model: nn.Module, *optimizers: torch.optim.Optimizer) -> nn.Module:
     """Remove pruned components from the layers and the optimizers' state; outputs stay the same.
 
     The Parameter objects stay and their data shrink. A matrix left without components becomes a
-    plain nn.Linear again. Call it before you wrap the model in DistributedDataParallel.
+    plain nn.Linear again. Call it before you wrap the model in DistributedDataParallel, and after
+    training with Adafactor, whose state has other shapes than the parameters.
     """
     layers = finished_layers(model)
     trained = {p for m in layers.values() for p in (m.A, m.B, m.c) if p.requires_grad}
@@ -749,8 +750,8 @@ def check_target(what: str, name: str, modules: dict[str, Any]) -> None:
             f"an nn.Linear, or make it one as notebooks/RECIPES.md does for GPT-2's Conv1D")
     require(not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks),
             f"{what}: {name} has hooks (weight_norm, pruning); add them after inject()")
-    require(len(names) == 1, f"{what}: {' and '.join(names)} are one module, which an adapter "
-            f"file cannot say; choose other targets")
+    require(len(names) == 1, f"{what}: {' and '.join(names)} are one module with two names, "
+            f"which an adapter file cannot hold; choose other targets")
 
 
 def check_pruner(layers: Any, config: DoRAConfig, total_steps: int) -> None:
@@ -800,8 +801,8 @@ def check_scores(pruner: Pruner, scores: Tensor) -> None:
     gates = torch.cat([layer.c for layer in pruner.layers.values()])
     if not (scores.isfinite().all() and gates.isfinite().all()):
         raise NotFiniteError(f"step {pruner.t}: a score is not finite; lower the learning rate")
-    require(scores.any(), f"step {pruner.t}: every score is 0, so nothing has trained; make the "
-            f"optimizer after inject(), and check the learning rate")
+    require(scores.any(), f"step {pruner.t}: every score is 0; prune later than step 1, set beta2 "
+            f"= none if beta1 = 0, make the optimizer after inject(), and check the learning rate")
 
 
 def check_state(pruner: Pruner, state: dict[str, Any]) -> None:
@@ -978,7 +979,7 @@ def mark(tensor: Tensor) -> list[float]:
 
 
 def check_base(folder: Path, marks: dict[str, list[float]], base: dict[str, Tensor]) -> None:
-    """Refuse a base that differs by more than rounding to bfloat16 does, about 0.2 %."""
+    """Refuse a base that differs by more than 1 %, five times what rounding to bfloat16 does."""
     for name, before in marks.items():
         now = mark(base[name]) if name in base else [math.inf]
         tolerance = 0.01 * before[0] + 1e-5
@@ -993,7 +994,7 @@ def check_trained(layers: dict[str, DoRALinear]) -> None:
             "every update is exactly 0, so nothing trained; make the optimizer after inject()")
     gates = [layer.c[layer.mask] for layer in layers.values() if layer.config.gate]
     require(not gates or any((c != 1).any() for c in gates), "no gate c has moved from 1; give "
-            "the optimizer all parameters that require a gradient")
+            "the optimizer all parameters that require a gradient, and keep them in float32")
     require(any(layer.A.requires_grad for layer in layers.values()),
             "everything is frozen, so nothing tells which head trained; save before freezing")
 
@@ -1082,7 +1083,7 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
 
     allowed: dict[str, tuple[Any, ...]] = {
         "peft_type": ("LORA",), "use_dora": (False,), "use_rslora": (False,), "bias": ("none",),
-        "fan_in_fan_out": (False,), "alora_invocation_tokens": (None,),
+        "alora_invocation_tokens": (None,),
         "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # W0 unchanged
     }
     for key, values in allowed.items():
@@ -1092,8 +1093,7 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
 
 
 def by_pattern(config: dict[str, Any], patterns: str, default: str, name: str) -> Any:
-    """Return a matrix's rank or alpha: that of the first pattern that matches, as in PEFT, or the
-    default."""
+    """Return a matrix's rank or alpha: by the first pattern that matches (PEFT), or the default."""
     found = config.get(patterns) or {}
     return next((found[pattern] for pattern in found
                  if re.match(rf"(.*\.)?({pattern})$", name)), config.get(default))

@@ -387,8 +387,8 @@ def panel_of(setting):
 
 
 def plot(found):
-    """Draw strips of random places with a line through dora's: on STS-B over the budget, a panel
-    per rate, and below it for long runs over the steps, and for other tasks over both."""
+    """Draw strips of random places with dora's in them: on STS-B over the budget, a panel per rate,
+    and below it for long runs over the steps, and for other tasks over budget and rate."""
     rows = {}
     for setting, seeds in found.items():
         title, differ, value = panel_of(setting)
@@ -401,16 +401,16 @@ def plot(found):
         widths = [*map(len, panels.values())]
         axes = part.subplots(1, len(panels), width_ratios=widths, squeeze=False).flat
         for ax, (words, strips) in zip(axes, panels.items()):
-            draw(ax, strips)
             task, title, differ = words
+            draw(ax, strips, "none" if "rate" in differ else "-")
             metric = data.TASKS[task].metrics[0].title()
             ax.set(title=title, xlabel=differ, ylabel=f"{metric} on dev")
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3,
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
                   frameon=False)
     report.save_figure(figure, report.RESULTS / "places.svg")
 
 
-def draw(ax, strips):
+def draw(ax, strips, line):
     """Draw strips, seed beside seed, and above each the percentile of dora's places. Scores that
     are lower than the axis are triangles on its floor."""
     orange, grey = report.COLORS["dora"], "#999999"
@@ -431,7 +431,7 @@ def draw(ax, strips):
         ax.scatter(*zip(*points), 16, color, marker=marker, lw=0)
     xs = range(len(strips))
     middles = [middle(seeds, PLACES) for seeds in strips.values()]
-    ax.plot(xs, middles, color=orange, lw=1.2, label="their median")
+    ax.plot(xs, middles, color=orange, lw=1.2, ls=line, label="median of dora's places")
     for marker, size, color, label in (
             ("D", 4, orange, "dora's places, a dot per seed"),
             ("o", 4, grey, "random places"),

@@ -36,9 +36,10 @@ ROWS = (*FOUND, "its places", "shuffled", "one each", BEST)
 PAIRS = (("its places", "shuffled"), ("dora", "its places"), ("dora", "one each"),
          ("dora", "adalora"), ("dora", "Eq. 7"), (BEST, "dora"))
 SHOWN = {"mirrored": "the first must change", "renamed": "the last must change",
-         "placebo": "nothing must change"}
+         "placebo": "no change is needed"}
 DOTS = {"dora": report.COLORS["dora"], "its places": "#E69F00",
-        "shuffled": report.COLORS["head"], "one each": report.COLORS["lora"]}
+        "shuffled": report.COLORS["head"], "one each": report.COLORS["lora"],
+        "adalora": report.COLORS["adalora"]}
 CHOOSE, SEEDS = range(100, 104), range(1, 21)
 
 

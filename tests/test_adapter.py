@@ -141,7 +141,7 @@ def test_alpha_of_a_matrix(tmp_path):
     write_safetensors(tmp_path / "adapter_model.safetensors", tensors)
     for pattern, first, second in ALPHA_PATTERNS:
         config = {"peft_type": "LORA", "r": 7, "lora_alpha": 6, "alpha_pattern": pattern,
-                  "rank_pattern": {"up": 2, "down": 2}}
+                  "rank_pattern": {"up": 2, "down": 2}, "fan_in_fan_out": True}  # see test_gpt2
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         layers = load_adapter(plain(), tmp_path)
         close(layers["layer.0.up"].delta_weight(), first * down.T @ up, 1e-12)
@@ -149,7 +149,7 @@ def test_alpha_of_a_matrix(tmp_path):
 
 
 VARIANTS = dict(  # kinds of LoRA that Eq. 6 does not cover
-    use_dora=True, use_rslora=True, bias="lora_only", fan_in_fan_out=True, peft_type="ADALORA",
+    use_dora=True, use_rslora=True, bias="lora_only", peft_type="ADALORA",
     alora_invocation_tokens=[1, 2], init_lora_weights="pissa_niter_16")  # another base
 
 

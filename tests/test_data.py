@@ -185,8 +185,7 @@ def test_known_bad_rows_are_counted(load, capsys):
     refused("line 3: 2 columns, expected 3", use=lambda: load(test, "qqp", "test"))
 
 
-GOOD_ROW = dict(name="mine", folder="m", texts=("review",),
-                label="stars", metrics=("accuracy",))
+GOOD_ROW = dict(name="mine", folder="m", texts=("review",), label="stars", metrics=("accuracy",))
 
 
 def test_a_task_of_your_own(load, monkeypatch):
@@ -195,8 +194,7 @@ def test_a_task_of_your_own(load, monkeypatch):
     files = {**data.SPLITS, "dev_b": "b.tsv"}
     mine = Task("mine", "my_folder", ("review",), "stars", ("own",),
                 labels=("bad", "good"), files=files)
-    real = Task("real", "my_reals", ("a", "b"), "mark",
-                ("pearson",), labels=(), top=10)
+    real = Task("real", "my_reals", ("a", "b"), "mark", ("pearson",), labels=(), top=10)
     monkeypatch.setitem(TASKS, "mine", mine)
     monkeypatch.setitem(TASKS, "real", real)
     text = "stars\treview\ngood\tI liked it\nbad\tMeh\n"

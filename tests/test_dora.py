@@ -43,8 +43,7 @@ def test_delta_weight_by_hand():
 def test_eq6_is_the_sum_of_outer_products(scale, divisor, dropout_on):
     """The update, the outputs and the gradients equal those of W0 + (alpha / divisor) sum_i c_i b_i
     a_i^T, built component by component; the base gets no gradient."""
-    layer = layer_of(4, 6, rank=2, start_rank=3, alpha=5.0,
-                     scale=scale, dropout_on=dropout_on)
+    layer = layer_of(4, 6, rank=2, start_rank=3, alpha=5.0, scale=scale, dropout_on=dropout_on)
     A, B, c, base = layer.A, layer.B, layer.c, layer.base
     update = sum(c[i] * torch.outer(B[:, i], A[i]) for i in range(3))
     update = update * 5.0 / divisor

@@ -11,8 +11,7 @@ import torch
 from small import numbers
 from tiny import files, flags, read_json, run, run_settings
 
-from dora import (
-    DTYPES, DoRAError, atomic_file, read_file, read_safetensors, write_safetensors)
+from dora import DTYPES, DoRAError, atomic_file, read_file, read_safetensors, write_safetensors
 from train_glue import main
 
 

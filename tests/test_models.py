@@ -17,8 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import dora
-from dora import (
-    DoRALinear, Pruner, compact_, inject, load_adapter, merge_, save_adapter)
+from dora import DoRALinear, Pruner, compact_, inject, load_adapter, merge_, save_adapter
 
 TESTS = Path(__file__).parent
 

@@ -155,7 +155,7 @@ def test_continuing(names):
 
 
 def test_gpt2(names):
-    """The adapter in PEFT on GPT-2, and the merged model reloaded, against the trained model."""
+    """In PEFT on GPT-2, merged and reloaded, saved by PEFT and loaded: as the trained model."""
     there, peft, back = RECIPES["GPT-2, there and back"]
     exec(there, names)
     ids, expected = names["ids"], logits(names["model"], names["ids"])
@@ -165,6 +165,11 @@ def test_gpt2(names):
     exec(back, names)
     close(logits(transformers.GPT2LMHeadModel.from_pretrained("gpt2-merged"), ids), expected)
     assert len(names["blocks"]) == 8
+
+    names["with_adapter"].save_pretrained("from-peft")
+    exec(there.split("config =")[0], names)
+    load_adapter(names["model"], "from-peft")
+    close(logits(names["model"], ids), expected)
 
 
 def test_a_task_of_your_own(names):
