@@ -244,7 +244,7 @@ def parse_row(task: Task, columns: Sequence[str], cells: Sequence[str], labelled
     if labelled:
         return texts, task.parse_label(row[task.label])
     if row.get("index", f"{place}") != f"{place}":  # a submission file numbers the rows from 0
-        raise ValueError(f"index is {row['index']!r:.60}, expected {place}; sort the file")
+        raise ValueError(f"index is {row['index']!r:.60}, expected {place}; sort or renumber")
     return texts, None
 
 
@@ -499,7 +499,7 @@ def metric(function: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[Any
             raise ValueError(f"expected two vectors of numbers, got {x.dtype} and {y.dtype}")
         if np.isnan(x).any() or np.isnan(y).any():
             return math.nan
-        return function(x, y)
+        return float(function(x, y))
 
     METRICS[function.__name__] = checked
     return checked
@@ -508,7 +508,7 @@ def metric(function: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[Any
 @metric
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Return the share of equal entries of two vectors, (N,)."""
-    return float((predictions == labels).mean())
+    return (predictions == labels).mean()
 
 
 @metric
@@ -516,7 +516,7 @@ def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Return 2 TP / (2 TP + FP + FN) of class 1, and 0 for 0/0, of two vectors of ids, (N,)."""
     predicted, true = predictions == 1, labels == 1
     tp = (predicted & true).sum()
-    return float(2 * tp / max(1, predicted.sum() + true.sum()))  # the sum is 2 TP + FP + FN
+    return 2 * tp / max(1, predicted.sum() + true.sum())  # the sum is 2 TP + FP + FN
 
 
 @metric
@@ -540,7 +540,7 @@ def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
 
     x, y = x - x.mean(), y - y.mean()
     correlation = x @ y / np.sqrt((x @ x) * (y @ y))
-    return float(np.clip(correlation, -1, 1))  # rounding may lead out of this range
+    return np.clip(correlation, -1, 1)  # rounding may lead out of this range
 
 
 @metric
@@ -745,7 +745,7 @@ def check_header(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> N
     """Raise DataError unless each wanted column is in the header exactly once."""
     for name in wanted:
         require(columns.count(name) == 1,
-                f"{path} line 1: {columns.count(name)} columns {name!r} in {len(columns)}: "
+                f"{path} line 1: {columns.count(name)} columns {name!r} among "
                 f"{', '.join(columns):.200}; expected a header with {', '.join(wanted)}, with tabs "
                 f"between them")
 

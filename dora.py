@@ -801,8 +801,8 @@ def check_scores(pruner: Pruner, scores: Tensor) -> None:
     gates = torch.cat([layer.c for layer in pruner.layers.values()])
     if not (scores.isfinite().all() and gates.isfinite().all()):
         raise NotFiniteError(f"step {pruner.t}: a score is not finite; lower the learning rate")
-    require(scores.any(), f"step {pruner.t}: every score is 0; prune later than step 1, set beta2 "
-            f"= none if beta1 = 0, make the optimizer after inject(), and check the learning rate")
+    require(scores.any(), f"step {pruner.t}: every score is 0; take more steps, start to prune "
+            f"later, set beta2 = none if beta1 = 0, or make the optimizer after inject()")
 
 
 def check_state(pruner: Pruner, state: dict[str, Any]) -> None:

@@ -347,8 +347,8 @@ def predict(model: nn.Module, examples: list[Example]) -> np.ndarray:
 
 
 def spread(logits: Tensor) -> float:
-    """Return how much the outputs (N, classes) differ between examples: the standard deviation of
-    a regression's output, or of the difference of those two classes' logits that varies most."""
+    """Return the standard deviation over examples (N, classes) of a regression's output, or of the
+    difference between two classes' logits, for the pair in which it is largest."""
     if logits.shape[1] > 1:
         logits = (logits[:, :, None] - logits[:, None, :]).flatten(1)  # (N, classes^2)
     return logits.std(0, correction=0).max().item()
@@ -476,7 +476,7 @@ def head_order(path: Path, task: Task) -> list[int] | None:
 
     unnamed = [f"LABEL_{i}" for i in range(len(task.labels))]
     names = values.get("id2label") or dict(enumerate(unnamed))
-    words = [data.plain(str(name)) for _, name in sorted(names.items())]
+    words = [data.plain(str(names[i])) for i in sorted(names, key=int)]  # JSON's keys are texts
     for labels in (task.labels, task.words, unnamed):
         known = [data.plain(label) for label in labels]
         if sorted(words) == sorted(known) and (labels is not unnamed or words == known):
@@ -532,7 +532,7 @@ class TrainConfig(DoRAConfig):
     save_every: int = 500  # optimizer steps between checkpoints
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto = cuda or mps if there is one
     dtype: Literal["float32", "bf16", "float64"] = "float32"  # of the encoder; adapters: >= float32
-    compile: bool = False  # torch.compile, for GPUs; on a CPU 1.19 times the floor, without it 1.12
+    compile: bool = False  # torch.compile, for GPUs; slower on a CPU
     deterministic: bool = False  # only deterministic kernels, no TF32, no oneDNN; slower
     resume: bool = False  # continue from the run folder's newest checkpoint
     overwrite: bool = False  # delete the files of the run in the folder, and start again
@@ -734,7 +734,7 @@ def find_device(name: str) -> torch.device:
             torch.cuda.set_device(device)  # or other libraries would put their share on cuda:0
         return device
     except (RuntimeError, AssertionError):
-        hint = did_you_mean(name, ("cpu", "cuda", "mps"))
+        hint = did_you_mean(name, {"cpu", "cuda", "mps"} - {name})
         raise DoRAError(f"device = {name} is not available here; use --device cpu{hint}") from None
 
 
@@ -932,6 +932,7 @@ class Run:
         self.per_epoch, self.total = run_length(self.config, len(train_set))
         files = TASKS[self.config.task].files
         self.identity = {  # what a resumed run has in common with the one that it continues
+            "task": self.config.task, "method": self.config.method,  # first: they change others
             **{k: v for k, v in dataclasses.asdict(self.config).items() if k not in self.FREE},
             "model weights, config.json and tokenizer": model.origin,
             **{files[split]: f"{zlib.crc32(repr(examples).encode()):08x}"
@@ -1185,8 +1186,8 @@ def settings_of_run(folder: Path) -> dict[str, Any]:
 def refuse_foreign(folder: Path, is_ours: Any) -> None:
     """Raise DoRAError for a folder with files that no run wrote."""
     names = sorted(path.name for path in folder.glob("*") if not path.name.startswith("."))
-    require(is_ours or not names, f"{folder} is neither empty nor a run's (it has "
-            f"{', '.join(names):.60}); use another --out")
+    require(is_ours or not names, f"{folder} is not empty (it has {', '.join(names):.60}); use "
+            f"another --out")
 
 
 @contextmanager
@@ -1310,7 +1311,7 @@ with components in every matrix and drops the least important ones in training.
 LoRA keeps its components in the matrices that it is given. A score of 1 is
 perfect, 0 is guessing.
 
-  score  (Matthews correlation on dev)                 parameters"""
+  score  (Matthews correlation on dev)         adapter parameters"""
 TOY_NEXT = """
 What to try next (files are in {root}):
   python train_glue.py --method paper  # the settings of the paper
@@ -1432,10 +1433,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser(argv)
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = [action.dest for action in parser._actions]
-        hint = did_you_mean(unknown[0].lstrip("-").replace("-", "_"), known)
-        hint = hint.replace("mean ", "mean --").replace("_", "-")
-        parser.error(f"unrecognized argument {unknown[0]}{hint}")
+        known = [name for action in parser._actions for name in action.option_strings]
+        parser.error(f"unrecognized argument {unknown[0]}{did_you_mean(unknown[0], known)}")
     try:
         connect()
         run_command(**vars(parsed))
@@ -1499,7 +1498,8 @@ def saved_run(place: str, flags: dict[str, Any]) -> tuple[TrainConfig, Path | No
     given = data.expanded(place).absolute()
     inside = [given / name for name in ("adapter", "model", "adapted/adapter", "adapted/model")]
     folder = next((path for path in inside if path.is_dir()), given)  # "adapted" is the toy's
-    require(folder.is_dir(), f"{folder}: no such folder; name that of a run, an adapter or a model")
+    require(any((folder / f"{kind}config.json").exists() for kind in ("", "adapter_")),
+            f"{folder} is not the folder of a run, an adapter or a model; name one of these")
     require(not settings_of_run(folder), f"{folder} has no adapter yet, since a run saves it after "
             f"its last pruning; continue the run with --resume")
     run, is_adapter = settings_of_run(folder.parent), (folder / "adapter_config.json").exists()

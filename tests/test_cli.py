@@ -226,7 +226,7 @@ def test_a_folder_that_is_not_a_runs(tmp_path, capsys, words):
         toy = ["--out", str(folder)]
         for settings in (flags(**run_settings(folder)), toy):
             line = failed(capsys, *settings, *words)
-            assert str(folder) in line and "neither empty nor a run's" in line
+            assert str(folder) in line and "is not empty" in line
     assert contents(tmp_path) == before
 
 

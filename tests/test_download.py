@@ -95,8 +95,7 @@ def test_transient_trouble_is_tried_again(trouble, says, server, tmp_path, monke
 def test_refusals_are_not_tried_again(status, server, tmp_path):
     """A file that is missing or forbidden: asked once, with the status and the flag that helps."""
     server.answers = {"/a": [status]}
-    refused(f"{status}", "/a", "--data-dir",
-            use=lambda: data.fetch(data.GLUE, "a", tmp_path / "x"))
+    refused(f"{status}", "/a", "--data-dir", use=lambda: data.fetch(data.GLUE, "a", tmp_path / "x"))
     assert len(server.asked) == 1 and os.listdir(tmp_path) == []
 
 

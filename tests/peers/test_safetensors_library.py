@@ -54,8 +54,7 @@ def header_by_chance(rng):
     """(header, size of the data): sizes, shapes, types and places that mostly fit together."""
     odd = [0, 1, 4, 8, -1, -8]
     odd += [2**32, 2**63, None, "4", []]
-    sizes = dict(F32=4, U8=1, F64=8, BOOL=1,
-                 F16=2, I4=1, F31=4, f32=4)
+    sizes = dict(F32=4, U8=1, F64=8, BOOL=1, F16=2, I4=1, F31=4, f32=4)
 
     def pick(good):
         return good if rng.random() < 0.95 else rng.choice(odd)
