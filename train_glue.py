@@ -226,8 +226,7 @@ class RobertaForSequenceClassification(nn.Module):
 
 
 def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean loss of a batch, a scalar: the cross entropy of logits (B, classes) with
-    labels (B,), or for a regression, which has one output, the squared error."""
+    """Return a batch's mean cross entropy or, of logits (B, 1), squared error; labels are (B,)."""
     if logits.shape[1] == 1:
         return F.mse_loss(logits[:, 0], labels.to(logits.dtype))
     return F.cross_entropy(logits, labels)
@@ -510,8 +509,7 @@ def save_model(model: RobertaForSequenceClassification, folder: str | Path,
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(DoRAConfig):
-    """All that a run depends on: the method's settings, and these. Each field is also a flag of
-    the command line, and the comment beside it is the flag's help text."""
+    """The settings of the method and of a run. Each is also a flag, whose help is the comment."""
 
     task: str = "toy"  # a row of TASKS
     method: str = "dora"  # trains an adapter (dora, ...), all biases, everything, or the head
@@ -1433,8 +1431,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser(argv)
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = [name for action in parser._actions for name in action.option_strings]
-        parser.error(f"unrecognized argument {unknown[0]}{did_you_mean(unknown[0], known)}")
+        known = [action.dest for action in parser._actions if unknown[0].startswith("-")]
+        hint = did_you_mean(unknown[0].lstrip("-").replace("-", "_"), known)
+        hint = hint.replace("mean ", "mean --").replace("_", "-")
+        parser.error(f"unrecognized argument {unknown[0]}{hint}")
     try:
         connect()
         run_command(**vars(parsed))

@@ -242,9 +242,10 @@ def test_a_damaged_checkpoint(tmp_path, monkeypatch, whole):
 
 
 @pytest.mark.parametrize("changes, word", [
-    (dict(rank=1.5), "rank = 2.0, not 1.5"), (dict(method="paper"), "method = dora, not paper"),
-    (dict(targets=("query",)), "targets"), (dict(epochs=4), "epochs = 3, not"), ("dev", "dev.tsv"),
-    (dict(task="toy-pretrain"), "task = toy, not"), ("model", "weights"), ("train", "train.tsv")])
+    (dict(rank=1.5), "rank = 2.0, not 1.5"), (dict(epochs=4), "epochs = 3, not 4"),
+    (dict(targets=("query",)), "targets"), (dict(task="toy-pretrain"), "task = toy, not toy-pre"),
+    (dict(method="paper"), "method = dora, not paper"),
+    ("model", "model weights"), ("train", "train.tsv = "), ("dev", "dev.tsv = ")])
 def test_another_run_is_not_resumed(tmp_path, whole, changes, word):
     """Other settings, data or weights: refused by name and both values; the folder stays."""
     out = shutil.copytree(whole, tmp_path / "out")

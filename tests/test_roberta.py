@@ -257,8 +257,7 @@ def id2label(names):
     # N6: the words of the Hub's data sets, as run_glue.py saves them
     ("mrpc", "not_equivalent, equivalent", [0, 1]),
     ("cola", "acceptable, unacceptable", [1, 0]),
-    ("qqp", "not_duplicate, duplicate", [0, 1]),
-    ("sst2", "NEGATIVE, POSITIVE", [0, 1])])
+    ("qqp", "not_duplicate, duplicate", [0, 1]), ("sst2", "NEGATIVE, POSITIVE", [0, 1])])
 def test_the_order_of_labels(tmp_path, task, names, order):
     """T1: logits of a checkpoint are in the order of the task's labels, whatever its id2label's."""
     twelve = dataclasses.replace(data.TASKS["rte"], name="twelve", labels=tuple("abcdefghijkl"))
