@@ -9,6 +9,7 @@ import base64
 import collections
 import functools
 import itertools
+import re
 import statistics
 from typing import NamedTuple
 
@@ -31,24 +32,23 @@ SPLITS = {  # what runs train on, and what they are scored on
 }
 LENGTHS = {"stsb": (28, 40), "mrpc": (48, 64)}  # tokens, at most: of the train set, of dev
 TITLES = {"stsb": "STS-B", "mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE"}
-WIDE, PLACES = 0.03, "dora's places"
+WIDE = 0.03
+PLACES = "dora's places"
 RANDOM = [f"random {i}" for i in range(8)]
 FIRST = RANDOM[:4]
-MAIN, ALL = ["dora", PLACES, *FIRST], ["dora", PLACES, *RANDOM]
+MAIN = ["dora", PLACES, *FIRST]
+ALL = ["dora", PLACES, *RANDOM]
 FRESH = range(4, 9)
-TESTED = ["AdaLoRA's start", "AdaLoRA's start's places"]  # the best of VARIANTS, on other seeds
-OTHERS = ["adalora", "adalora's places", "paper", "paper's places",
-          *(f"layer {i}" for i in range(6)), *TESTED]
+# the best of the ways to find places, on other seeds
+TESTED = ["AdaLoRA's start", "AdaLoRA's start's places"]
+ARMS = METHODS | {"AdaLoRA's start": dict(init="gaussian")}  # those that find their places
+# arms that are confined to one layer, to one kind of matrix, or to query and value
+PARTS = [f"layer {i}" for i in range(6)]
+PARTS += ["query", "key", "value", "attention output", "intermediate", "output", "query|value"]
+OTHERS = ["adalora", "adalora's places", "paper", "paper's places", *PARTS, *TESTED]
 
-LOOK = range(201, 207)  # seeds that only compare ways to find places
-VARIANTS = {
-    "AdaLoRA's start": dict(init="gaussian"),
-    "AdaLoRA's score": dict(importance="triplet"),
-    "r' = 2": dict(start_rank=2),
-    "longer look": dict(initial_phase=0.3),
-}
-WAYS = [arm for way in VARIANTS for arm in (way, f"{way}'s places")]
-EARLIER = ["score per parameter", "score per parameter's places", "short search"]  # see README.md
+# seeds that compared ways to find places; see README.md
+LOOK = range(201, 207)
 
 
 @functools.cache
@@ -97,19 +97,22 @@ def places(run, costs):
     if source != run:
         found = report.finished(LOG)[report.key_of(source)]
         return dict(zip(costs, found["ranks"]))
-    kind, which = run["arm"].split()
-    if kind == "layer":
-        return {name: 1 for name in costs if f".layer.{which}." in name}
+    seed = 1000 * run["seed"]
+    part = run["arm"].replace(" ", ".")
+    if run["arm"] in RANDOM:  # in the whole encoder
+        seed += RANDOM.index(run["arm"])
+        part = ""
+    pattern = rf"(encoder|self|\d)\.({part})"
+    inside = {name: cost for name, cost in costs.items() if re.search(pattern, name)}
     starts = DoRAConfig(rank=run["budget"] / 36).r_prime  # as dora
-    seed = 1000 * run["seed"] + int(which)
-    return report.random_ranks(costs, run["budget"] * 1152, seed, starts)
+    return report.random_ranks(inside, run["budget"] * 1152, seed, starts)
 
 
 def method(run):
     """Return the settings of an arm that finds its places, at the scale that all arms have."""
     same = dict(budget_unit="parameters", dropout_on="components",
                 rank=run["budget"] / 36, dropout=DROPOUT)
-    settings = {**(METHODS | VARIANTS)[run["arm"]], **same}
+    settings = {**ARMS[run["arm"]], **same}
     config = DoRAConfig(**settings)
     divisor = max(1.0, config.rank) if config.scale == "rank" else config.r_prime
     return DoRAConfig(**settings, alpha=SCALE * divisor)
@@ -125,7 +128,7 @@ def make(run):
     model = train_glue.load_roberta(report.MINILM, task.num_labels)
     model.roberta.to(torch.bfloat16)
     costs, pruner = costs_of(model), None
-    if run["arm"] in METHODS | VARIANTS:
+    if run["arm"] in ARMS:
         config = method(run)
         pruner = Pruner(inject(model, config), config, run["steps"])
     else:
@@ -173,24 +176,19 @@ def to_do():
     yield from block("stsb", (6,), [*ALL, *OTHERS])
     yield from block("stsb", (6,), [*ALL, *TESTED], FRESH, factor=0.5)
     yield from block("stsb", (6,), ["dora"], range(1, 9), factor=0.5, split="shuffled")
-    yield from block("stsb", (6,), MAIN, factor=0.5, steps=1200)
+    yield from block("stsb", (6, 3, 18), MAIN, factor=0.5, steps=1200)
     # the rate, chosen at 6, makes some runs collapse at 18: so half of it, too
     for factor in (0.5, 1.0):
         yield from block("stsb", (3, 6, 12, 18, 36), MAIN, factor=factor)
         for task in ("mrpc", "sst2"):
             yield from block(task, (6,), MAIN, factor=factor)
-    yield from ways_to_find()
     yield from block("stsb", (6,), ALL, (4, 5))
+    yield from block("stsb", (12, 18, 36), ["query|value"], factor=0.5)
+    yield from block("stsb", (6,), MAIN, factor=2.0)
     yield from block("stsb", (6,), MAIN, steps=1200)
     for task in ("stsb", "mrpc", "sst2"):
         yield from block(task, (18,), MAIN)
     yield from block("rte", (6,), MAIN)  # 300 steps teach nothing here, and on CoLA: all score 0
-
-
-def ways_to_find():
-    """Yield the runs that compare ways to find places, on the held-out tenth of STS-B."""
-    for seed in LOOK:
-        yield from block("stsb", (6,), [*MAIN, *WAYS], (seed,), split="held out")
 
 
 def block(task, budgets, arms, seeds=(1, 2, 3), *, factor=1.0, steps=STEPS, split="dev"):
@@ -273,7 +271,7 @@ def ways():
     """Return the scores by arm of the seeds that compare ways to find places, [{arm: score}]."""
     found = collections.defaultdict(dict)
     for line in report.lines_of(LOG, split="held out"):
-        if line["seed"] in LOOK and (line["steps"] == STEPS or line["arm"] in EARLIER):
+        if line["seed"] in LOOK and (line["arm"] != "dora" or line["steps"] == STEPS):
             found[line["seed"]][line["arm"]] = line["score"]
     return whole(found)
 
@@ -335,7 +333,8 @@ def write_report():
           if any({*OTHERS} & arms.keys() for arms in seeds)),
         "Ways to find six places, on the held-out tenth of STS-B. These seeds only compare ways, "
         "so they are no evidence for the one that does best.",
-        arms_table(f"ways, {len(looked)} of {len(LOOK)} seeds", [*WAYS, *EARLIER], looked)
+        arms_table(f"ways, {len(looked)} of {len(LOOK)} seeds",
+                   sorted({*itertools.chain(*looked)} - {*MAIN}), looked)
         if looked else "No such run is stored yet.",
         "The mean score of random places on a held-out tenth chose the rate of a task:",
         report.table(["task", "rate: score"], rates)])
