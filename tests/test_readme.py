@@ -165,7 +165,7 @@ def test_places():
                        "percentile of dora's places") for rate in ("0.002", "0.001"))
     for words in ("STS-B, 12", "STS-B, 18", "STS-B, 36", "SST-2, 6"):  # almost any places do
         setting = f"{words} components, 300 steps, rate 0.002"
-        assert "wide" not in cell("places.md", setting, "best - worst")
+        assert "wide" not in cell("places.md", setting, "spread")
     counts = [cell("surgical.md", "its places minus shuffled", column).split(",")[0]
               for column in ("mirrored", "swapped", "renamed", "placebo")]
     ada, own = (cell("surgical.md", arm, "mirrored").split(" ")[0] for arm in ("adalora", "dora"))
