@@ -1,6 +1,6 @@
 """Fine-tune RoBERTa on GLUE with DoRA: the model, the training step, the loop, the command line.
 
-    python train_glue.py                  toy: no download, under a minute
+    python train_glue.py                  toy: no download, about a minute
     python train_glue.py --task cola      downloads RoBERTa-base and CoLA, and trains for hours
     python train_glue.py --help           every setting, with its range and default
 
@@ -995,6 +995,7 @@ class Run:
                   "adapter_parameters_after_pruning": live_parameters(self.pruner)}
         self.write("ranks.json", ranks)
         self.write("result.json", result)
+        gathered([])  # wait until the first process has written what --predict reads
         result = {**result, "ranks": ranks, "folder": str(self.folder)}
         self.bar.close()
         self.say("\n" + summary(result))
@@ -1312,9 +1313,9 @@ perfect, 0 is guessing.
   score  (Matthews correlation on dev)         adapter parameters"""
 TOY_NEXT = """
 What to try next (files are in {root}):
-  python train_glue.py --method paper  # the settings of the paper
-  python train_glue.py --rank 2        # random places work, too, at this budget
-  python notebooks/plot_run.py {root}  # a picture of the run"""
+  python train_glue.py --method paper              # the settings of the paper
+  python train_glue.py --rank 2 --out runs/rank-2  # random places work, too
+  python notebooks/plot_run.py {root}              # a picture of the run"""
 PLAIN_LORA = dataclasses.asdict(DoRAConfig(**METHODS["lora"]))  # replaces a method's settings
 
 
@@ -1396,15 +1397,15 @@ def other_places(config: TrainConfig, layers: dict[str, DoRALinear],
     rank = math.ceil(size / 768)  # of 3 queries and 3 values, 128 parameters per component
     usual = {**lora, "rank": rank, "targets": ("query", "value")}
 
-    draws = {}
+    draws, r = {}, min(config.r_prime, math.ceil(1.5 * config.rank))  # not a high --start-rank
     for i in range(3):
-        left, targets = size // config.r_prime, []
+        left, targets = size // r, []
         for name in np.random.default_rng((config.seed, i)).permutation([*layers]):
             cost = layers[name].in_features + layers[name].out_features
             if cost <= left:
                 left -= cost
                 targets.append(name.removeprefix("roberta."))
-        draws[f"random-{i + 1}"] = {**lora, "rank": config.r_prime, "targets": tuple(targets)}
+        draws[f"random-{i + 1}"] = {**lora, "rank": r, "targets": tuple(targets)}
     return {f"LoRA on query and value, rank {rank}": {"query-value": usual},
             "LoRA in random places, median of three draws": draws}
 
@@ -1432,8 +1433,8 @@ def main(argv: list[str] | None = None) -> int:
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [action.dest for action in parser._actions if unknown[0].startswith("-")]
-        hint = did_you_mean(unknown[0].lstrip("-").replace("-", "_"), known)
-        hint = hint.replace("mean ", "mean --").replace("_", "-")
+        name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
+        hint = did_you_mean(name, known).replace("mean ", "mean --").replace("_", "-")
         parser.error(f"unrecognized argument {unknown[0]}{hint}")
     try:
         connect()
@@ -1452,8 +1453,8 @@ def main(argv: list[str] | None = None) -> int:
         if process()[1] == 1:
             raise
         traceback.print_exc()
-        print(f"train_glue.py: error: a process stopped; continue from the newest checkpoint in "
-              f"{getattr(parsed, 'out', None) or 'runs/'} with the same command and --resume",
+        print(f"train_glue.py: error: a process stopped, see above; continue from the newest "
+              f"checkpoint in {getattr(parsed, 'out', None) or 'runs/'} with --resume",
               file=sys.stderr, flush=True)
         os._exit(1)  # at a normal exit, threads of the broken process group may abort
     finally:
@@ -1465,11 +1466,10 @@ def run_command(seeds: list[int], eval_only: bool, adapter: str, split: str,
                 **settings: Any) -> None:
     """Do what the flags of a command line ask for. Raises DoRAError or DataError for bad ones."""
     if eval_only:
-        require(adapter, "--eval-only: name what to score, --adapter RUN")
+        require(adapter and seeds == [1], "--eval-only: name one run, --adapter RUN, and no seeds")
         return evaluate_only(adapter, settings, split)
 
-    require(not adapter, f"--adapter {adapter} is only for --eval-only; training starts from a new "
-            f"adapter")
+    require(not adapter, f"--adapter {adapter} is only for --eval-only; training starts anew")
     configs = [make_config(**settings, seed=seed) for seed in dict.fromkeys(seeds)]
     for part in ("train", split):  # AX has no train set, the toy no test set
         data.find_task(configs[0].task, part)
@@ -1483,22 +1483,22 @@ def run_command(seeds: list[int], eval_only: bool, adapter: str, split: str,
         is_toy = config.task == "toy" and not config.data_dir
         with torch_set_up(config):
             results.append(toy(config) if is_toy else train(config))
-    for result in results if split else []:
-        evaluate_only(result["folder"], {}, split)
     if len(results) > 1:
         metric = TASKS[configs[0].task].metrics[0]
         scores = [result["best"][metric] for result in results]
         say(f"\n{metric} over {len(scores)} seeds: median {statistics.median(scores):.4f}, mean "
             f"{statistics.mean(scores):.4f}, standard deviation {statistics.stdev(scores):.4f}")
+    for result in results if split else []:
+        evaluate_only(result["folder"], {}, split)
 
 
 def saved_run(place: str, flags: dict[str, Any]) -> tuple[TrainConfig, Path | None]:
     """Return (settings, adapter folder or None) of what --eval-only is to score: the settings of
     the run's config.json, where there is one, overridden by flags. Raises DoRAError."""
     given = data.expanded(place).absolute()
-    inside = [given / name for name in ("adapter", "model", "adapted/adapter", "adapted/model")]
-    folder = next((path for path in inside if path.is_dir()), given)  # "adapted" is the toy's
-    require(any((folder / f"{kind}config.json").exists() for kind in ("", "adapter_")),
+    subs = ("adapter", "model", "adapted/adapter", "adapted/model")  # "adapted" is the toy's
+    folder = next((given / sub for sub in subs if any(given.glob(f"{sub}/*config.json"))), given)
+    require(any(folder.glob("*config.json")),
             f"{folder} is not the folder of a run, an adapter or a model; name one of these")
     require(not settings_of_run(folder), f"{folder} has no adapter yet, since a run saves it after "
             f"its last pruning; continue the run with --resume")

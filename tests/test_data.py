@@ -350,8 +350,7 @@ def test_train_bpe_by_hand(toy_folder, toy):
     tokens = [*vocab]
     assert " ".join(tokens[:5]) == "<s> <pad> </s> <unk> !"
     assert " ".join(tokens[-5:]) == "lo low Ġlow es <mask>"
-    found = " ".join(toy.tokens[i] for i in toy.encode("low slow lowest"))
-    assert found == "low Ġ s low Ġlow es t"
+    assert " ".join(toy.tokens[i] for i in toy.encode("low slow lowest")) == "low Ġ s low Ġlow es t"
 
 
 DAMAGED = [  # file, text of the good file -> text, part of the message

@@ -208,8 +208,7 @@ def test_mrpc_and_ax(server, tmp_path):
     assert len(server.asked) == 3
 
     server.answers = {"/glue/data/AX.tsv": [b"index\tsentence1\tsentence2\n0\ta\tb\n"]}
-    folder = data.download_task("ax")
-    assert (folder / "AX/test.tsv").read_bytes().count(b"\n") == 2
+    assert (data.download_task("ax") / "AX/test.tsv").read_bytes().count(b"\n") == 2
 
 
 def test_a_task_without_a_source(monkeypatch):

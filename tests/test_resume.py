@@ -185,8 +185,7 @@ def test_checkpoints_hold_tensors_alone(whole):
     """They load with weights_only=True and hold no frozen weight: the base model is not copied."""
     state = newest(whole)
     assert not [key for key in state["weights"] if ".base." in key or "embeddings" in key]
-    size = max((whole / "checkpoints").iterdir()).stat().st_size
-    assert size < 200_000
+    assert max((whole / "checkpoints").iterdir()).stat().st_size < 200_000
 
 
 def test_ctrl_c_while_loading(tmp_path, capsys, monkeypatch):

@@ -87,8 +87,7 @@ def test_positions_start_after_pad():
     for output, first in ((found[mask], 2), (found, 1)):
         (grad,) = torch.autograd.grad(output.square().sum(), embeddings.position_embeddings.weight,
                                       retain_graph=True)
-        rows = grad.any(1).nonzero().flatten()
-        assert rows.tolist() == [*range(first, 7)]
+        assert grad.any(1).nonzero().flatten().tolist() == [*range(first, 7)]
 
 
 def test_the_last_layers_shortcut():

@@ -111,9 +111,10 @@ def test_it_refuses_before_it_pretrains(short, tmp_path, capsys, words, says):
     assert not (tmp_path / "out" / "pretrain").exists()
 
 
-@pytest.mark.parametrize("rank, size", [(1 / 6, 512), (2, 6900)])
-def test_random_places(rank, size):
-    """Three draws of whole matrices at the rank that dora starts from: at most `size` parameters,
+@pytest.mark.parametrize("rank, start, r, size", [
+    (1 / 6, None, 1, 512), (1 / 6, 5, 1, 512), (2, None, 3, 6900)])
+def test_random_places(rank, start, r, size):
+    """Three draws of whole matrices at the rank r that dora usually starts from, at most `size`,
     no matrix left out that would fit, other matrices in each draw and for each seed. LoRA on query
     and value has the smallest rank with at least as many."""
     model = RobertaForSequenceClassification(RobertaConfig(
@@ -123,16 +124,16 @@ def test_random_places(rank, size):
     for name, layer in layers.items():
         costs[name.removeprefix("roberta.")] = layer.in_features + layer.out_features
     for seed in (1, 2):
-        config = make_config(rank=rank, seed=seed)
+        config = make_config(rank=rank, start_rank=start, seed=seed)
         places = train_glue.other_places(config, layers, size)
         (usual,), draws = (row.values() for row in places.values())
         assert 768 * (usual["rank"] - 1) < size <= 768 * usual["rank"]
         for settings in draws:
-            assert settings["rank"] == config.r_prime and settings["method"] == "lora"
+            assert settings["rank"] == r and settings["method"] == "lora"
             chosen = frozenset(settings["targets"])
-            left = size - config.r_prime * sum(costs[name] for name in chosen)
+            left = size - r * sum(costs[name] for name in chosen)
             cheapest = min(costs[name] for name in costs.keys() - chosen)
-            assert 0 <= left < config.r_prime * cheapest
+            assert 0 <= left < r * cheapest
             seen.add(chosen)
     assert len(seen) == 6
 
