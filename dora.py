@@ -15,7 +15,7 @@ different method.)
     r        config.rank           rank            final budget: the cost of rank r in every matrix
     L        len(layers)           matrices        adapted
     n        len(mask)             components      of the whole model at the start, r' L
-    b(t)     budget                parameters      kept after step t (paper: components)
+    b(t)     budget                parameters      allowed after step t (paper: components)
     T        total_steps           steps           in the run
     t_i      initial_phase         share of T      before the first pruning
     t_f      final_phase           share of T      after the last pruning
@@ -81,7 +81,8 @@ class DoRAConfig:
 
     # differs: the paper scores by Eq. 7, which keeps components even in matrices that need none
     importance: str | None = "sensitivity"  # score of a component; none = never prune
-    beta1: float = 0.85  # smoothing of the importance (Eq. 8)
+    # differs: the paper scores by the average alone; AdaLoRA multiplies by its uncertainty
+    beta1: float = 0.85  # smoothing of the importance (Eq. 8; paper: 0.9)
     beta2: float | None = 0.85  # smoothing of its uncertainty; none = score by Ī alone
     eps: float = 1e-8  # added to the norm that Eq. 7 divides by
 
@@ -257,7 +258,7 @@ IMPORTANCE: dict[str, tuple[Callable[..., Any], str, Callable[..., Tensor]]] = {
 
 
 def slow_first(p: float, surplus: int) -> int:
-    """Return what is left of the surplus at progress p in [0, 1]: little goes early (Eq. 9)."""
+    """Return what is left of the surplus b_0 - b_T at progress p: little goes early (Eq. 9)."""
     return surplus - int(surplus * p**3)
 
 
@@ -356,7 +357,6 @@ class Pruner:
 
     def penalty(self) -> Tensor:
         """Return eta * R, scalar; 0 once pruning has ended."""
-        # AdaLoRA's own code keeps its penalty until the end of training
         if self.config.penalty is None or self.done:
             return torch.zeros((), device="cpu")
         return self.config.eta * PENALTIES[self.config.penalty](list(self.layers.values()))
@@ -474,8 +474,8 @@ def compact_(model: nn.Module, *optimizers: torch.optim.Optimizer) -> nn.Module:
     """Remove pruned components from the layers and the optimizers' state; outputs stay the same.
 
     The Parameter objects stay and their data shrink. A matrix left without components becomes a
-    plain nn.Linear again. Call it before you wrap the model in DistributedDataParallel, and after
-    training with Adafactor, whose state has other shapes than the parameters.
+    plain nn.Linear again. To train on in DistributedDataParallel, wrap the model anew: the old
+    wrapper no longer averages gradients. With Adafactor, call this after training.
     """
     layers = finished_layers(model)
     trained = {p for m in layers.values() for p in (m.A, m.B, m.c) if p.requires_grad}
@@ -573,7 +573,8 @@ IMPORTANCE["frobenius"] = (frobenius, "weights", torch.cat)
 PENALTIES["orthogonal"] = orthogonal_penalty
 METHODS["adalora"] = dict(
     init="gaussian", scale="start_rank", importance="triplet", schedule="fast_first",
-    budget_unit="components", penalty="orthogonal", eta=0.5, dropout_on="input")
+    budget_unit="components", penalty="orthogonal", eta=0.5,  # its own code keeps it until T
+    dropout_on="input")
 
 
 # ---- tensors, modules, checks --------------------------------------------------------------------
@@ -597,10 +598,10 @@ def finished_layers(model: nn.Module) -> dict[str, DoRALinear]:
     for name, layer in layers.items():
         if not all(p.isfinite().all() for p in layer.parameters(recurse=False)):
             raise NotFiniteError(f"{name}: a component is NaN or infinite; lower the learning rate")
-        require(layer.final, f"{name}: these weights are from before the last pruning; finish the "
-                f"run with a pruner.step() in every step, or restore later weights")
+        require(layer.final, f"{name}: these weights are from before the last pruning; take all of "
+                f"total_steps, with a pruner.step() in each, or restore later weights")
         require(not layer.c[~layer.mask].any(), f"{name}: a pruned gate is not 0; call "
-                f"pruner.step() after every optimizer.step()")
+                f"pruner.step() after optimizer.step(), and average weights only after pruning")
     return layers
 
 
@@ -709,8 +710,7 @@ def check_settings(config: Any) -> None:
 
 def find_targets(model: nn.Module, config: DoRAConfig) -> dict[str, nn.Linear]:
     """Return the matrices to adapt by name, in the model's order."""
-    require(isinstance(config, DoRAConfig), f"expected inject(model, config), got a "
-            f"{type(config).__name__} as config")
+    require(isinstance(config, DoRAConfig), f"config is a {type(config).__name__}, not DoRAConfig")
     require(not dora_layers(model), "the model is adapted already; inject() all targets at once")
     modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
     linear = [name for name in modules if type(modules[name]) is nn.Linear]
@@ -749,23 +749,22 @@ def check_target(what: str, name: str, modules: dict[str, Any]) -> None:
     require(kind is nn.Linear, f"{what}: {name} is a {kind.__module__}.{kind.__name__}; choose "
             f"an nn.Linear, or make it one as notebooks/RECIPES.md does for GPT-2's Conv1D")
     require(not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks),
-            f"{what}: {name} has hooks (weight_norm, pruning); add them after inject()")
+            f"{what}: {name} has hooks; add them after inject(), or remove_weight_norm first")
     require(len(names) == 1, f"{what}: {' and '.join(names)} are one module with two names, "
             f"which an adapter file cannot hold; choose other targets")
 
 
 def check_pruner(layers: Any, config: DoRAConfig, total_steps: int) -> None:
     """Refuse layers that a Pruner cannot train."""
-    require(isinstance(layers, dict), f"expected the layers that inject() returned, got a "
-            f"{type(layers).__name__}")
+    require(isinstance(layers, dict), f"layers is a {type(layers).__name__}, not inject()'s result")
     require(type(total_steps) is int and total_steps > 0,
-            f"total_steps = {total_steps}: must be a whole number above 0")
+            f"total_steps = {total_steps!r}: must be a whole number above 0")
     first, last = phases(total_steps, config)
     require(first < last or config.schedule is None, f"initial_phase = {config.initial_phase} and "
-            f"final_phase = {config.final_phase} leave none of {total_steps} steps to prune in; "
-            f"lower one")
+            f"final_phase = {config.final_phase}: none of {total_steps} steps can prune; lower one")
     for name, layer in layers.items():
-        require(layer.config == config, f"{name}: pass the Pruner the config that inject() got")
+        require(layer.config == config and len(layer.c) == config.r_prime, f"{name}: pass the "
+                f"Pruner the config that inject() got, before compact_()")
         require(layer.L in (None, len(layers)), f"{name}: is one of {layer.L} layers that share a "
                 f"budget; pass all that inject() returned, not {len(layers)}")
         check_frozen(name, layer)
@@ -779,8 +778,8 @@ def check_frozen(name: str, layer: DoRALinear) -> None:
 
 def check_gradients(pruner: Pruner) -> None:
     """Refuse a second observe() in one step, and an observe() without gradients."""
-    require(not pruner.observed, f"step {pruner.t + 1}: a second observe() before step(); when "
-            f"accumulating gradients, call it once, after the last backward()")
+    require(not pruner.observed, f"step {pruner.t + 1}: a second observe() before "
+            f"pruner.step(); when accumulating gradients, call it once, after the last backward()")
     # gates, where they train: A and B also have the gradient of the penalty
     parameters = [layer.c if pruner.config.gate else layer.B for layer in pruner.layers.values()]
     require(not parameters or any(p.grad is not None for p in parameters), "no component has a "
@@ -876,10 +875,11 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor],
-                      metadata: dict[str, str] | None = None) -> None:
+                      metadata: dict[str, Any] | None = None) -> None:
     """Write a safetensors file atomically."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    notes = {key: str(value) for key, value in (metadata or {}).items()}  # the format has no other
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **notes}}
     data = bytearray(sum(tensor.nbytes for tensor in tensors.values()))
     end = 0
     for name in sorted(tensors, key=lambda k: (-tensors[k].element_size(), k)):  # aligned starts
@@ -906,7 +906,7 @@ PEFT_MODULES = ("base_layer", "lora_dropout", "lora_A", "lora_B", "lora_embeddin
 
 
 @torch.no_grad()
-def save_adapter(model: nn.Module, folder: str | Path, metadata: dict[str, str] | None = None,
+def save_adapter(model: nn.Module, folder: str | Path, metadata: dict[str, Any] | None = None,
                  peft: dict[str, Any] | None = None) -> None:
     """Save the live components and the head as adapter_model.safetensors and adapter_config.json.
 
@@ -929,7 +929,7 @@ def save_adapter(model: nn.Module, folder: str | Path, metadata: dict[str, str] 
             key = f"{name.removesuffix('.base')}.{leaf}"
         if any(key.startswith(f"{head}.") for head in heads):
             tensors[PREFIX + key] = tensor  # with a random head the adapter would be noise
-        else:
+        elif isinstance(tensor, Tensor) and tensor.is_floating_point():
             marks[key] = mark(tensor)
 
     live = {name: layer for name, layer in layers.items() if layer.rank}
@@ -994,7 +994,7 @@ def check_trained(layers: dict[str, DoRALinear]) -> None:
             "every update is exactly 0, so nothing trained; make the optimizer after inject()")
     gates = [layer.c[layer.mask] for layer in layers.values() if layer.config.gate]
     require(not gates or any((c != 1).any() for c in gates), "no gate c has moved from 1; give "
-            "the optimizer all parameters that require a gradient, and keep them in float32")
+            "the optimizer all parameters that require a gradient, in float32, or merge_ the model")
     require(any(layer.A.requires_grad for layer in layers.values()),
             "everything is frozen, so nothing tells which head trained; save before freezing")
 
@@ -1011,7 +1011,7 @@ def modules_to_save(model: nn.Module, layers: dict[str, DoRALinear]) -> list[str
         statistics = getattr(module, "running_mean", None) is not None
         if name not in layers and (own or statistics or inside and all(inside)):
             require(not dora_layers(module), f"{', '.join(own)} in {name or 'the model'} trains; "
-                    f"an adapter holds whole modules, without adapted matrices inside; freeze it")
+                    f"an adapter holds whole modules without adapted matrices; freeze it or merge_")
             found.append(name)
     return sorted(name for name in found if not any(name.startswith(f"{o}.") for o in found))
 

@@ -27,6 +27,7 @@ class Model(nn.Module):
         self.register_buffer("shift", torch.randn(8))
         self.register_buffer("position", torch.arange(5)[None])
         self.register_buffer("nothing", torch.empty(0, 2))
+        self.register_buffer("seen", torch.tensor(0))  # counts the batches of training
         for p in (*self.norm.parameters(), self.stats.weight, self.stats.running_mean):
             nn.init.normal_(p)
         torch.manual_seed(head)  # as a new head: each time another one
@@ -50,6 +51,7 @@ def saved(model, folder, unfreeze=()):
         for p in model.get_submodule(name).parameters():
             p.requires_grad_(True)
             nn.init.normal_(p)
+    model.seen += 1
     save_adapter(model.eval(), folder)
     return model(IDS).float()
 

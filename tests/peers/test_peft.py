@@ -109,7 +109,7 @@ def test_our_merged_model_loads_in_transformers(tiny, tmp_path):
     PEFT's merge_and_unload of the adapter gives the same weights."""
     model, _ = pruned(tiny)
     expected = logits(model)
-    save_adapter(model, tmp_path / "adapter")
+    save_adapter(model, tmp_path / "adapter", metadata={"epoch": 3})
     theirs_merged = PeftModel.from_pretrained(theirs(tiny), tmp_path / "adapter").merge_and_unload()
     train_glue.save_model(merge_(model), tmp_path)
     loaded, info = transformers.RobertaForSequenceClassification.from_pretrained(
