@@ -429,17 +429,17 @@ def draw(ax, strips, line):
 
     for (marker, color), points in sorted(dots.items(), reverse=True):  # dora's are on top
         ax.scatter(*zip(*points), 16, color, marker=marker, lw=0)
-    xs = range(len(strips))
-    middles = [middle(seeds, PLACES) for seeds in strips.values()]
-    ax.plot(xs, middles, color=orange, lw=1.2, ls=line, label="median of dora's places")
+    middles = {x: middle(seeds, PLACES) for x, (value, seeds) in enumerate(strips.items())
+               if "fresh" not in value}  # other seeds are no point of the line
+    ax.plot(*zip(*middles.items()), color=orange, lw=1.2, ls=line, label="median of dora's places")
     for marker, size, color, label in (
             ("D", 4, orange, "dora's places, a dot per seed"),
             ("o", 4, grey, "random places"),
-            ("v", 4, grey, "below the axis"),
+            ("v", 4, "black", "below the axis"),
             (r"$\%$", 7, orange, "share of the random places that they beat")):
         ax.scatter([], [], size**2, color, marker=marker, lw=0, label=label)
-    ax.set_xticks(xs, strips)
-    ax.set(xlim=(-0.6, len(xs) - 0.4), ylim=(floor - 0.01, top + 0.03))
+    ax.set_xticks(range(len(strips)), strips)
+    ax.set(xlim=(-0.6, len(strips) - 0.4), ylim=(floor - 0.01, top + 0.03))
 
 
 def short():
