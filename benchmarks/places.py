@@ -400,9 +400,9 @@ def plot(found):
     for part, panels in zip(parts, rows.values()):
         widths = [*map(len, panels.values())]
         axes = part.subplots(1, len(panels), width_ratios=widths, squeeze=False).flat
-        for ax, (words, strips) in zip(axes, panels.items()):
+        for ax, words in zip(axes, panels):
             task, title, differ = words
-            draw(ax, strips, "none" if "rate" in differ else "-")
+            draw(ax, panels[words], "none" if "rate" in differ else "-")
             metric = data.TASKS[task].metrics[0].title()
             ax.set(title=title, xlabel=differ, ylabel=f"{metric} on dev")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
@@ -439,7 +439,8 @@ def draw(ax, strips, line):
             (r"$\%$", 7, orange, "share of the random places that they beat")):
         ax.scatter([], [], size**2, color, marker=marker, lw=0, label=label)
     ax.set_xticks(range(len(strips)), strips)
-    ax.set(xlim=(-0.6, len(strips) - 0.4), ylim=(floor - 0.01, top + 0.03))
+    ax.set_xlim(-0.6, len(strips) - 0.4)
+    ax.set_ylim(floor - 0.01, top + 0.03)
 
 
 def short():

@@ -219,8 +219,7 @@ def place(model, ranks, scale, dropout):
         if rank:
             config = DoRAConfig(**{**METHODS["lora"], "dropout_on": "components"}, rank=rank,
                                 alpha=scale * rank, dropout=dropout)
-            base = model.get_submodule(name)
-            model.set_submodule(name, DoRALinear(base, config))
+            model.set_submodule(name, DoRALinear(model.get_submodule(name), config))
 
 
 def fit(model, loss_of, steps, lr, pruner, after=lambda step: None, *, warm=0.06, compacts=True):
