@@ -171,7 +171,8 @@ def test_every_method_runs(tmp_path, method):
     assert len(lines(tmp_path)) == 8 and sum(found["ranks"].values()) == 24
     model = load_roberta(files()[1], 2)
     load_adapter(model, tmp_path / "adapter")
-    assert evaluate(model, dev(), data.TASKS["toy"])["matthews"] == found["best"]["matthews"]
+    scores = evaluate(model, dev(), data.TASKS["toy"])
+    assert scores["matthews"] == found["best"]["matthews"]
     assert not (tmp_path / "model").exists()
 
 
@@ -182,7 +183,8 @@ def test_methods_without_an_adapter(tmp_path, method):
     assert found["ranks"] == {} and not (tmp_path / "adapter").exists()
     assert (tmp_path / "model" / "vocab.json").exists()
     model = load_roberta(tmp_path / "model", 2)
-    assert evaluate(model, dev(), data.TASKS["toy"])["matthews"] == found["best"]["matthews"]
+    scores = evaluate(model, dev(), data.TASKS["toy"])
+    assert scores["matthews"] == found["best"]["matthews"]
     before = load_roberta(files()[1], 2).roberta.state_dict()
     moved = [name.split(".")[-1] for name, p in model.roberta.named_parameters()
              if not torch.equal(p, before[name])]
