@@ -175,6 +175,7 @@ def to_do():
     """Yield the runs in their order. Those that need the result of another one follow it."""
     yield from block("stsb", (6,), [*ALL, *OTHERS])
     yield from block("stsb", (6,), [*ALL, *TESTED], FRESH, factor=0.5)
+    yield from block("stsb", (3,), MAIN, FRESH, factor=0.5)
     yield from block("stsb", (6,), ["dora"], range(1, 9), factor=0.5, split="shuffled")
     yield from block("stsb", (6, 3, 18), MAIN, factor=0.5, steps=1200)
     # the rate, chosen at 6, makes some runs collapse at 18: so half of it, too

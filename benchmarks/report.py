@@ -208,8 +208,7 @@ def random_ranks(costs, limit, seed, starts=1):
     matrix the highest scores that fit into the limit. costs has what one stores."""
     prices = torch.tensor([*costs.values()]).repeat(starts)
     scores = torch.rand(len(prices), generator=torch.Generator().manual_seed(seed))
-    mask = keep_mask(scores, prices, limit).view(starts, -1)
-    return dict(zip(costs, mask.sum(0).tolist()))
+    return dict(zip(costs, keep_mask(scores, prices, limit).view(starts, -1).sum(0).tolist()))
 
 
 def place(model, ranks, scale, dropout):
