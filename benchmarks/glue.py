@@ -174,8 +174,7 @@ def packed(predictions):
     """Return classes as digits, or scores in 0..1 as base64 of 16 bits each."""
     if (predictions == predictions.astype(int)).all():
         return "".join(map(str, predictions.astype(int)))
-    numbers = (predictions * 65535).round().astype("<u2")
-    return base64.b64encode(numbers.tobytes()).decode()
+    return base64.b64encode((predictions * 65535).round().astype("<u2").tobytes()).decode()
 
 
 def lines_of(name):

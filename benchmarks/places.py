@@ -23,7 +23,8 @@ import train_glue
 from dora import METHODS, DoRAConfig, Pruner, inject
 
 LOG = report.RESULTS / "places.jsonl"
-SCALE, DROPOUT, BATCH, STEPS = 8.0, 0.1, 16, 300
+SCALE, DROPOUT = 8.0, 0.1
+BATCH, STEPS = 16, 300
 RATES, TRIED = (1e-3, 2e-3, 4e-3, 8e-3), (101, 102, 103)
 SPLITS = {  # what runs train on, and what they are scored on
     "dev": ("train", "dev"),
