@@ -184,7 +184,7 @@ def to_do():
         yield from block("stsb", (3, 6, 12, 18, 36), MAIN, factor=factor)
         for task in ("mrpc", "sst2"):
             yield from block(task, (6,), MAIN, factor=factor)
-    yield from block("stsb", (6,), ALL, (4, 5))
+    yield from block("stsb", (6, 3), ALL, (4, 5))
     yield from block("stsb", (12, 18, 36), ["query|value"], factor=0.5)
     yield from block("stsb", (6,), MAIN, factor=2.0)
     yield from block("stsb", (6,), MAIN, steps=1200)
