@@ -381,7 +381,7 @@ def panel_of(setting):
     task, rate = TITLES[setting.task], f"rate {setting.lr:g}"
     components = f"{setting.budget} components"
     if setting.steps > STEPS:
-        return f"{task}, {rate}, {components}", f"steps of {setting.steps:,}", str(setting.after)
+        return f"{task}, {components}", f"steps of {setting.steps:,}, {rate}", str(setting.after)
     if setting.task == "stsb":
         value = str(setting.budget) + "\nfresh\nseeds" * setting.fresh
         return f"{task}, {rate}", f"components in all, {STEPS} steps", value
@@ -404,7 +404,7 @@ def plot(found):
         axes = part.subplots(1, len(panels), width_ratios=widths, squeeze=False).flat
         for ax, words in zip(axes, panels):
             task, title, differ = words
-            draw(ax, panels[words], "none" if "rate" in differ else "-")
+            draw(ax, panels[words], "none" if "rate;" in differ else "-")
             metric = data.TASKS[task].metrics[0].title()
             ax.set(title=title, xlabel=differ, ylabel=f"{metric} on dev")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
