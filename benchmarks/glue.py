@@ -406,8 +406,7 @@ def plot():
                 fontsize=7, color="#555555", va="center")
         ax.set_title(f"{data.TASKS[task].folder}: {data.TASKS[task].metrics[0].title()}")
         ax.grid(axis="x", alpha=0.3)
-    names = [words.replace("`", "") for words, _, _ in SHOWN]
-    axes[0].set_yticks(range(len(SHOWN)), names)
+    axes[0].set_yticks(range(len(SHOWN)), [words.replace("`", "") for words, _, _ in SHOWN])
     axes[0].invert_yaxis()
     report.save_figure(figure, report.RESULTS / "glue.svg")
 
