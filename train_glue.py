@@ -1315,7 +1315,7 @@ TOY_NEXT = """
 What to try next (files are in {root}):
   python train_glue.py --method paper              # the settings of the paper
   python train_glue.py --rank 2 --out runs/rank-2  # random places work, too
-  python notebooks/plot_run.py {root}              # a picture of the run"""
+  python notebooks/plot_run.py {root}     # a picture of the run"""
 PLAIN_LORA = dataclasses.asdict(DoRAConfig(**METHODS["lora"]))  # replaces a method's settings
 
 
