@@ -474,7 +474,7 @@ def compact_(model: nn.Module, *optimizers: torch.optim.Optimizer) -> nn.Module:
     """Remove pruned components from the layers and the optimizers' state; outputs stay the same.
 
     The Parameter objects stay and their data shrink. A matrix left without components becomes a
-    plain nn.Linear again. To train on in DistributedDataParallel, wrap the model anew: the old
+    plain nn.Linear again. To train on in DistributedDataParallel, wrap the model again: the old
     wrapper no longer averages gradients. With Adafactor, call this after training.
     """
     layers = finished_layers(model)

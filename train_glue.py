@@ -1469,7 +1469,7 @@ def run_command(seeds: list[int], eval_only: bool, adapter: str, split: str,
         require(adapter and seeds == [1], "--eval-only: name one run, --adapter RUN, and no seeds")
         return evaluate_only(adapter, settings, split)
 
-    require(not adapter, f"--adapter {adapter} is only for --eval-only; training starts anew")
+    require(not adapter, f"--adapter {adapter} is only for --eval-only; a run makes a new one")
     configs = [make_config(**settings, seed=seed) for seed in dict.fromkeys(seeds)]
     for part in ("train", split):  # AX has no train set, the toy no test set
         data.find_task(configs[0].task, part)
