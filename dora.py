@@ -81,8 +81,8 @@ class DoRAConfig:
 
     # differs: the paper scores by Eq. 7, which keeps components even in matrices that need none
     importance: str | None = "sensitivity"  # score of a component; none = never prune
-    # differs: the paper scores by the average alone; AdaLoRA multiplies by its uncertainty
     beta1: float = 0.85  # smoothing of the importance (Eq. 8; paper: 0.9)
+    # differs: the paper scores by the average alone; AdaLoRA multiplies by its uncertainty
     beta2: float | None = 0.85  # smoothing of its uncertainty; none = score by Ī alone
     eps: float = 1e-8  # added to the norm that Eq. 7 divides by
 
@@ -573,8 +573,8 @@ IMPORTANCE["frobenius"] = (frobenius, "weights", torch.cat)
 PENALTIES["orthogonal"] = orthogonal_penalty
 METHODS["adalora"] = dict(
     init="gaussian", scale="start_rank", importance="triplet", schedule="fast_first",
-    budget_unit="components", penalty="orthogonal", eta=0.5,  # its own code keeps it until T
-    dropout_on="input")
+    budget_unit="components", penalty="orthogonal", eta=0.5,
+    dropout_on="input")  # AdaLoRA's own code keeps the penalty until the end of training
 
 
 # ---- tensors, modules, checks --------------------------------------------------------------------
@@ -878,7 +878,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor],
                       metadata: dict[str, Any] | None = None) -> None:
     """Write a safetensors file atomically."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    notes = {key: str(value) for key, value in (metadata or {}).items()}  # the format has no other
+    notes = {key: str(value) for key, value in (metadata or {}).items()}  # the format has text only
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **notes}}
     data = bytearray(sum(tensor.nbytes for tensor in tensors.values()))
     end = 0
