@@ -30,6 +30,7 @@ SPLITS = {  # what runs train on, and what they are scored on
     "dev": ("train", "dev"),
     "held out": ("the rest", "held out"),
     "shuffled": ("shuffled", "dev"),
+    "all lengths": ("every train", "every dev"),
 }
 LENGTHS = {"stsb": (28, 40), "mrpc": (48, 64)}  # tokens, at most: of the train set, of dev
 TITLES = {"stsb": "STS-B", "mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE"}
@@ -65,11 +66,14 @@ def float32_by_onednn():
 
 @functools.lru_cache(maxsize=4)
 def examples(task, split):
-    """Return examples: "train", "held out" (a tenth of the train set), "the rest" of it, "dev", or
-    the train set with its labels "shuffled"."""
+    """Return examples: "train", "held out" (a tenth of the train set), "the rest" of it, "dev", the
+    train set with its labels "shuffled", or those of "every train" or "every dev" length."""
     bpe = data.BPE(report.MINILM)
-    file = "dev" if split == "dev" else "train"
-    found = data.load_task(task, report.GLUE, file, bpe, 64)
+    file = "dev" if split.endswith("dev") else "train"
+    longest = LENGTHS.get(task, (64, 64))[split in ("held out", "dev")]
+    if split.startswith("every"):
+        longest = 128
+    found = data.load_task(task, report.GLUE, file, bpe, max(64, longest))
     rows = np.random.default_rng(0).permutation(len(found))
     if split == "shuffled":
         labels = [found[i].label for i in rows]
@@ -77,7 +81,6 @@ def examples(task, split):
     tenth = min(len(found) // 10, 1000)
     parts = {"held out": rows[:tenth], "the rest": rows[tenth:]}
     chosen = [found[i] for i in parts.get(split, range(len(found)))]
-    longest = LENGTHS.get(task, (64, 64))[split in ("held out", "dev")]
     return [example for example in chosen if len(example.ids) <= longest]
 
 
@@ -178,7 +181,9 @@ def to_do():
     yield from block("stsb", (6,), [*ALL, *TESTED], FRESH, factor=0.5)
     yield from block("stsb", (3,), MAIN, FRESH, factor=0.5)
     yield from block("stsb", (6,), ["dora"], range(1, 9), factor=0.5, split="shuffled")
-    yield from block("stsb", (6, 3, 18), MAIN, factor=0.5, steps=1200)
+    yield from block("stsb", (6, 3), MAIN, factor=0.5, steps=1200)
+    for budget, arms in ((6, MAIN), (3, MAIN), (18, MAIN), (6, ["layer 0", "layer 2", "layer 5"])):
+        yield from block("stsb", (budget,), arms, factor=0.5, steps=1440, split="all lengths")
     # the rate, chosen at 6, makes some runs collapse at 18: so half of it, too
     for factor in (0.5, 1.0):
         yield from block("stsb", (3, 6, 12, 18, 36), MAIN, factor=factor)
@@ -187,7 +192,6 @@ def to_do():
     yield from block("stsb", (6, 3), ALL, (4, 5))
     yield from block("stsb", (12, 18, 36), ["query|value"], factor=0.5)
     yield from block("stsb", (6,), MAIN, factor=2.0)
-    yield from block("stsb", (6,), MAIN, steps=1200)
     for task in ("stsb", "mrpc", "sst2"):
         yield from block(task, (18,), MAIN)
     yield from block("rte", (6,), MAIN)  # 300 steps teach nothing here, and on CoLA: all score 0
