@@ -49,9 +49,6 @@ PARTS = [f"layer {i}" for i in range(6)]
 PARTS += ["query", "key", "value", "attention output", "intermediate", "output", "query|value"]
 OTHERS = ["adalora", "adalora's places", "paper", "paper's places", *PARTS, *TESTED]
 
-# seeds that compared ways to find places; see README.md
-LOOK = range(201, 207)
-
 
 @functools.cache
 def float32_by_onednn():
@@ -114,9 +111,8 @@ def places(run, costs):
 
 def method(run):
     """Return the settings of an arm that finds its places, at the scale that all arms have."""
-    same = dict(budget_unit="parameters", dropout_on="components",
-                rank=run["budget"] / 36, dropout=DROPOUT)
-    settings = {**ARMS[run["arm"]], **same}
+    settings = ARMS[run["arm"]] | dict(budget_unit="parameters", dropout_on="components",
+                                       rank=run["budget"] / 36, dropout=DROPOUT)
     config = DoRAConfig(**settings)
     divisor = max(1.0, config.rank) if config.scale == "rank" else config.r_prime
     return DoRAConfig(**settings, alpha=SCALE * divisor)
@@ -140,7 +136,7 @@ def make(run):
         report.place(model, ranks, SCALE, DROPOUT)
     model.classifier.requires_grad_(True)
 
-    stream, curve = data.endless_batches(train, BATCH, seed), []
+    stream, found = data.endless_batches(train, BATCH, seed), dict(curve=[])
 
     def loss_of():
         batch = next(stream)
@@ -150,8 +146,8 @@ def make(run):
         if step % STEPS == 0 or step == run["steps"]:
             predictions = train_glue.predict(model, dev)
             scores = data.score(task, predictions, [example.label for example in dev])
-            score = round(scores[task.metrics[0]], 5)
-            curve.append((step, score, packed(predictions, task)))
+            found.update(score=round(scores[task.metrics[0]], 5), dev=packed(predictions, task))
+            found["curve"].append((step, found["score"]))
 
     torch.manual_seed(seed)  # of dropout
     report.fit(model, loss_of, run["steps"], run["lr"], pruner, after)
@@ -159,9 +155,7 @@ def make(run):
         ranks = pruner.ranks()
     kept = [ranks.get(name, 0) for name in costs]
     stored = sum(rank * price for rank, price in zip(kept, costs.values()))
-    *_, (_, score, predictions) = curve
-    return dict(score=score, curve=[point[:2] for point in curve], ranks=kept,
-                parameters=stored, dev=predictions)
+    return dict(found, ranks=kept, parameters=stored)
 
 
 def packed(predictions, task):
@@ -182,8 +176,9 @@ def to_do():
     yield from block("stsb", (3,), MAIN, FRESH, factor=0.5)
     yield from block("stsb", (6,), ["dora"], range(1, 9), factor=0.5, split="shuffled")
     yield from block("stsb", (6, 3), MAIN, factor=0.5, steps=1200)
-    for budget, arms in ((6, MAIN), (3, MAIN), (18, MAIN), (6, ["layer 0", "layer 2", "layer 5"])):
-        yield from block("stsb", (budget,), arms, factor=0.5, steps=1440, split="all lengths")
+    whole = dict(factor=0.5, steps=1440, split="all lengths")  # four epochs
+    yield from block("stsb", (6, 3, 18), MAIN, **whole)
+    yield from block("stsb", (6,), ["layer 0", "layer 2", "layer 5"], **whole)
     # the rate, chosen at 6, makes some runs collapse at 18: so half of it, too
     for factor in (0.5, 1.0):
         yield from block("stsb", (3, 6, 12, 18, 36), MAIN, factor=factor)
@@ -246,6 +241,7 @@ class Setting(NamedTuple):
 
     task: str
     steps: int
+    split: str
     lr: float
     budget: int
     fresh: bool  # the seeds that were fixed to test what was seen at half the rate
@@ -254,37 +250,27 @@ class Setting(NamedTuple):
     def __str__(self):
         words = f"{TITLES[self.task]}, {self.budget} components, "
         words += f"after {self.after} of " * (self.after < self.steps)
-        return f"{words}{self.steps} steps, rate {self.lr:g}" + ", seeds 4 to 8" * self.fresh
+        words += f"{self.steps} steps, " + f"{self.split}, " * (self.split != "dev")
+        return f"{words}rate {self.lr:g}" + ", seeds 4 to 8" * self.fresh
 
 
 def settings():
-    """Return by setting the scores of each seed by arm, {setting: [{arm: score}]}, where there are
-    three seeds or more."""
+    """Return by setting the scores of each seed by arm, {setting: [{arm: score}]}, where three
+    seeds or more have dora's places and four random ones."""
     found = collections.defaultdict(lambda: collections.defaultdict(dict))
-    for line in report.lines_of(LOG, split="dev"):
-        shared = [line[name] for name in Setting._fields[:4]]
+    for line in report.lines_of(LOG):
+        shared = [line[name] for name in Setting._fields[:5]]
         fresh = line["seed"] in FRESH and line["lr"] != rate_of(line["task"])
         for step, score in line["curve"]:
             seeds = found[Setting(*shared, fresh, step)]
             seeds[line["seed"]][line["arm"]] = score
 
-    tasks = [*TITLES]
-    order = sorted(found, key=lambda setting: (tasks.index(setting.task), setting))
-    return {setting: seeds for setting in order if len(seeds := whole(found[setting])) >= 3}
-
-
-def ways():
-    """Return the scores by arm of the seeds that compare ways to find places, [{arm: score}]."""
-    found = collections.defaultdict(dict)
-    for line in report.lines_of(LOG, split="held out"):
-        if line["seed"] in LOOK and (line["arm"] != "dora" or line["steps"] == STEPS):
-            found[line["seed"]][line["arm"]] = line["score"]
-    return whole(found)
-
-
-def whole(seeds):
-    """Return the seeds for which dora's places and four random ones are there."""
-    return [arms for arms in seeds.values() if {PLACES, *FIRST} <= arms.keys()]
+    tasks, chosen = [*TITLES], {}
+    for setting in sorted(found, key=lambda setting: (tasks.index(setting.task), setting)):
+        seeds = [arms for arms in found[setting].values() if {PLACES, *FIRST} <= arms.keys()]
+        if len(seeds) >= 3:
+            chosen[setting] = seeds
+    return chosen
 
 
 def randoms(arms):
@@ -325,7 +311,7 @@ def chance(counts):
 
 def write_report():
     """Write places.md and places.svg from the log."""
-    found, looked = settings(), ways()
+    found = settings()
     head = ["setting", "seeds x random places", "spread", "median random",
             "dora", PLACES, "lead", f"percentile of {PLACES}", "p", "of dora"]
     rates = [[title, ", ".join(f"{lr:g}: {tried[lr]:.3f}" for lr in sorted(tried))]
@@ -333,18 +319,14 @@ def write_report():
     report.write_page("places", "Places on text", report.read_log(LOG), [
         "Scores, spread (best minus worst random placement) and lead (of dora's places over the "
         f"median one) are medians over the seeds. Wide is {WIDE} or more, and p is one-sided. "
-        "Seeds 4 to 8 at half the rate are a test that was fixed before they were run.",
+        "Seeds 4 to 8 at half the rate are a test that was fixed before they were run. Those that "
+        "are scored on the held-out tenth compare ways to find places and are no evidence.",
         report.table(head, [*itertools.starmap(row, found.items())]),
-        *(arms_table(f"arms: {setting}", OTHERS, seeds) for setting, seeds in found.items()
-          if any({*OTHERS} & arms.keys() for arms in seeds)),
-        "Ways to find six places, on the held-out tenth of STS-B. These seeds only compare ways, "
-        "so they are no evidence for the one that does best.",
-        arms_table(f"ways, {len(looked)} of {len(LOOK)} seeds",
-                   sorted({*itertools.chain(*looked)} - {*MAIN}), looked)
-        if looked else "No such run is stored yet.",
+        *(arms_table(f"arms: {setting}", seeds) for setting, seeds in found.items()
+          if others_in(seeds) and setting.after == setting.steps),
         "The mean score of random places on a held-out tenth chose the rate of a task:",
         report.table(["task", "rate: score"], rates)])
-    plot({key: found[key] for key in found if key.task != "rte" and key.lr < 0.008})  # no guesses
+    plot({setting: seeds for setting, seeds in found.items() if drawn(setting)})
 
 
 def row(setting, seeds):
@@ -366,12 +348,17 @@ def row(setting, seeds):
     ]
 
 
-def arms_table(title, others, seeds):
+def others_in(seeds):
+    """Return the arms besides dora, its places and random ones."""
+    return [arm for arm in dict.fromkeys(itertools.chain(*seeds)) if arm not in ALL]
+
+
+def arms_table(title, seeds):
     """Return other arms beside dora's and random places, and with how many seeds they are ahead of
     dora's places."""
     every = [*itertools.chain(*map(randoms, seeds))]
     body = [["random places", report.spread(every, 3), "", ""]]
-    for arm in ("dora", PLACES, *others):
+    for arm in ("dora", PLACES, *others_in(seeds)):
         if own := [arms for arms in seeds if arm in arms]:
             ahead = sum(arms[arm] > arms[PLACES] for arms in own)
             scores = report.spread((arms[arm] for arms in own), 3)
@@ -380,12 +367,21 @@ def arms_table(title, others, seeds):
     return report.table(head, body)
 
 
+def drawn(setting):
+    """Return whether the figure has a setting. It leaves out those that only guess."""
+    learns = setting.task != "rte" and setting.lr < 0.008
+    if setting.split == "all lengths":
+        return setting.budget < 18
+    return learns and setting.split == "dev" and setting.steps == STEPS
+
+
 def panel_of(setting):
     """Return the title of a setting's panel, what its strips differ in, and its own value."""
     task, rate = TITLES[setting.task], f"rate {setting.lr:g}"
     components = f"{setting.budget} components"
     if setting.steps > STEPS:
-        return f"{task}, {components}", f"steps of {setting.steps:,}, {rate}", str(setting.after)
+        pairs = f"pairs of {setting.split}, {rate};\nsteps of {setting.steps:,}"
+        return f"{task}, {components}", pairs, str(setting.after)
     if setting.task == "stsb":
         value = str(setting.budget) + "\nfresh\nseeds" * setting.fresh
         return f"{task}, {rate}", f"components in all, {STEPS} steps", value
