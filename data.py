@@ -149,7 +149,7 @@ TASKS = {task.name: task for task in (
          words=("not_duplicate", "duplicate"), bad_rows=100, source="QQP-clean.zip"),
     Task("stsb", "STS-B", PAIR, "score", ("pearson", "spearman"), (), source="STS-B.zip"),
     Task("mnli", "MNLI", PAIR, "gold_label", ("accuracy",), NLI3, source="MNLI.zip",
-         files=MNLI_FILES, submissions={"test": "MNLI-m", "test_mm": "MNLI-mm"}),
+         files=MNLI_FILES, submissions={"test": "MNLI-m"}),
     Task("qnli", "QNLI", ("question", "sentence"), "label", ("accuracy",), NLI2,
          source="QNLIv2.zip"),
     Task("rte", "RTE", PAIR, "label", ("accuracy",), NLI2, source="RTE.zip"),
@@ -651,8 +651,8 @@ def write_toy(data_dir: AnyPath, model_dir: AnyPath) -> BPE:
 def train_bpe(texts: Iterable[str], n_merges: int, folder: AnyPath) -> None:
     """Learn merges (Sennrich et al. 2016, algorithm 1) and write vocab.json and merges.txt.
 
-    The vocabulary is: special tokens, bytes, merges, <mask>. Ties go by alphabet. This is for small
-    corpora, since each merge counts all pairs again.
+    The vocabulary is: special tokens, bytes, merges, <mask>. Ties are broken alphabetically. This
+    is for small corpora, since each merge counts all pairs again.
     """
     counts = Counter(piece for text in texts for piece in BPE.pieces(text))
     words = [(byte_chars(piece), n) for piece, n in counts.items()]

@@ -83,7 +83,7 @@ class DoRAConfig:
     importance: str | None = "sensitivity"  # score of a component; none = never prune
     beta1: float = 0.85  # smoothing of the importance (Eq. 8; paper: 0.9)
     # differs: the paper scores by the average alone; AdaLoRA multiplies by its uncertainty
-    beta2: float | None = 0.85  # smoothing of its uncertainty; none = score by Ī alone
+    beta2: float | None = 0.85  # smoothing of its uncertainty; none = score by the average alone
     eps: float = 1e-8  # added to the norm that Eq. 7 divides by
 
     # differs: the paper prunes late, which leaves the remaining components little time to adapt
@@ -114,7 +114,7 @@ class DoRAConfig:
 
 
 METHODS: dict[str, dict[str, Any]] = {
-    "dora": {},  # the defaults above; benchmarks/RESULTS.md has the evidence for each
+    "dora": {},  # the defaults above; benchmarks/README.md compares most of them with others
     "paper": dict(
         init="kaiming", scale="start_rank", importance="norm", beta1=0.9, beta2=None,
         schedule="slow_first", budget_unit="components", dropout_on="input"),
@@ -539,8 +539,7 @@ def rank_map(ranks: dict[str, int]) -> str:
 
 
 def triplet(layers: list[DoRALinear]) -> list[Tensor]:
-    """|w dℓ/dw| of every entry of c (r',), A (r', d_in) and B (d_out, r') of each layer (AdaLoRA's
-    Eq. 8)."""
+    """|w dℓ/dw| of every entry of c, A and B of each layer (AdaLoRA's Eq. 8)."""
     weights: list[Any] = [w for layer in layers for w in (layer.c, layer.A, layer.B)]
     products = torch._foreach_mul(weights, [gradient(w) for w in weights])
     return list(torch._foreach_abs(products))  # one kernel for all tensors, as the product
@@ -598,8 +597,8 @@ def finished_layers(model: nn.Module) -> dict[str, DoRALinear]:
     for name, layer in layers.items():
         if not all(p.isfinite().all() for p in layer.parameters(recurse=False)):
             raise NotFiniteError(f"{name}: a component is NaN or infinite; lower the learning rate")
-        require(layer.final, f"{name}: these weights are from before the last pruning; take all of "
-                f"total_steps, with a pruner.step() in each, or restore later weights")
+        require(layer.final, f"{name}: these weights are from before the last pruning; run all "
+                f"total_steps steps, with a pruner.step() in each, or restore later weights")
         require(not layer.c[~layer.mask].any(), f"{name}: a pruned gate is not 0; call "
                 f"pruner.step() after optimizer.step(), and average weights only after pruning")
     return layers
@@ -666,7 +665,7 @@ PEFT_NAMES = {"r": "rank", "target_r": "rank", "init_r": "start_rank", "lora_alp
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean ...?" with the known word that is closest, or nothing."""
-    found = [PEFT_NAMES[word]] if word in PEFT_NAMES else difflib.get_close_matches(word, known, 1)
+    found = difflib.get_close_matches(PEFT_NAMES.get(word, word), known, 1)
     return f"; did you mean {found[0]}?" if found else ""
 
 
@@ -688,8 +687,8 @@ def check_settings(config: Any) -> None:
     """Refuse an unknown choice, a number out of range, and a combination that cannot work."""
     for name, hint in get_type_hints(type(config)).items():
         value, known = getattr(config, name), choices(name, hint)
-        words = ", ".join("none" if choice is None else choice for choice in known)
-        require(not known or value in known, f"{name} = {value!r}: choose one of {words}")
+        require(not known or value in known,
+                f"{name} = {value!r}: choose one of {', '.join(map(str, known))}")
         if value is None and type(None) in get_args(hint):
             continue
         for sign, limit in re.findall(r"([<>]=?) ([^,]+)", RANGES.get(name, "")):
@@ -758,7 +757,7 @@ def check_pruner(layers: Any, config: DoRAConfig, total_steps: int) -> None:
     """Refuse layers that a Pruner cannot train."""
     require(isinstance(layers, dict), f"layers is a {type(layers).__name__}, not inject()'s result")
     require(type(total_steps) is int and total_steps > 0,
-            f"total_steps = {total_steps!r}: must be a whole number above 0")
+            f"total_steps = {total_steps!r}: must be an int above 0")
     first, last = phases(total_steps, config)
     require(first < last or config.schedule is None, f"initial_phase = {config.initial_phase} and "
             f"final_phase = {config.final_phase}: none of {total_steps} steps can prune; lower one")
@@ -1008,8 +1007,9 @@ def modules_to_save(model: nn.Module, layers: dict[str, DoRALinear]) -> list[str
     for name, module in model.named_modules(remove_duplicate=False):
         own = [key for key, p in module.named_parameters(recurse=False) if p.requires_grad]
         inside = [p.requires_grad for p in module.parameters()]
+        whole = inside and all(inside) and type(module) not in (nn.ModuleDict, nn.ModuleList)
         statistics = getattr(module, "running_mean", None) is not None
-        if name not in layers and (own or statistics or inside and all(inside)):
+        if name not in layers and (own or statistics or whole):
             require(not dora_layers(module), f"{', '.join(own)} in {name or 'the model'} trains; "
                     f"an adapter holds whole modules without adapted matrices; freeze it or merge_")
             found.append(name)

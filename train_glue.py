@@ -537,7 +537,7 @@ class TrainConfig(DoRAConfig):
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, list):  # from JSON, or from the command line: a b or a,b
-            object.__setattr__(self, "targets", tuple(",".join(self.targets).split(",")))
+            object.__setattr__(self, "targets", tuple(re.findall("[^, ]+", ",".join(self.targets))))
         super().__post_init__()
         for name, table in (("task", TASKS), ("method", METHOD_ROWS)):
             value = data.known_name(getattr(self, name), table)
@@ -591,7 +591,7 @@ METHOD_ROWS: dict[str, dict[str, Any]] = {
 def make_config(task: str = "toy", method: str = "dora", **flags: Any) -> TrainConfig:
     """Return the task's defaults (Table 8), overridden by the method's row, then by flags.
 
-    Raises DoRAError for a flag that would have no effect.
+    Raises DoRAError for a setting of the method that would have no effect.
     """
     task, method = data.known_name(task, TASKS), data.known_name(method, METHOD_ROWS)
     row = dict(zip(COLUMNS_8, TABLE_8.get(task, ())))
@@ -637,10 +637,10 @@ ONEDNN: Any = torch.backends.mkldnn  # its name in torch
 
 @contextmanager
 def torch_set_up(config: TrainConfig) -> Iterator[None]:
-    """Set torch's kernels and seed for a run. Afterwards, restore the caller's kernels, threads."""
+    """Set torch's kernels and seed for a run, then restore the caller's kernels and threads."""
     cuda, cpu = torch.backends.cuda.matmul, ONEDNN.matmul
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    tf32, precision = cuda.allow_tf32, cpu.fp32_precision
+    tf32, precision = cuda.fp32_precision, cpu.fp32_precision
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
     torch.use_deterministic_algorithms(config.deterministic)
@@ -656,7 +656,7 @@ def torch_set_up(config: TrainConfig) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
-        cuda.allow_tf32, cpu.fp32_precision = tf32, precision
+        cuda.allow_tf32, cuda.fp32_precision, cpu.fp32_precision = tf32 == "tf32", tf32, precision
 
 
 @functools.cache  # measured once, so that all runs of a process compute alike
@@ -737,7 +737,7 @@ def find_device(name: str) -> torch.device:
 
 
 def adapt(model: RobertaForSequenceClassification, config: TrainConfig) -> dict[str, DoRALinear]:
-    """Choose what trains beside the head. Return the adapted layers by name, if there are any."""
+    """Choose what trains besides the head. Return the adapted layers by name, if there are any."""
     if config.method in METHODS:
         layers = inject(model.roberta, config)
         return {f"roberta.{name}": layer for name, layer in layers.items()}
@@ -880,7 +880,7 @@ class Run:
     """A run's progress and its folder, which holds
 
         config.json     the settings
-        run.json        the command lines, versions, device and seconds
+        run.json        the latest command line, versions, device and seconds
         log.txt         what was printed, with the time
         metrics.jsonl   losses every log_every steps, and the dev scores of each evaluation
         ranks.jsonl     the live components per matrix, after each pruning
@@ -963,11 +963,10 @@ class Run:
                               f"{self.folder}", *error.args)
             if isinstance(error, Exception):
                 self.note(str(error.args[0] if error.args else error))
-            self.note_seconds()
 
     def claim_folder(self) -> list[Path]:
         """Return the checkpoints to continue from; with --overwrite, delete the run that is there.
-        Raises DoRAError for files that no run wrote, and unless a run is resumed or overwritten."""
+        Raises DoRAError for files that no run wrote, and for a run without one of these flags."""
         folder, saved = self.folder, sorted(self.folder.glob("checkpoints/step-*.pt"))
         if self.writes:
             refuse_foreign(folder, settings_of_run(folder))
@@ -1138,6 +1137,7 @@ class Run:
         self.write(f"checkpoints/step-{self.step:08d}.pt", buffer.getbuffer())
         for old in sorted(self.folder.glob("checkpoints/step-*.pt"))[:-2]:
             old.unlink()
+        self.note_seconds()
 
     def restore(self, path: Path) -> None:
         """Load a checkpoint. Raises DoRAError if it is damaged, or if its settings differ."""
@@ -1213,9 +1213,9 @@ ARRIVED: list[int] = []  # the signals that wait
 @contextmanager
 def signals_wait() -> Iterator[None]:
     """Let Ctrl-C, SIGTERM and SIGHUP wait for stop_if_signalled, when the state can be saved."""
-    numbers = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]  # Windows
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows
     if threading.current_thread() is not threading.main_thread():
-        numbers = []  # Python allows no handlers there: signals arrive in the main thread only
+        numbers = set()  # Python allows no handlers there: signals arrive in the main thread only
     handlers = {number: signal.signal(number, lambda number, frame: ARRIVED.append(number))
                 for number in numbers if signal.getsignal(number) is not signal.SIG_IGN}  # nohup
     try:
@@ -1246,7 +1246,7 @@ def watched(batches: Iterator[data.Batch], n: int, device: torch.device) -> Iter
 
 
 def say(text: str) -> None:
-    """Print from the first process. A terminal or pipe that is gone stops no run."""
+    """Print from the first process. A closed terminal or pipe does not stop the run."""
     lines = [textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False,
                            break_on_hyphens=False) for line in text.split("\n")]
     try:
@@ -1273,7 +1273,7 @@ def process() -> tuple[int, int]:
 
 
 def reduced(value: Tensor, operation: str = "SUM") -> Tensor:
-    """Return the sum (MIN, MAX) over all processes of a tensor of any shape."""
+    """Return the sum, or with "MAX" the maximum, over all processes of a tensor of any shape."""
     if process()[1] > 1:
         value = value.clone()
         torch.distributed.all_reduce(value, getattr(torch.distributed.ReduceOp, operation))
@@ -1462,16 +1462,16 @@ def main(argv: list[str] | None = None) -> int:
             torch.distributed.destroy_process_group()
 
 
-def run_command(seeds: list[int], eval_only: bool, adapter: str, split: str,
+def run_command(seeds: list[int], eval_only: bool, adapter: str, predict: str,
                 **settings: Any) -> None:
     """Do what the flags of a command line ask for. Raises DoRAError or DataError for bad ones."""
     if eval_only:
         require(adapter and seeds == [1], "--eval-only: name one run, --adapter RUN, and no seeds")
-        return evaluate_only(adapter, settings, split)
+        return evaluate_only(adapter, settings, predict)
 
     require(not adapter, f"--adapter {adapter} is only for --eval-only; a run makes a new one")
     configs = [make_config(**settings, seed=seed) for seed in dict.fromkeys(seeds)]
-    for part in ("train", split):  # AX has no train set, the toy no test set
+    for part in ("train", predict):  # AX has no train set, the toy no test set
         data.find_task(configs[0].task, part)
     if len(configs) > 1 and configs[0].out:
         refuse_foreign(run_folder(configs[0]), [*run_folder(configs[0]).glob("seed-*")])
@@ -1488,8 +1488,8 @@ def run_command(seeds: list[int], eval_only: bool, adapter: str, split: str,
         scores = [result["best"][metric] for result in results]
         say(f"\n{metric} over {len(scores)} seeds: median {statistics.median(scores):.4f}, mean "
             f"{statistics.mean(scores):.4f}, standard deviation {statistics.stdev(scores):.4f}")
-    for result in results if split else []:
-        evaluate_only(result["folder"], {}, split)
+    for result in results if predict else []:
+        evaluate_only(result["folder"], {}, predict)
 
 
 def saved_run(place: str, flags: dict[str, Any]) -> tuple[TrainConfig, Path | None]:
@@ -1566,8 +1566,8 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
                         help="one run per seed (default: 1)")
     parser.add_argument("--eval-only", action="store_true",
                         help="score --adapter, with the settings of its run; do not train")
-    parser.add_argument("--adapter", metavar="RUN", help="for --eval-only: RUN or RUN/adapter")
-    parser.add_argument("--predict", dest="split", default="", choices=("test",),
+    parser.add_argument("--adapter", metavar="RUN", default="", help="to score: RUN or RUN/adapter")
+    parser.add_argument("--predict", default="", choices=("test",),
                         help="write the test set's submission file")
     return parser
 

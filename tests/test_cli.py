@@ -23,7 +23,7 @@ from train_glue import (
 def parsed(*words):
     """The configuration that these words of a command line make."""
     args = vars(make_parser().parse_args(words))
-    for name in ("seeds", "eval_only", "adapter", "split"):
+    for name in ("seeds", "eval_only", "adapter", "predict"):
         del args[name]
     return make_config(**args)
 
