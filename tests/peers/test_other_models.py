@@ -30,7 +30,7 @@ class Named(nn.Module):
             owner, *path = self, *name.split(".")
             for part in path[:-1]:
                 if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
+                    owner.add_module(part, nn.ModuleDict() if part == "heads" else nn.Module())
                 owner = getattr(owner, part)
             owner.add_module(path[-1], nn.Linear(8, 8))
         self.names = matrix, head
@@ -43,7 +43,7 @@ class Named(nn.Module):
 NAMES = [  # a matrix, a head, and how the file names the head
     ("block.out", "out", "base_model.model.out"),
     ("pre_classifier", "classifier", "base_model.model.classifier"),
-    ("lora_A.up", "head", "head"),
+    ("lora_A.up", "heads.a", "heads.a"),
     ("lora_A", "lora_B", "base_model.model.lora_B"),
     ("up", "base_layer", "base_model.model.base_layer"),
     ("weight.up", "bias", "bias"),
