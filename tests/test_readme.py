@@ -156,14 +156,16 @@ def test_the_table_of_results():
 
 def test_places():
     """What the text says of places, compared with the tables of the benchmarks."""
-    best, half, long = ([f"STS-B, {n} components, {rest}" for n in (6, 3)] for rest in (
-        "300 steps, rate 0.004", "300 steps, rate 0.002, seeds 4 to 8", "1200 steps, rate 0.002"))
-    rows = [*best, *half, "MRPC, 6 components, 300 steps, rate 0.002"]
-    (*share, mrpc), p = ([cell("places.md", row, column).lstrip("0") for row in rows]
-                         for column in ("percentile of dora's places", "p"))
-    assert re.findall(r"(\d+ %) with (?:six|three) \(p = ([.\d]+)\)", WORDS) == [*zip(share, p)]
-    leads = re.search(r"lead is (\S+) and (\S+)\. After 1,200 .* is (\S+) and (\S+) \(three", WORDS)
-    assert [*leads.groups()] == [cell("places.md", row, "lead")[2:] for row in half + long]
+    columns = ("percentile of dora's places", "p", "lead")
+    for words, setting in (("planned first", "300 steps, rate 0.004"),
+                           ("fresh seeds", "300 steps, rate 0.002, seeds 4 to 8"),
+                           ("four epochs", "1440 steps, all lengths, rate 0.002")):
+        _, *found = next(line for line in TEXT.split("\n| ") if words in line).split(" | ")
+        for n, numbers in zip((3, 6), found, strict=True):
+            row = f"STS-B, {n} components, {setting}"
+            share, p, lead = (cell("places.md", row, column).lstrip("+0") for column in columns)
+            assert numbers.startswith(f"{share} (p = {p}, lead {lead})"), row
+    mrpc = cell("places.md", "MRPC, 6 components, 300 steps, rate 0.002", columns[0])
     for words in ("STS-B, 12", "STS-B, 18", "STS-B, 36", "SST-2, 6"):  # almost any places do
         setting = f"{words} components, 300 steps, rate 0.002"
         assert "wide" not in cell("places.md", setting, "spread")
@@ -173,10 +175,10 @@ def test_places():
     ada, own = (cell("surgical.md", arm, "mirrored").split(" ")[0] for arm in ("adalora", "dora"))
     lower = sum(cell("../README.md", f"dora's places 1/7 minus random 1/7 {x}", "nll").count("-")
                 for x in "abc")  # the likelihood of a language model
-    for words in ("best rate .004, gives", "At .002 it is", f"On MRPC it is {mrpc}. ",
-                  f"swapped: {swapped} of 20)", f"{mirrored} of 20 seeds if mirrored, {renamed} if "
-                  f"classes are renamed, {nothing} if nothing changes",
-                  f"mirrored, {ada} % against {own} %", f"they beat {lower} of 9 random"):
+    for words in (f"On MRPC it is {mrpc}. ", f"mirrored, {ada} % against {own} %",
+                  f"{mirrored} of 20 seeds on mirrored digits, {swapped} with swapped pixels, "
+                  f"{renamed} with renamed classes, {nothing} on unchanged ones",
+                  f"they beat {lower} of 9 random"):
         assert words in WORDS, words
 
 

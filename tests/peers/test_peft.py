@@ -1,5 +1,4 @@
-"""dora.py's adapters of our RoBERTa in Hugging Face PEFT, and PEFT's here. (Other models:
-test_other_models.py.)"""
+"""dora.py's adapters of our RoBERTa in Hugging Face PEFT, and PEFT's adapters in ours."""
 import re
 import shutil
 

@@ -1,5 +1,4 @@
-"""The numbers in tests/fixtures, which tests without these libraries compare with, against what the
-libraries compute now."""
+"""The numbers in tests/fixtures, recorded from libraries, against what these compute now."""
 import json
 
 import pytest
