@@ -72,7 +72,7 @@ def test_flags(words, value):
 
 
 BAD_INPUT = """  # words, and a part of the message
-    --nope 1                       --nope
+    --split test                   argument --split.
     --lr x                         float value: 'x'
     --lr -1e-3                     lr = -0.001
     --epochs 1.5                   int value: '1.5'
@@ -109,7 +109,7 @@ def test_bad_input(tmp_path, capsys, row):
         del given[name]
     run_flags = [] if "--eval-only" in words else flags(**given)
     line = failed(capsys, *run_flags, *words.split())
-    assert says in line and not (tmp_path / "out").exists()
+    assert says in f"{line}." and not (tmp_path / "out").exists()
 
 
 TABLE_8 = """
