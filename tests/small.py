@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from dora import (
-    DoRAConfig, DoRAError, Pruner, compact_, inject, load_adapter, merge_, save_adapter)
+from dora import DoRAConfig, DoRAError, Pruner, compact_, inject, load_adapter, merge_, save_adapter
 
 TARGETS = ("query", "up", "down")
 EXACT = dict(beta1=0.0, beta2=None)  # no smoothing: the score of a step is that step's number

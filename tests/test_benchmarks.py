@@ -1,5 +1,4 @@
-"""benchmarks/: the parts of rank_recovery.py, step_time.py, glue.py and report.py, against answers
-known by hand and against the logs."""
+"""benchmarks/: parts of the scripts, against answers known by hand and against the logs."""
 import dataclasses
 import math
 

@@ -129,6 +129,7 @@ MALFORMED = [  # task, file, line, parts of the message
     ("rte", (RTE + "2\tcaf\xe9\ty\tentailment\n").encode("latin-1"), 4, "0xe9", "UTF-8"),
     ("stsb", "sentence1\tsentence2\tscore\na\tb\tgood\n", 2, "'good'", "0 to 5"),
     ("stsb", "sentence1\tsentence2\tscore\na\tb\t5.001\n", 2, "'5.001'", "0 to 5"),
+    ("stsb", "sentence1\tsentence2\tscore\na\tb\t-0.1\n", 2, "'-0.1'", "0 to 5"),
     ("stsb", "sentence1\tsentence2\tscore\na\tb\tnan\n", 2, "'nan'", "0 to 5"),
 ]
 

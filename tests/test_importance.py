@@ -1,5 +1,4 @@
-"""dora.py: what a component is worth (Eq. 7, Eq. 8, sensitivity, AdaLoRA's triplet), the
-penalties."""
+"""dora.py: what a component is worth (Eq. 7, Eq. 8, sensitivity, "triplet"), and penalties."""
 import pytest
 import torch
 from fixtures import record

@@ -6,9 +6,8 @@ import socket
 
 import pytest
 from small import close
-from tiny import (
-    ROOT, command, evaluations, files, flags, lines, newest, read_json, run, run_settings,
-    same_runs, wait_for)
+from tiny import (ROOT, command, evaluations, files, flags, lines, newest, read_json, run,
+                  run_settings, same_runs, wait_for)
 
 pytestmark = pytest.mark.slow
 FLOAT64 = dict(dropout=False, dtype="float64")

@@ -11,9 +11,8 @@ import time
 
 import pytest
 import torch
-from tiny import (
-    GLUE, MINILM, command, contents, evaluations, files, flags, lines, newest, read_json, run,
-    run_settings, same, same_runs, wait_for)
+from tiny import (GLUE, MINILM, command, contents, evaluations, files, flags, lines, newest,
+                  read_json, run, run_settings, same, same_runs, wait_for)
 
 import dora
 import train_glue

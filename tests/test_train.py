@@ -37,11 +37,16 @@ def masks(monkeypatch):
 
 
 def test_runs_repeat(tmp_path):
-    """Two runs with one seed are equal bit for bit in every file; another seed differs."""
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run(tmp_path / name, seed=seed)
+    """Two runs with the same settings are equal bit for bit in every file. With another seed,
+    weight decay or clipping the losses differ."""
+    run(tmp_path / "a")
+    run(tmp_path / "b", seed=1)
+    run(tmp_path / "c", seed=2)
+    run(tmp_path / "d", weight_decay=0.5)
+    run(tmp_path / "e", clip=0.01)
     same_runs(tmp_path / "a", tmp_path / "b")
-    assert lines(tmp_path / "a") != lines(tmp_path / "c")
+    for name in "cde":
+        assert lines(tmp_path / name) != lines(tmp_path / "a")
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +195,7 @@ def test_methods_without_an_adapter(tmp_path, method):
              if not torch.equal(p, before[name])]
     kinds = {"bitfit": {"bias"}, "full": {"weight", "bias"}, "head": set()}
     assert {*moved} == kinds[method]
-    assert len(moved) > 30 or method != "full"
+    assert len(moved) == dict(bitfit=17, full=37, head=0)[method]
 
 
 def dev():
@@ -208,12 +213,12 @@ def test_max_steps(tmp_path):
 
 
 def test_the_learning_rate():
-    """By hand: of 50 steps 6 % = 3 warm up, then down to 0; no warm-up in short runs."""
-    config = make_config("cola", lr=1.0)
+    """By hand: of 50 steps 8 % = 4 warm up, then down to 0; no warm-up in short runs."""
+    config = make_config("cola", lr=1.0, warmup=0.08)
     rates = [learning_rate(step, 50, config) for step in range(50)]
-    assert rates[:3] == [1 / 3, 2 / 3, 1.0]
-    falling = [steps_left / 47 for steps_left in range(47, 0, -1)]
-    assert rates[3:] == pytest.approx(falling, rel=1e-12)
+    assert rates[:4] == [1 / 4, 2 / 4, 3 / 4, 1.0]
+    falling = [steps_left / 46 for steps_left in range(46, 0, -1)]
+    assert rates[4:] == pytest.approx(falling, rel=1e-12)
     assert learning_rate(0, 5, config) == 1.0
 
 
@@ -236,10 +241,11 @@ def logits_alone(model, examples):
 
 @pytest.mark.parametrize("classes", [1, 2])
 def test_predictions_keep_the_files_order(classes):
-    """predict, which sorts by length, against each example alone, in the file's order."""
+    """predict, which sorts by length, against each example alone, in the file's order. Scores are
+    clipped to 0..1."""
     examples = dev()
-    model = tiny_model(classes)
-    model.classifier.out_proj.weight.data *= 10
+    model = tiny_model(classes).double()
+    model.classifier.out_proj.weight.data *= 1e5
     middle = logits_alone(model, examples).median(0).values  # so that both classes occur
     model.classifier.out_proj.bias.data -= middle if classes == 2 else middle - 0.5
     logits = logits_alone(model, examples)
@@ -247,7 +253,7 @@ def test_predictions_keep_the_files_order(classes):
     found = predict(model, examples)
     assert found == pytest.approx(alone.numpy(), rel=0, abs=1e-6)
     lengths = [len(example.ids) for example in examples]
-    assert len({*found}) > 1 and len({*lengths}) > 5
+    assert {0, 1} <= {*found} and len({*lengths}) > 5
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3])

@@ -12,9 +12,8 @@ from tiny import files, run, tiny_model
 
 import data
 import train_glue
-from dora import (
-    DoRAConfig, DoRALinear, compact_, inject, load_adapter, merge_, read_safetensors,
-    save_adapter, write_safetensors)
+from dora import (DoRAConfig, DoRALinear, compact_, inject, load_adapter, merge_, read_safetensors,
+                  save_adapter, write_safetensors)
 
 LABELS = 3
 
