@@ -3,9 +3,8 @@
     python tests/mutations.py            all of them, a minute or two each on one core at most
     python tests/mutations.py 3 12       these alone
 
-Each row is applied to a copy of the checkout in a temporary folder. A text that is not found
-exactly once is an error: the source has changed, so change the row. The exit code is 1 if a
-mutation was missed.
+Each row is applied to a copy of the checkout. A text that is not found exactly once is an error:
+the source has changed, so change the row. The exit code is 1 if a mutation was missed.
 """
 import re
 import shutil
@@ -15,7 +14,6 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-
 
 # what the mutated source does; the file; a text that is found in it exactly once, and another in
 # its place; the file of tests/ that must fail with it

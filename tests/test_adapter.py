@@ -21,7 +21,7 @@ LIVE = {name: rank for name, rank in RANKS.items() if rank}
 
 def pruned():
     """A model whose six matrices kept 0, 2, 1, 0, 2 and 1 random components."""
-    config = net_config(rank=1, start_rank=2, interval=2, **EXACT)
+    config = net_config(rank=1, start_rank=2, interval=2, dropout=0.25, **EXACT)
     model, layers = adapted(config)
     assert prune(layers, config, SCORES).ranks() == RANKS
     return model
@@ -98,16 +98,18 @@ def test_saved_files_by_hand(folder):
     pattern = {r"^layer\.0\.down$": 1, r"^layer\.1\.down$": 1}
     expected = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "bias": "none", "use_dora": False,
                 "use_rslora": False, "fan_in_fan_out": False, "modules_to_save": ["head"],
+                "lora_dropout": 0.25,
                 "rank_pattern": pattern, "alpha_pattern": pattern}
     assert config_of(folder).items() >= expected.items()
 
 
 def test_loaded_layers(folder, tmp_path):
-    """The layers returned are those in the model, with their ranks; A, B and the head train, the
-    base and c do not. Saved again, they have the same tensors, bit for bit."""
+    """The layers returned are those in the model, with their ranks and dropout; A, B and the head
+    train, the base and c do not. Saved again, they have the same tensors, bit for bit."""
     model = plain()
     layers = load_adapter(model, folder)
     assert {name: layer.rank for name, layer in layers.items()} == LIVE
+    assert layers["layer.0.up"].dropout.p == 0.25
     assert all(model.get_submodule(name) is layer for name, layer in layers.items())
     assert type(model.layer[0].query) is nn.Linear
     trains = {name for name, p in model.named_parameters() if p.requires_grad}

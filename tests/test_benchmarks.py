@@ -3,6 +3,7 @@ import dataclasses
 import math
 
 import glue
+import numpy as np
 import pytest
 import rank_recovery as rr
 import report
@@ -165,8 +166,13 @@ def test_the_search_for_a_rate():
 
 
 def test_tests():
-    """A sign test against binomial coefficients, the bootstrap where nothing varies."""
+    """A sign test against binomial coefficients; the bootstrap where nothing varies, where only the
+    examples do (a normal interval), and where only the seeds do (its ends are the seeds)."""
     nine_of_ten = [1] * 9 + [-1]
     assert report.coin(nine_of_ten) == 22 / 1024
     assert report.coin([1, 1, -2, -2, 0]) == 1
-    assert report.bootstrap(torch.ones(2, 5).numpy()) == (1, 1)
+    assert report.bootstrap(np.ones((2, 5))) == (1, 1)
+    signs = np.ones((3, 400))
+    signs[:, ::2] = -1
+    assert report.bootstrap(signs) == pytest.approx((-0.098, 0.098), abs=0.01)
+    assert report.bootstrap(np.outer([0, 1], np.ones(400))) == (0, 1)

@@ -59,13 +59,6 @@ def test_eq9_against_exact_fractions(schedule):
                 assert exact - 1 <= b[t] <= exact
 
 
-def test_a_rank_that_is_not_pruned():
-    """Without a schedule, or with start_rank = rank, every b(t) is r L."""
-    flat = [12] * 51
-    assert curve(None, 2, 2, 6, 50, importance=None) == flat
-    assert curve(SLOW, 2, 2, 6, 50) == flat
-
-
 @pytest.mark.parametrize("changes, total, names", [
     (dict(initial_phase=0.5), 100, "initial_phase = 0.5.*final_phase = 0.5"),
     (dict(initial_phase=0.8), 100, "initial_phase = 0.8.*final_phase = 0.5"),

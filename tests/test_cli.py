@@ -93,6 +93,7 @@ BAD_INPUT = """  # words, and a part of the message
     --method bitfit --rank 5       rank = 5.0
     --method lora --interval 3     interval = 3
     --eps 1e-4                     eps = 0.0001
+    --penalty none --eta 0.5       eta = 0.5
     --adapter x                    --adapter x
     --eval-only                    --adapter RUN
     --eval-only --adapter x --seeds 2    no seeds
@@ -184,7 +185,7 @@ def test_three_seeds(tmp_path, capsys):
 
 
 def test_overwrite(tmp_path, capsys):
-    """A11: a folder with a run is refused; --overwrite removes the run's own files alone."""
+    """A folder with a run is refused; --overwrite removes the run's own files alone."""
     out, new = tmp_path / "out", tmp_path / "new"
     run(out, epochs=4)
     notes = [out / "notes.txt", out / "adapter" / "notes.txt"]
@@ -222,7 +223,7 @@ def test_overwriting_where_a_run_starts(tmp_path, capsys):
 
 @pytest.mark.parametrize("words", [["--overwrite"], ["--seeds", "1", "2"]])
 def test_a_folder_that_is_not_a_runs(tmp_path, capsys, words):
-    """N15: --out is a model's folder, or has a file of one's own: refused, and each file stays."""
+    """--out is a model's folder, or has a file of one's own: refused, and each file stays."""
     model = shutil.copytree(files()[1], tmp_path / "model")
     (tmp_path / "thesis.tex").write_text("mine")
     before = contents(tmp_path)
@@ -236,7 +237,7 @@ def test_a_folder_that_is_not_a_runs(tmp_path, capsys, words):
 
 @pytest.mark.parametrize("name", ["data_dir", "model_dir", "out"])
 def test_folders_below_home(tmp_path, monkeypatch, name):
-    """N11: ~ is the home folder in each flag that names a folder, --adapter too."""
+    """~ is the home folder in each flag that names a folder, --adapter too."""
     given = run_settings(tmp_path / "out", max_steps=4, interval=1)
     monkeypatch.setenv("HOME", str(Path(given[name]).parent))
     given[name] = f"~/{Path(given[name]).name}"
@@ -250,7 +251,7 @@ def test_folders_below_home(tmp_path, monkeypatch, name):
 
 
 def test_a_file_system_without_locks(tmp_path, capsys, monkeypatch):
-    """N10: where flock is not supported, the run says so and continues."""
+    """Where flock is not supported, the run says so and continues."""
     fcntl = pytest.importorskip("fcntl")
 
     def flock(*args):
@@ -262,7 +263,7 @@ def test_a_file_system_without_locks(tmp_path, capsys, monkeypatch):
 
 
 def test_a_run_in_a_thread(tmp_path):
-    """N9: Python allows signal handlers in the main thread alone; a run elsewhere has none."""
+    """Python allows signal handlers in the main thread alone; a run elsewhere has none."""
     before = signal.getsignal(signal.SIGINT)
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(run, tmp_path / "thread", max_steps=4, interval=1).result()
@@ -271,7 +272,7 @@ def test_a_run_in_a_thread(tmp_path):
 
 @pytest.mark.parametrize("method", ["dora", "full"])
 def test_eval_only(tmp_path, capsys, monkeypatch, method):
-    """A9: `--eval-only --adapter RUN`, or the folder inside: all settings are those of the run, and
+    """`--eval-only --adapter RUN`, or the folder inside: all settings are those of the run, and
     its best score is repeated exactly. A flag goes first, and nothing is written."""
     out = tmp_path / "out"
     inside = out / ("model" if method == "full" else "adapter")
@@ -305,7 +306,7 @@ def test_eval_only(tmp_path, capsys, monkeypatch, method):
 
 
 def test_eval_only_of_something_else(tmp_path, capsys, monkeypatch):
-    """T2, T21: another task, order of labels, length, other sizes, another tokenizer and other
+    """Another task, order of labels, length, other sizes, another tokenizer and other
     weights than the adapter's are refused; the same model elsewhere is accepted."""
     run(tmp_path / "out", max_steps=8, interval=1)
     words = ["--eval-only", "--adapter", str(tmp_path / "out")]

@@ -535,6 +535,7 @@ def test_metrics_by_hand():
 
     y = [1, 3, 2, 4]
     assert data.pearson([1, 2, 3], y[:3]) == pytest.approx(0.5)
+    assert data.pearson([0.1, 1.1], [0.1 * 3, 1.1 * 3]) == 1  # rounding would give more
     # ranks 1, 2.5, 2.5, 4: squares about the mean 4.5 and 5, products 4.5
     rho = 4.5 / math.sqrt(4.5 * 5)
     assert data.spearman([10, 20, 20, 90], y) == pytest.approx(rho)

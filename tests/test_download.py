@@ -54,7 +54,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """The two sources and the cache, tmp_path/cache (N11: ~ is the home folder)."""
+    """The two sources and the cache, tmp_path/cache (~ is the home folder)."""
     monkeypatch.setattr(data, "WAITS", (0, 0, 0))
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)

@@ -51,7 +51,7 @@ def norms(layer):
 def naive_eq7(layer):
     """Eq. 7 with the tensor that the closed form avoids."""
     total = components(layer).sum(0)
-    return norms(layer) / (total.norm() + 1e-8)
+    return norms(layer) / (total.norm() + layer.config.eps)
 
 
 def scores_now(importance, layers):
@@ -78,7 +78,7 @@ def test_eq7_closed_form(d_out, d_in, r):
     layers = []
     for seed in range(5):
         base = nn.Linear(d_in, d_out).double()
-        layer = DoRALinear(base, net_config(rank=r, start_rank=r))
+        layer = DoRALinear(base, net_config(rank=r, start_rank=r, eps=0.5))
         randomize({"": layer}, seed)
         layers.append(layer)
     naive = torch.cat([*map(naive_eq7, layers)])
@@ -99,15 +99,6 @@ def test_eq7_where_all_cancels():
         scores = norm_score([layer])
         assert scores.isfinite().all()
         assert (scores > 0).all()
-
-
-@pytest.mark.parametrize("init", ["kaiming", "gaussian", "zero_b"])
-def test_eq7_of_a_matrix_without_an_update(init):
-    """All c = 0 or B = 0 would be 0 / 0: every start's score is 0, in the naive form, too."""
-    _, layers = adapted(net_config(init=init))
-    for layer in layers.values():
-        assert not norm_score([layer]).any()
-        assert not naive_eq7(layer).any()
 
 
 def test_eq8_by_hand():
@@ -267,8 +258,8 @@ def test_the_pruners_penalty_is_eta_times_r(penalty):
     _, layers = random_model(penalty=penalty, eta=0.25)
     distances, eye = [], torch.eye(3)
     for layer in layers.values():
-        distances.append((layer.A @ layer.A.T - eye).norm().item())
-        distances.append((layer.B.T @ layer.B - eye).norm().item())
+        for rows in (layer.A, layer.B.T):
+            distances.append((rows @ rows.T - eye).norm().item())
     expected = {None: 0.0, "dem": dem_penalty([*layers.values()]).item(),
                 "orthogonal": sum(distances) / 12}
     value = Pruner(layers, layer.config, 50).penalty()

@@ -53,12 +53,16 @@ NOT_LINEAR = [
 
 @pytest.mark.filterwarnings("ignore")
 def test_modules_that_cannot_be_adapted():
-    """Computed weights, subclasses, other kinds are refused by the target and the module's name,
-    one nn.Linear under two names by both. So is a model that is adapted already."""
+    """Hooks, computed weights, subclasses, other kinds are refused by the target and the module's
+    name, one nn.Linear under two names by both. So is a model that is adapted already."""
     for make in NOT_LINEAR:
         model = two_matrices()
         model[0] = make()
         untouched("'0'.* 0 ", inject, model, cfg("0"))
+    for register in ("register_forward_hook", "register_full_backward_hook"):
+        model = two_matrices()
+        getattr(model[0], register)(print)
+        untouched("'0'.* 0 has hooks", inject, model, cfg("0"))
     shared = nn.Linear(8, 8)
     untouched("0 .*2 ", inject, chain(shared, nn.Tanh, shared), cfg("0"))
     block = nn.Sequential(nn.Linear(8, 8))

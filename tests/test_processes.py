@@ -145,7 +145,7 @@ def test_a_killed_process_ends_all(tmp_path, victim):
 
 
 def test_an_error_of_one_process(tmp_path):
-    """D6: one of two runs out of memory and shows it. Both end with exit code 1 and one line."""
+    """One of two runs out of memory and shows it. Both end with exit code 1 and one line."""
     failing = """
 import os, sys, train_glue
 real, steps = train_glue.task_loss, []

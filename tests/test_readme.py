@@ -120,11 +120,6 @@ def test_the_toy(tmp_path, monkeypatch, capsys):
         assert float(found) == pytest.approx(float(expected), abs=0.03), what
 
 
-def page(name):
-    """A page that the benchmarks wrote, its line breaks removed."""
-    return " ".join((ROOT / "benchmarks" / name).read_text(encoding="utf-8").split())
-
-
 def cell(name, row, column):
     """One cell of the first table in results/ that has this row, by its column's title."""
     text = (RESULTS / name).read_text(encoding="utf-8")
@@ -138,7 +133,7 @@ def cell(name, row, column):
 def test_the_table_of_results():
     """The table, its noise and the counts below it against what the benchmarks wrote."""
     assert (RESULTS / "readme_table.md").read_text(encoding="utf-8").strip() in TEXT
-    text = page("RESULTS.md")
+    text = " ".join((ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8").split())
     noise = re.search(r"about 0(.\d+) on stsb, 0(.\d+) on mrpc, 0(.\d+) on cola", text)
     ahead = re.search(r"in (\d+ of \d+) runs at ranks 1 and 2 .*? in (\d+ of \d+) at rank 4", text)
     recovery = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")

@@ -120,16 +120,6 @@ def test_attention_by_hand():
                 torch.testing.assert_close(found[b, i, head], expected)
 
 
-def test_dropout_only_in_training():
-    """Two passes differ in training, with each kind of dropout, and are equal in evaluation."""
-    model, batch = tiny_model(), sentences()
-    assert torch.equal(model(*batch), model(*batch))
-    model.train()
-    assert not torch.equal(model(*batch), model(*batch))
-    quiet = tiny_model(hidden_dropout_prob=0.0).train()     # what is left is attention's
-    assert not torch.equal(quiet(*batch), quiet(*batch))
-
-
 @pytest.mark.parametrize("prefix", [True, False])
 def test_forms_of_a_checkpoint(folder, prefix):
     """Logits with and without `roberta.`, with ignored keys, against those of the saved model."""
@@ -170,7 +160,7 @@ def test_half_precision_is_widened(folder, tmp_path):
     {"classifier.weight": (9, 32), "classifier.bias": (9,)}])
 @pytest.mark.parametrize("prefix", [True, False])
 def test_a_new_head(folder, head, prefix):
-    """T8: without a whole head of this kind and size the encoder is the file's, and the head is as
+    """Without a whole head of this kind and size the encoder is the file's, and the head is as
     a fresh model's: normal of the config's deviation with zero biases, the same for a seed."""
     def edit(weights):
         for name in [*weights]:
@@ -253,12 +243,12 @@ def id2label(names):
     ("cola", "1, 0", [1, 0]),
     ("mnli", "CONTRADICTION, NEUTRAL, ENTAILMENT", [2, 1, 0]),  # roberta-large-mnli's
     ("twelve", ", ".join("abcdefghijkl"), [*range(12)]),  # as text, "10" comes before "2"
-    # N6: the words of the Hub's data sets, as run_glue.py saves them
+    # the words of the Hub's data sets, as run_glue.py saves them
     ("mrpc", "not_equivalent, equivalent", [0, 1]),
     ("cola", "acceptable, unacceptable", [1, 0]),
     ("qqp", "not_duplicate, duplicate", [0, 1]), ("sst2", "NEGATIVE, POSITIVE", [0, 1])])
 def test_the_order_of_labels(tmp_path, task, names, order):
-    """T1: logits of a checkpoint are in the order of the task's labels, whatever its id2label's."""
+    """Logits of a checkpoint are in the order of the task's labels, whatever its id2label's."""
     twelve = dataclasses.replace(data.TASKS["rte"], name="twelve", labels=tuple("abcdefghijkl"))
     model = tiny_model(len(order))
     save_model(model, tmp_path)
@@ -277,7 +267,7 @@ def test_the_order_of_labels(tmp_path, task, names, order):
     ("rte", 2, {"id2label": id2label("LABEL_1, LABEL_0")}),
     ("rte", 2, {"finetuning_task": "qnli"}), ("stsb", 1, {}), ("stsb", 1, {"label_top": 4.0})])
 def test_a_head_for_other_labels(tmp_path, task, classes, fields):
-    """T1, N6: a head for other labels, another task or unit is not used, and the model says so."""
+    """A head for other labels, another task or unit is not used, and the model says so."""
     save_model(tiny_model(classes), tmp_path)
     with_config(tmp_path, **fields)
     model = load_roberta(tmp_path, classes, data.TASKS[task])
@@ -287,7 +277,7 @@ def test_a_head_for_other_labels(tmp_path, task, classes, fields):
 
 @pytest.mark.parametrize("task", ["cola", "rte", "mnli", "stsb"])
 def test_a_saved_model_knows_its_task(tmp_path, task):
-    """T1: save_model names task and labels: its head is loaded for that task, for no other."""
+    """save_model names task and labels: its head is loaded for that task, for no other."""
     task = data.TASKS[task]
     model = tiny_model(task.num_labels)
     save_model(model, tmp_path, task)
@@ -299,7 +289,7 @@ def test_a_saved_model_knows_its_task(tmp_path, task):
 
 
 def test_the_dropout_of_the_head(folder):
-    """T1: classifier_dropout is the head's dropout; without it the encoder's is."""
+    """classifier_dropout is the head's dropout; without it the encoder's is."""
     assert load_roberta(folder, 2).classifier.dropout.p == 0.1
     for value in (0.5, 0):
         model = load_roberta(with_config(folder, classifier_dropout=value), 2)

@@ -41,7 +41,8 @@ def rows(text):
 
 def test_what_it_prints(short, capsys):
     """The table against result.json of each run, the median of three draws among them; the map
-    against ranks.json; no line is wider than 80 columns. A second time it is refused."""
+    against ranks.json; no line is wider than 80 columns. --eval-only repeats the first score. A
+    second time it is refused."""
     assert main(SHORT) == 0
     text = capsys.readouterr().out
     root = short / "toy-dora-1"
@@ -62,6 +63,8 @@ def test_what_it_prints(short, capsys):
     assert sum(ranks.values()) in (3, 4)
     assert sizes[0] <= 576 and sizes[1] == 768
     assert max(map(len, text.splitlines())) <= 80
+    assert main(["--eval-only", "--adapter", str(root)]) == 0
+    assert f"matthews {found['adapted']['best']['matthews']:.4f}" in capsys.readouterr().out
     assert main(SHORT) == 2
     assert "already contains a run" in capsys.readouterr().err
 
@@ -158,13 +161,16 @@ def test_the_place_matters(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seeds = range(11, 17)
     assert main(["--device", "cpu", "--deterministic", "--seeds", *map(str, seeds)]) == 0
+    text = capsys.readouterr().out
     scores, ahead = {name: [] for name in FOLDERS}, 0
     for seed in seeds:
         found = results(tmp_path / "runs" / f"toy-dora-{seed}")
         row = {name: result["best"]["matthews"] for name, result in found.items()}
         for name, score in row.items():
             scores[name].append(score)
-        ahead += row["adapted"] > statistics.median(row[f"random-{i}"] for i in (1, 2, 3))
+        own, random = row["adapted"], statistics.median(row[f"random-{i}"] for i in (1, 2, 3))
+        assert f"These places score {own:.3f}, and random ones {random:.3f}." in text
+        ahead += own > random
     assert ahead >= 5
     median = {name: statistics.median(column) for name, column in scores.items()}
     assert median["adapted"] >= median["query-value"]

@@ -37,8 +37,8 @@ def masks(monkeypatch):
 
 
 def test_runs_repeat(tmp_path):
-    """Two runs with the same settings are equal bit for bit in every file. With another seed,
-    weight decay or clipping the losses differ."""
+    """Two runs with the same settings are equal bit for bit in every file. With another seed (from
+    the start, which the first penalty shows), weight decay or clipping the losses differ."""
     run(tmp_path / "a")
     run(tmp_path / "b", seed=1)
     run(tmp_path / "c", seed=2)
@@ -47,6 +47,23 @@ def test_runs_repeat(tmp_path):
     same_runs(tmp_path / "a", tmp_path / "b")
     for name in "cde":
         assert lines(tmp_path / name) != lines(tmp_path / "a")
+    first, other = (lines(tmp_path / name)[0] for name in "ac")
+    assert first["penalty"] != other["penalty"]
+
+
+def test_gradients_are_observed_before_clipping(tmp_path, monkeypatch):
+    """What observe() sees, where the limit is far below every gradient."""
+    norms, real = [], Pruner.observe
+
+    def observe(pruner):
+        for layer in pruner.layers.values():
+            norms.append(layer.B.grad.norm())
+        real(pruner)
+
+    monkeypatch.setattr(Pruner, "observe", observe)
+    run(tmp_path, method="lora", clip=1e-12, max_steps=4)
+    assert len(norms) == 4 * 12
+    assert min(norms) > 1e-9
 
 
 @pytest.fixture(scope="module")
@@ -205,8 +222,9 @@ def dev():
 
 def test_max_steps(tmp_path):
     """max_steps ends a run within an epoch, and the budget's curve is that of the shorter run. With
-    log_every, there is a line each fourth step, and one at the end."""
-    found = run(tmp_path, max_steps=11, log_every=4)
+    log_every, there is a line each fourth step, and one at the end. A long interval prunes once."""
+    found = run(tmp_path, max_steps=11, log_every=4, interval=9)
+    assert "from step 5 to 5, pruning" in (tmp_path / "log.txt").read_text()
     assert found["steps"] == 11 and found["last"]["epoch"] == 1.375
     assert [line["step"] for line in lines(tmp_path)] == [4, 8, 11]
     assert lines(tmp_path)[-1]["live"] == 24
@@ -250,7 +268,7 @@ def test_predictions_keep_the_files_order(classes):
     model.classifier.out_proj.bias.data -= middle if classes == 2 else middle - 0.5
     logits = logits_alone(model, examples)
     alone = logits.argmax(1) if classes == 2 else logits[:, 0].clamp(0, 1)
-    found = predict(model, examples)
+    found = predict(model.train(), examples)  # without its dropout
     assert found == pytest.approx(alone.numpy(), rel=0, abs=1e-6)
     lengths = [len(example.ids) for example in examples]
     assert {0, 1} <= {*found} and len({*lengths}) > 5
@@ -297,7 +315,7 @@ def test_a_collapsed_run_says_so(tmp_path, monkeypatch, regression, noise, colla
 
 
 def test_the_mean_of_mnlis_two():
-    """T3: two dev files: each accuracy, and their mean as the headline."""
+    """Two dev files: each accuracy, and their mean as the headline."""
     task = data.TASKS["mnli"]
     first, second = dev(), dev()[:10]
     scores = evaluate_dev(tiny_model(3), {"dev": first, "dev_mm": second}, task)
@@ -343,7 +361,7 @@ def test_compaction_in_training(tmp_path, masks, monkeypatch, rank):
 
 @pytest.mark.parametrize("method", ["dora", "full", "bitfit", "head"])
 def test_bf16(tmp_path, method):
-    """--dtype bf16: what trains is float32, in the checkpoint too, and so are the logits (D4);
+    """--dtype bf16: what trains is float32, in the checkpoint too, and so are the logits;
     products in the encoder are bfloat16, and so is what is frozen, unless the encoder trains."""
     given = run_settings(tmp_path, dtype="bf16", method=method, max_steps=8)
     config, low = make_config(**given), torch.bfloat16
@@ -375,7 +393,8 @@ def torch_state():
 @pytest.mark.parametrize("faster", [True, False])
 def test_torch_in_a_run(tmp_path, monkeypatch, deterministic, faster):
     """In a run, --deterministic means deterministic kernels, and without it TF32 and, where it is
-    faster, oneDNN. Afterwards torch is as before, even if the run failed."""
+    faster, oneDNN; a resumed run, what it began with. Afterwards torch is as before, even if the
+    run failed."""
     monkeypatch.setattr(train_glue, "onednn_is_faster", lambda threads: faster)
     before, seen, real = torch_state(), [], train_glue.adapt
 
@@ -389,6 +408,10 @@ def test_torch_in_a_run(tmp_path, monkeypatch, deterministic, faster):
     product = "bf16" if faster and not deterministic else before[3]
     assert seen == [(before[0], deterministic, "ieee" if deterministic else "tf32", product)]
     assert torch_state() == before
+    monkeypatch.setattr(train_glue, "onednn_is_faster", lambda threads: not faster)
+    run(tmp_path / "out", resume=True, **given)
+    device = read_json(tmp_path / "out" / "run.json")["device"]
+    assert ("oneDNN" in device) == (product == "bf16")
     with pytest.raises(DoRAError):
         run(tmp_path / "out", **given)
     assert torch_state() == before
