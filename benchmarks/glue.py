@@ -32,8 +32,6 @@ DEV = {"stsb": 1500, "mrpc": 408, "cola": 1043}  # examples
 TENTH = {"stsb": 574, "mrpc": 366, "cola": 855}  # examples that held_out() holds out
 SEEDS, TEN = (1, 2, 3), tuple(range(1, 11))
 BOTH = ("stsb", "mrpc")
-# Student's, 97.5 %, by the number of differences
-T_QUANTILE = {3: 4.303, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 class Row(NamedTuple):
@@ -268,6 +266,8 @@ def fact(kind, rows, tasks):
     """Return a number of results/findings.md, which asks for it as {kind: a > b; c > d on tasks}:
     in how many runs the first row of a pair is ahead, the p of a sign test on that, or the mean
     difference with its interval or in examples."""
+    from scipy import stats
+
     found = []
     for pair, task in itertools.product(rows.split("; "), tasks.split()):
         first, second = pair.split(" > ")
@@ -275,7 +275,7 @@ def fact(kind, rows, tasks):
     if len(found) < 2:
         return "not run"
     mean, n = statistics.mean(found), len(found)
-    half = T_QUANTILE.get(n, 2.0) * statistics.stdev(found) / math.sqrt(n)
+    half = stats.t.ppf(0.975, n - 1) * stats.sem(found)
     return {"ahead": f"{sum(difference > 0 for difference in found)} of {n}",
             "p": f"{report.coin(found):.3f}",
             "examples": ", ".join(f"{408 * difference:+.0f}" for difference in found),
