@@ -8,8 +8,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("", "benchmarks", "notebooks")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true",
-                     help="also whole runs, kills, fuzzing, notebooks")
+    parser.addoption("--slow", action="store_true", help="also whole runs, fuzzing, notebooks")
 
 
 def pytest_configure(config):
