@@ -171,7 +171,8 @@ def test_places():
     ada, own = (cell("surgical.md", arm, "mirrored").split(" ")[0] for arm in ("adalora", "dora"))
     lower = sum(cell("../README.md", f"dora's places 1/7 minus random 1/7 {x}", "nll").count("-")
                 for x in "abc")  # the likelihood of a language model
-    for words in (f"On MRPC it is {mrpc}, on SST-2 {sst2}. ", f"mirrored, {ada} % against {own} %",
+    for words in (f"On MRPC the share is {mrpc}, on SST-2 {sst2}. ",
+                  f"mirrored, {ada} % against {own} %",
                   f"{mirrored} of 20 seeds on mirrored digits, {swapped} with swapped pixels, "
                   f"{renamed} with renamed classes, {nothing} on unchanged ones",
                   f"they beat {lower} of 9 random"):
