@@ -34,6 +34,7 @@ SPLITS = {  # what runs train on, and what they are scored on
 }
 LENGTHS = {"stsb": (28, 40), "mrpc": (48, 64)}  # tokens, at most: of the train set, of dev
 TITLES = {"stsb": "STS-B", "mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE"}
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}  # of the encoder
 WIDE = 0.03
 PLACES = "dora's places"
 RANDOM = [f"random {i}" for i in range(8)]
@@ -48,17 +49,6 @@ ARMS = METHODS | {"AdaLoRA's start": dict(init="gaussian")}  # those that find t
 PARTS = [f"layer {i}" for i in range(6)]
 PARTS += ["query", "key", "value", "attention output", "intermediate", "output", "query|value"]
 OTHERS = ["adalora", "adalora's places", "paper", "paper's places", *PARTS, *TESTED]
-
-
-@functools.cache
-def float32_by_onednn():
-    """Let oneDNN make products of float32 matrices, which on AMD is faster than MKL. The setting's
-    name misleads: this checks that the results are float32."""
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    x, W = torch.randn(448, 384), torch.randn(384, 1536)
-    exact = x.double() @ W.double()
-    if torch.dist(x @ W, exact) > 1e-6 * exact.norm():  # bfloat16 has 2e-3
-        torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
 @functools.lru_cache(maxsize=4)
@@ -120,13 +110,14 @@ def method(run):
 
 def make(run):
     """Train one arm with one seed and return its score, its places and its predictions."""
-    float32_by_onednn()
+    if train_glue.onednn_is_faster(torch.get_num_threads()):
+        train_glue.ONEDNN.matmul.fp32_precision = "bf16"
     task, seed = data.TASKS[run["task"]], run["seed"]
     train, dev = (examples(run["task"], part) for part in SPLITS[run["split"]])
 
     torch.manual_seed(seed)
     model = train_glue.load_roberta(report.MINILM, task.num_labels)
-    model.roberta.to(torch.bfloat16)
+    model.roberta.to(DTYPES[run["dtype"]])
     costs, pruner = costs_of(model), None
     if run["arm"] in ARMS:
         config = method(run)
@@ -189,17 +180,20 @@ def to_do():
     yield from block("stsb", (6,), MAIN, factor=2.0)
     for task in ("mrpc", "sst2"):
         yield from block(task, (6, 18), ALL)
+    for factor, budgets in (0.5, (12, 18, 36, 6, 3)), (1.0, (12, 18, 36)):
+        yield from block("stsb", budgets, ALL, range(1, 6), factor=factor, dtype="float32")
     yield from block("rte", (6,), MAIN)  # 300 steps teach nothing here, and on CoLA: all score 0
 
 
-def block(task, budgets, arms, seeds=(1, 2, 3), *, factor=1.0, steps=STEPS, split="dev"):
+def block(task, budgets, arms, seeds=(1, 2, 3), *, factor=1.0, steps=STEPS, split="dev",
+          dtype="bf16"):
     """Yield the runs of some arms, and before them those that choose the task's rate."""
     if (rate := rate_of(task)) is None:
         yield from itertools.chain(*trials(task).values())
         return
 
     known = report.finished(LOG)
-    shared = dict(task=task, split=split, steps=steps, lr=factor * rate, dtype="bf16")
+    shared = dict(task=task, split=split, steps=steps, lr=factor * rate, dtype=dtype)
     for budget, seed, arm in itertools.product(budgets, seeds, arms):
         run = dict(shared, budget=budget, seed=seed, arm=arm)
         source = source_of(run)
@@ -244,6 +238,7 @@ class Setting(NamedTuple):
     split: str
     lr: float
     budget: int
+    dtype: str
     fresh: bool  # the seeds that were fixed to test what was seen at half the rate
     after: int  # steps, of which a long run is scored several times
 
@@ -251,7 +246,8 @@ class Setting(NamedTuple):
         words = f"{TITLES[self.task]}, {self.budget} components, "
         words += f"after {self.after} of " * (self.after < self.steps)
         words += f"{self.steps} steps, " + f"{self.split}, " * (self.split != "dev")
-        return f"{words}rate {self.lr:g}" + ", seeds 4 to 8" * self.fresh
+        return f"{words}rate {self.lr:g}" + f", {self.dtype}" * (self.dtype != "bf16") + \
+            ", seeds 4 to 8" * self.fresh
 
 
 def settings():
@@ -259,8 +255,9 @@ def settings():
     seeds or more have dora's places and four random ones."""
     found = collections.defaultdict(lambda: collections.defaultdict(dict))
     for line in report.lines_of(LOG):
-        shared = [line[name] for name in Setting._fields[:5]]
-        fresh = line["seed"] in FRESH and line["lr"] != rate_of(line["task"])
+        shared = [line[name] for name in Setting._fields[:6]]
+        half = line["lr"] != rate_of(line["task"]) and line["dtype"] == "bf16"
+        fresh = half and line["seed"] in FRESH
         for step, score in line["curve"]:
             seeds = found[Setting(*shared, fresh, step)]
             seeds[line["seed"]][line["arm"]] = score
@@ -455,13 +452,13 @@ def short():
 
     costs = costs_of(train_glue.load_roberta(report.MINILM, 1))
     assert len(costs) == 36 and sum(costs.values()) == 36 * 1152
-    run = dict(task="stsb", split="dev", steps=40, budget=6, seed=1, lr=4e-3)
+    run = dict(task="stsb", split="dev", steps=40, budget=6, seed=1, lr=4e-3, dtype="bf16")
     for budget in (3, 6, 18):
         ranks = places(dict(run, budget=budget, arm=FIRST[3]), costs)
         spent = sum(costs[name] * rank for name, rank in ranks.items())
         assert 0 <= budget * 1152 - spent < 768, budget  # nothing else would have fit
-    for arm in ("dora", "random 3"):
-        found = make(dict(run, arm=arm))
+    for arm, dtype in ("dora", "bf16"), ("random 3", "float32"):
+        found = make(dict(run, arm=arm, dtype=dtype))
         print(f"{arm}: {found['score']:.3f}, {found['parameters']:,} parameters")
         assert 0 < found["parameters"] <= 6 * 1152
 
