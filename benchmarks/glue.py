@@ -307,9 +307,9 @@ def write_report():
         "BY_EXAMPLE": by_example(),
         "RATES": "\n\n".join(map(rates_table, EPOCHS)),
     }
-    wrap = functools.partial(textwrap.fill, width=120, break_on_hyphens=False,
-                             break_long_words=False)
-    parts = [tables.get(part) or wrap(part) for part in words.split("\n\n")]
+    wrap = textwrap.TextWrapper(120, break_on_hyphens=False, break_long_words=False).fill
+    parts = [part if part.startswith("|") else tables.get(part) or wrap(part)
+             for part in words.split("\n\n")]
     (report.HERE / "RESULTS.md").write_text("\n\n".join(parts) + "\n", "utf-8")
     (report.RESULTS / "readme_table.md").write_text(readme_table(), "utf-8")
     plot()

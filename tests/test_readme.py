@@ -138,10 +138,8 @@ def test_the_table_of_results():
     ahead = re.search(r"in (\d+ of \d+) runs at ranks 1 and 2 .*? in (\d+ of \d+) at rank 4", text)
     recovery = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
     table = recovery.split("| Methods (20 seeds) |")[1].split("\n\n")[0]
-    right = {}
-    for line in table.split("\n")[2:]:
-        _, name, *_, last, _ = (part.strip() for part in line.split("|"))
-        right[name] = last
+    rows = [[part.strip() for part in line.split("|")] for line in table.split("\n")[2:]]
+    right = {row[1]: row[-2] for row in rows}
     for words in ("{} on STS-B, {} on MRPC and {} on CoLA".format(*noise.groups()),
                   "ahead in {} runs at ranks 1 and 2, and in {} at rank 4".format(*ahead.groups()),
                   f"nothing is misplaced in {right['dora']} runs (AdaLoRA "
@@ -162,16 +160,19 @@ def test_places():
             assert numbers.startswith(f"{share} (p = {p}, lead {lead})"), row
     mrpc, sst2 = (cell("places.md", f"{task}, 6 components, 300 steps, rate {rate}", columns[0])
                   for task, rate in (("MRPC", 0.002), ("SST-2", 0.004)))
-    for n in (12, 18, 36):  # almost any places do
-        setting = f"STS-B, {n} components, 300 steps, rate 0.002"
-        assert "wide" not in cell("places.md", setting, "spread")
+    for n in (3, 6, 12, 18, 36):
+        row = f"STS-B, {n} components, 300 steps, rate 0.002, float32"
+        assert f"{cell('places.md', row, columns[0])} with {n}" in WORDS
+        for title in ("spread", *columns):
+            found = cell("../RESULTS.md", f"{n} components", title)
+            assert found == cell("places.md", row, title)
     mirrored, swapped, renamed, nothing = (
         cell("surgical.md", "its places minus shuffled", shift).split(",")[0].removesuffix(" of 20")
         for shift in ("mirrored", "swapped", "renamed", "placebo"))
     ada, own = (cell("surgical.md", arm, "mirrored").split(" ")[0] for arm in ("adalora", "dora"))
     lower = sum(cell("../README.md", f"dora's places 1/7 minus random 1/7 {x}", "nll").count("-")
                 for x in "abc")  # the likelihood of a language model
-    for words in (f"On MRPC the share is {mrpc}, on SST-2 {sst2}. ",
+    for words in (f"on MRPC it is {mrpc}, on SST-2 {sst2}. ",
                   f"mirrored, {ada} % against {own} %",
                   f"{mirrored} of 20 seeds on mirrored digits, {swapped} with swapped pixels, "
                   f"{renamed} with renamed classes, {nothing} on unchanged ones",
@@ -200,11 +201,10 @@ def test_the_printed_run_on_stsb():
     """Score and minutes of the printed command, compared with the recorded runs of its settings."""
     command = re.search(r"--task stsb --model-dir minilm (.*)", TEXT)[1]
     assert command == "--epochs 4 --batch-size 32 --lr 2e-3"
-    wanted, runs = {"task": "stsb", "split": "dev", "row": "dora 2", "lr": 2e-3}, {}
-    for run in json_lines(RESULTS / "budget_curve.jsonl"):
-        if wanted.items() <= run.items():
-            runs[run["seed"]] = run
-            assert len(run["epochs"]) == 4
+    wanted = {"task": "stsb", "split": "dev", "row": "dora 2", "lr": 2e-3}
+    log = json_lines(RESULTS / "budget_curve.jsonl")
+    runs = {run["seed"]: run for run in log if wanted.items() <= run.items()}
+    assert all(len(run["epochs"]) == 4 for run in runs.values())
     one, two, three = (f"{runs[seed]['best']:.3f}" for seed in (1, 2, 3))
     assert (f"in about {runs[1]['seconds'] / 60:.0f} minutes of one core it reaches Pearson {one} "
             f"(with seeds 2 and 3, {two} and {three})") in WORDS
