@@ -26,6 +26,7 @@ LOG = report.RESULTS / "places.jsonl"
 SCALE, DROPOUT = 8.0, 0.1
 BATCH, STEPS = 16, 300
 RATES, TRIED = (1e-3, 2e-3, 4e-3, 8e-3), (101, 102, 103)
+BUDGETS = (3, 6, 12, 18, 36)  # components of STS-B
 SPLITS = {  # what runs train on, and what they are scored on
     "dev": ("train", "dev"),
     "held out": ("the rest", "held out"),
@@ -41,13 +42,10 @@ FIRST = RANDOM[:4]
 MAIN = ["dora", PLACES, *FIRST]
 ALL = ["dora", PLACES, *RANDOM]
 FRESH = range(4, 9)
-TESTED = ["AdaLoRA's start", "AdaLoRA's start's places"]  # the best other way to find places
-ARMS = METHODS | {"AdaLoRA's start": dict(init="gaussian")}  # those that find their places
 # arms that are confined to one layer, to one kind of matrix, or to query and value
 PARTS = [f"layer {i}" for i in range(6)]
-PARTS += ["query", "key", "value", "attention output", "intermediate", "output"]
+PARTS += "query", "key", "value", "attention output", "intermediate", "output"
 RIVALS = ["adalora", "adalora's places", "paper", "paper's places", "query|value"]
-OTHERS = [*RIVALS, *PARTS, *TESTED]
 
 
 @functools.lru_cache(maxsize=4)
@@ -100,8 +98,8 @@ def places(run, costs):
 
 def method(run):
     """Return the settings of an arm that finds its places, at the scale that all arms have."""
-    settings = ARMS[run["arm"]] | dict(budget_unit="parameters", dropout_on="components",
-                                       rank=run["budget"] / 36, dropout=DROPOUT)
+    settings = METHODS[run["arm"]] | dict(budget_unit="parameters", dropout_on="components",
+                                          rank=run["budget"] / 36, dropout=DROPOUT)
     config = DoRAConfig(**settings)
     divisor = max(1.0, config.rank) if config.scale == "rank" else config.r_prime
     return DoRAConfig(**settings, alpha=SCALE * divisor)
@@ -119,7 +117,7 @@ def make(run):
     if run["dtype"] == "bf16":
         model.roberta.to(torch.bfloat16)
     costs, pruner = costs_of(model), None
-    if run["arm"] in ARMS:
+    if run["arm"] in METHODS:
         config = method(run)
         pruner = Pruner(inject(model, config), config, run["steps"])
     else:
@@ -162,8 +160,8 @@ def packed(predictions, task):
 
 def to_do():
     """Yield the runs in their order. Those that need the result of another one follow it."""
-    yield from block("stsb", (6,), [*ALL, *OTHERS])
-    yield from block("stsb", (6,), [*ALL, *TESTED], FRESH, factor=0.5)
+    yield from block("stsb", (6,), [*ALL, *RIVALS, *PARTS])
+    yield from block("stsb", (6,), ALL, FRESH, factor=0.5)
     yield from block("stsb", (3,), MAIN, FRESH, factor=0.5)
     yield from block("stsb", (6,), ["dora"], range(1, 9), factor=0.5, split="shuffled")
     yield from block("stsb", (6, 3), MAIN, factor=0.5, steps=1200)
@@ -172,16 +170,17 @@ def to_do():
     yield from block("stsb", (6,), ["layer 0", "layer 2", "layer 5"], **whole)
     # the rate, chosen at 6, makes some runs collapse at 18: so half of it, too
     for factor in (0.5, 1.0):
-        yield from block("stsb", (3, 6, 12, 18, 36), MAIN, factor=factor)
+        yield from block("stsb", BUDGETS, MAIN, factor=factor)
         for task in ("mrpc", "sst2"):
             yield from block(task, (6,), MAIN, factor=factor)
     yield from block("stsb", (6, 3), ALL, (4, 5))
-    yield from block("stsb", (12, 18, 36), ["query|value"], factor=0.5)
     yield from block("stsb", (6,), MAIN, factor=2.0)
     for task in ("mrpc", "sst2"):
         yield from block(task, (6, 18), ALL)
+    for budget in BUDGETS:
+        yield from itertools.chain(*trials("stsb", budget, "float32").values())
     as_planned = dict(seeds=range(1, 6), dtype="float32")
-    yield from block("stsb", (6, 3, 12, 18, 36), [*ALL, *RIVALS], factor=0.5, **as_planned)
+    yield from block("stsb", BUDGETS, [*ALL, *RIVALS], factor=0.5, **as_planned)
     yield from block("stsb", (12, 18, 36), ALL, **as_planned)
     yield from block("rte", (6,), MAIN)  # 300 steps teach nothing here, and on CoLA: all score 0
 
@@ -201,11 +200,10 @@ def block(task, budgets, arms, seeds=(1, 2, 3), *, factor=1.0, **changes):
             yield run
 
 
-def trials(task):
+def trials(task, budget=6, dtype="bf16"):
     """Return by rate the runs that choose a task's rate. Where the best rate is the lowest or the
     highest, the next one is tried, too."""
-    shared = dict(task=task, split="held out", steps=STEPS, dtype="bf16")
-    cell = dict(shared, budget=6, arm=FIRST[0])
+    cell = dict(task=task, budget=budget, arm=FIRST[0], split="held out", steps=STEPS, dtype=dtype)
     rates = list(RATES)
     while True:
         runs = report.by_rate(cell, TRIED, rates)
@@ -216,9 +214,9 @@ def trials(task):
         rates.append(best / 2 if best == min(rates) else best * 2)
 
 
-def means_of(task):
+def means_of(*of):
     """Return the mean score of random places by rate, {} until all runs that choose are made."""
-    return report.mean_by_rate(LOG, trials(task), "score")
+    return report.mean_by_rate(LOG, trials(*of), "score")
 
 
 def rate_of(task):
@@ -315,8 +313,11 @@ def write_report():
     found = settings()
     head = ["setting", "seeds x random places", "spread", "median random",
             "dora", PLACES, "lead", f"percentile of {PLACES}", "p", "of dora"]
-    rates = [[title, ", ".join(f"{lr:g}: {tried[lr]:.3f}" for lr in sorted(tried))]
-             for task, title in TITLES.items() if (tried := means_of(task))]
+    tried = {f"{title}, 6 components": means_of(task) for task, title in TITLES.items()}
+    for n in BUDGETS:
+        tried[f"STS-B, {n} components, float32"] = means_of("stsb", n, "float32")
+    rates = [[title, ", ".join(f"{lr:g}: {means[lr]:.3f}" for lr in sorted(means))]
+             for title, means in tried.items() if means]
     report.write_page("places", "Places on text", report.read_log(LOG), [
         "Scores, spread (best minus worst random placement) and lead (of dora's places over the "
         f"median one) are medians over the seeds. Wide is {WIDE} or more, and p is one-sided. "
@@ -327,7 +328,7 @@ def write_report():
         *(arms_table(f"arms: {setting}", seeds) for setting, seeds in found.items()
           if others_in(seeds) and setting.after == setting.steps),
         "The mean score of random places on a held-out tenth chose the rate of a task:",
-        report.table(["task", "rate: score"], rates)])
+        report.table(["setting", "rate: score"], rates)])
     plot({setting: seeds for setting, seeds in found.items() if drawn(setting)})
 
 
@@ -341,8 +342,7 @@ def row(setting, seeds):
         str(setting), f"{len(seeds)} x {' or '.join(map(str, sizes))}",
         f"{wide:.3f}" + ", wide" * (wide >= WIDE),
         f"{statistics.median(itertools.chain(*strips)):.3f}",
-        f"{middle(seeds, 'dora'):.3f}",
-        f"{middle(seeds, PLACES):.3f}",
+        f"{middle(seeds, 'dora'):.3f}", f"{middle(seeds, PLACES):.3f}",
         f"{lead:+.3f}",
         percentile(seeds, PLACES), f"{chance(beaten(seeds, PLACES)):.3f}",
         percentile(seeds, "dora"),
