@@ -76,6 +76,8 @@ def costs_of(model):
 
 def source_of(run):
     """Return the run that finds the places of this one, or the run itself."""
+    if found := re.fullmatch(r"places of dora at (.*)", run["arm"]):
+        return dict(run, arm="dora", lr=float(found[1]))
     return dict(run, arm=run["arm"].removesuffix("'s places"))
 
 
@@ -182,6 +184,9 @@ def to_do():
     as_planned = dict(seeds=range(1, 6), dtype="float32")
     yield from block("stsb", BUDGETS, [*ALL, *RIVALS], factor=0.5, **as_planned)
     yield from block("stsb", BUDGETS, ALL, **as_planned)
+    # where does the rate matter: while dora looks for places, or while LoRA trains in them?
+    for factor, arm in (1.0, "places of dora at 0.002"), (0.5, "places of dora at 0.004"):
+        yield from block("stsb", BUDGETS, [arm], factor=factor, **as_planned)
     yield from block("rte", (6,), MAIN)  # 300 steps teach nothing here, and on CoLA: all score 0
 
 
@@ -264,8 +269,8 @@ def settings():
             seeds = found[Setting(*shared, fresh, step)]
             seeds[line["seed"]][line["arm"]] = score
 
-    tasks, chosen = [*TITLES], {}
-    for setting in sorted(found, key=lambda setting: (tasks.index(setting.task), setting)):
+    chosen = {}
+    for setting in sorted(found, key=lambda setting: ([*TITLES].index(setting.task), setting)):
         seeds = [arms for arms in found[setting].values() if {PLACES, *FIRST} <= arms.keys()]
         if len(seeds) >= 3:
             chosen[setting] = seeds
@@ -342,7 +347,8 @@ def row(setting, seeds):
         str(setting), f"{len(seeds)} x {' or '.join(map(str, sizes))}",
         f"{wide:.3f}" + ", wide" * (wide >= WIDE),
         f"{statistics.median(itertools.chain(*strips)):.3f}",
-        f"{middle(seeds, 'dora'):.3f}", f"{middle(seeds, PLACES):.3f}",
+        f"{middle(seeds, 'dora'):.3f}",
+        f"{middle(seeds, PLACES):.3f}",
         f"{lead:+.3f}",
         percentile(seeds, PLACES), f"{chance(beaten(seeds, PLACES)):.3f}",
         percentile(seeds, "dora"),
@@ -378,10 +384,9 @@ def drawn(setting):
 def panel_of(setting):
     """Return the title of a setting's panel, what its strips differ in, and its own value."""
     task, rate = TITLES[setting.task], f"rate {setting.lr:g}"
-    components = f"{setting.budget} components"
     if setting.steps > STEPS:
         pairs = f"pairs of {setting.split}, {rate};\nsteps of {setting.steps:,}"
-        return f"{task}, {components}", pairs, str(setting.after)
+        return f"{task}, {setting.budget} components", pairs, str(setting.after)
     if setting.task == "stsb":
         value = str(setting.budget) + "\nfresh\nseeds" * setting.fresh
         return f"{task}, {rate}", f"components in all, {STEPS} steps", value
@@ -456,7 +461,7 @@ def short():
     costs = costs_of(train_glue.load_roberta(report.MINILM, 1))
     assert len(costs) == 36 and sum(costs.values()) == 36 * 1152
     run = dict(task="stsb", split="dev", steps=40, budget=6, seed=1, lr=4e-3)
-    for budget in (3, 6, 18):
+    for budget in BUDGETS:
         ranks = places(dict(run, budget=budget, arm=FIRST[3]), costs)
         spent = sum(costs[name] * rank for name, rank in ranks.items())
         assert 0 <= budget * 1152 - spent < 768, budget  # nothing else would have fit

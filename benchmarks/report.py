@@ -267,8 +267,7 @@ def machine(device="cpu"):
 
 
 def machines(lines):
-    """Return the machine that the runs of a log were made on, or how many on each of several in a
-    few words. The oldest runs did not note theirs."""
+    """Return the machine of a log's runs, or how many ran on each. The oldest did not note it."""
     counts = Counter(line.get("machine", "a machine that was not noted") for line in lines)
     if len(counts) == 1:
         return next(iter(counts))
@@ -341,28 +340,24 @@ def bootstrap(values):
     for _ in range(2000):
         drawn = values[rng.integers(seeds, size=seeds)]
         means.append(drawn[:, rng.integers(n, size=n)].mean())
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(low), float(high)
+    return tuple(np.percentile(means, (2.5, 97.5)).tolist())
 
 
 def by_seed(first, second, name):
-    """Return the differences of a figure between two rows, by rising seed, of the seeds that both
-    rows have."""
+    """Return the differences of a figure between two rows, by rising seed, where both have it."""
     a, b = ({line["seed"]: line[name] for line in lines} for lines in (first, second))
     return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
 
 
 def differences_table(title, columns, pairs, runs, name="", say=None):
-    """Return a table of the differences between two rows with the same seed. runs(row, column)
-    gives their lines, name is the figure, or else the column is, and say() puts the differences of
-    a cell into words. Without it they are listed."""
-    def listed(found):
-        return ", ".join(f"{difference:+.4f}" for difference in found)
-
+    """Return a table of the differences between two rows, seed by seed. runs(row, column) gives
+    their lines, name (or the column) is the figure, and say() puts a cell's list into words."""
     def cell(names, column):
         first, second = (runs(row, column) for row in names.split(" minus "))
         found = by_seed(first, second, name or column)
-        return (say or listed)(found) if found else "not run"
+        if say and found:
+            return say(found)
+        return ", ".join(f"{d:+.4f}" for d in found) or "not run"
 
     return grid(title, columns, map(" minus ".join, pairs), cell)
 
