@@ -265,7 +265,7 @@ def standard_error(task):
 def fact(kind, rows, tasks):
     """Return a number of results/findings.md, which asks for it as {kind: a > b; c > d on tasks}:
     in how many runs the first row of a pair is ahead, the p of a sign test on that, or the mean
-    difference with its interval or in examples."""
+    difference with its interval."""
     from scipy import stats
 
     found = []
@@ -278,7 +278,6 @@ def fact(kind, rows, tasks):
     half = stats.t.ppf(0.975, n - 1) * stats.sem(found)
     return {"ahead": f"{sum(difference > 0 for difference in found)} of {n}",
             "p": f"{report.coin(found):.3f}",
-            "examples": ", ".join(f"{408 * difference:+.0f}" for difference in found),
             "mean": f"{mean:+.4f} (95 % interval {mean - half:+.3f} to {mean + half:+.3f})"}[kind]
 
 
