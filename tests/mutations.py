@@ -44,11 +44,9 @@ MUTATIONS = [
      'order = head_order(folder / "config.json", task) if task else [*range(num_labels)]',
      "order = [*range(num_labels)]", "test_roberta.py"),
     ("every epoch has the same order of examples", "data.py",
-     "np.random.default_rng((seed, epoch))", "np.random.default_rng((seed, 0))",
-     "test_data.py"),
+     "np.random.default_rng((seed, epoch))", "np.random.default_rng((seed, 0))", "test_data.py"),
     ("the uncertainty is smoothed with beta1", "dora.py",
-     "U_bar), 1 - self.config.beta2)", "U_bar), 1 - self.config.beta1)",
-     "test_importance.py"),
+     "U_bar), 1 - self.config.beta2)", "U_bar), 1 - self.config.beta1)", "test_importance.py"),
     ("no warm-up", "train_glue.py",
      "warm = round(config.warmup * total)", "warm = 0", "test_train.py"),
     ("the penalty counts once per part of a batch", "train_glue.py",
@@ -56,8 +54,7 @@ MUTATIONS = [
     ("the odd place of a pair goes to the first text", "data.py",
      "if len(a) > len(b):", "if len(a) >= len(b):", "test_data.py"),
     ("a step without observe() uses the last importance again", "dora.py",
-     "        self.observed = False\n        self.t += 1", "        self.t += 1",
-     "test_pruner.py"),
+     "        self.observed = False\n        self.t += 1", "        self.t += 1", "test_pruner.py"),
 ]
 
 

@@ -30,11 +30,9 @@ RIGHT = {  # by exercise: a part of the notebook's solution, and what may stand 
 WRONG = {  # by exercise: the same, and what is wrong
     1: [("in layers", "in layers[::-1]"), (".abs()", ""),
         (GRAD, "layer.c.grad.flip(0) for"), (GRAD, "layer.A.grad.norm(dim=1) for"),
-        (GRAD, "layer.c.grad.abs_() for"),  # changes the gradients
-        ('"gradients"', '"weights"')],
+        ('"gradients"', '"weights"'), (GRAD, "layer.c.grad.abs_() for")],  # changes the gradients
     2: [("int(surplus * p)", "round(surplus * p)"),
-        ("surplus - int(surplus * p)", "10 - int(10 * p)"),
-        ("surplus * p)", "surplus * p**2)"),
+        ("surplus - int(surplus * p)", "10 - int(10 * p)"), ("surplus * p)", "surplus * p**2)"),
         ("int(surplus * p)", "surplus * p // 1")],  # not a whole number
     3: [("[:self.floor]", "[:1]"), ("descending=True, ", ""),
         (RAISE, "part[best] += scores.mean()"), (RAISE, "part[best] = float('inf')"),
@@ -43,8 +41,7 @@ WRONG = {  # by exercise: the same, and what is wrong
         ("super().scores().clone()", "self.I_bar[0]")],  # changes the averages
     4: [(SQUARE, "rows.var(1)"), (SQUARE, "rows.square().sum(1)"),
         (SQUARE, "rows.detach().square().mean(1)"), (SQUARE, f"layer.c.abs() * {SQUARE}"),
-        ("(layer.A, layer.B.T)", "(layer.A, layer.B)"),
-        ("len(layer.c)", "int(layer.mask.sum())")],
+        ("(layer.A, layer.B.T)", "(layer.A, layer.B)"), ("len(layer.c)", "int(layer.mask.sum())")],
     5: [(UNDER, "name.startswith(skip)"), (UNDER, 'name.startswith(skip + ".")'),
         (MATCH, "name.endswith(target)"), ("len(kept) == len(found)", "False"),
         ("DoRAError", "KeyError"), ("return kept", "return tuple(targets)")],
@@ -60,8 +57,7 @@ def solution(cell, right="", other=""):
 
 def outcome(number, solution):
     """Return what the exercise's checks print if its cell holds the solution. None: as it is."""
-    end = [*START, len(CELLS)][number]
-    first = START[number - 1] + 1
+    first, end = START[number - 1] + 1, [*START, len(CELLS)][number]
     space, said = {}, []
     space["print"] = lambda *words, **how: said.append(" ".join(map(str, words)))
     for i, cell in enumerate(CELLS[:end]):

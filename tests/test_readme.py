@@ -1,4 +1,5 @@
 """The README: its code runs, its commands exist, and its numbers are those of the logs."""
+import itertools
 import json
 import math
 import re
@@ -15,7 +16,7 @@ import dora
 import train_glue
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "README.md").read_text("utf-8")
 WORDS = " ".join(TEXT.split())  # line breaks may fall anywhere
 RESULTS = ROOT / "benchmarks/results"
 
@@ -34,7 +35,7 @@ def test_length_and_first_command():
 @pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "notebooks/RECIPES.md"])
 def test_links_lead_to_files(page):
     """Relative links and images, compared with the checkout."""
-    text = (ROOT / page).read_text(encoding="utf-8")
+    text = (ROOT / page).read_text("utf-8")
     for link in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text):
         assert link.startswith("http") or ((ROOT / page).parent / link).exists(), link
 
@@ -47,13 +48,13 @@ def test_each_equation_has_its_function_and_its_test():
     for equation, _, function, test in rows:
         name = function.strip(" `")
         assert callable(getattr(dora, name)), equation
-        assert name in (ROOT / test.strip()).read_text(encoding="utf-8"), equation
+        assert name in (ROOT / test.strip()).read_text("utf-8"), equation
 
 
 def test_list_of_differences():
     """Lines that begin `# differs:` in the source, compared with the README's list."""
     found = [line for name in ("dora.py", "train_glue.py", "data.py") for line in re.findall(
-        r"# differs: (.*)", (ROOT / name).read_text(encoding="utf-8"))]
+        r"# differs: (.*)", (ROOT / name).read_text("utf-8"))]
     listed = TEXT.split("begins with `# differs:`.\n")[1].split("\n\n")[0]
     assert [line.removeprefix("- ") for line in listed.split("\n")] == found
 
@@ -71,7 +72,7 @@ def test_python_blocks_run(code, tmp_path, monkeypatch, capsys):
 def test_own_task_trains(tmp_path, monkeypatch):
     """The row of TASKS in RECIPES.md with one's own TSV files: trained and scored."""
     monkeypatch.setitem(data.TASKS, "mine", None)  # removed afterwards
-    recipe = (ROOT / "notebooks/RECIPES.md").read_text(encoding="utf-8").split("## A task of")[1]
+    recipe = (ROOT / "notebooks/RECIPES.md").read_text("utf-8").split("## A task of")[1]
     exec(re.search(r"```python\n(.*?)```", recipe, re.DOTALL)[1], {})
     bpe = data.write_toy(tmp_path, tmp_path / "model")
     tiny = train_glue.RobertaConfig(vocab_size=len(bpe.vocab), hidden_size=16, num_hidden_layers=2,
@@ -120,9 +121,10 @@ def test_the_toy(tmp_path, monkeypatch, capsys):
         assert float(found) == pytest.approx(float(expected), abs=0.03), what
 
 
-def cell(name, row, column):
-    """One cell of the first table in results/ that has this row, by its column's title."""
-    text = (RESULTS / name).read_text(encoding="utf-8")
+def cell(name, row, column, behind=""):
+    """One cell of the first table in results/ that has this row behind some words, by column."""
+    text = (RESULTS / name).read_text("utf-8")
+    text = text[text.index(behind):]
     lines = [line.strip("|") for line in text.splitlines() if line.startswith("|")]
     rows = [[part.strip() for part in line.split("|")] for line in lines]
     at = [cells[0] for cells in rows].index(row)
@@ -132,11 +134,11 @@ def cell(name, row, column):
 
 def test_the_table_of_results():
     """The table, its noise and the counts below it against what the benchmarks wrote."""
-    assert (RESULTS / "readme_table.md").read_text(encoding="utf-8").strip() in TEXT
-    text = " ".join((ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8").split())
+    assert (RESULTS / "readme_table.md").read_text("utf-8").strip() in TEXT
+    text = " ".join((ROOT / "benchmarks/RESULTS.md").read_text("utf-8").split())
     noise = re.search(r"about 0(.\d+) on stsb, 0(.\d+) on mrpc, 0(.\d+) on cola", text)
     ahead = re.search(r"in (\d+ of \d+) runs at ranks 1 and 2 .*? in (\d+ of \d+) at rank 4", text)
-    recovery = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    recovery = (ROOT / "benchmarks/README.md").read_text("utf-8")
     table = recovery.split("| Methods (20 seeds) |")[1].split("\n\n")[0]
     rows = [[part.strip() for part in line.split("|")] for line in table.split("\n")[2:]]
     right = {row[1]: row[-2] for row in rows}
@@ -150,7 +152,7 @@ def test_the_table_of_results():
 def test_places():
     """What the text says of places, compared with the tables of the benchmarks."""
     columns = ("percentile of dora's places", "p", "lead")
-    for words, setting in (("planned first", "300 steps, rate 0.004"),
+    for words, setting in (("the plan", "300 steps, rate 0.004, float32"),
                            ("fresh seeds", "300 steps, rate 0.002, seeds 4 to 8"),
                            ("four epochs", "1440 steps, all lengths, rate 0.002")):
         _, *found = next(line for line in TEXT.split("\n| ") if words in line).split(" | ")
@@ -163,9 +165,18 @@ def test_places():
     for n in (3, 6, 12, 18, 36):
         row = f"STS-B, {n} components, 300 steps, rate 0.002, float32"
         assert f"{cell('places.md', row, columns[0])} with {n}" in WORDS
-        for title in ("spread", *columns):
-            found = cell("../RESULTS.md", f"{n} components", title)
-            assert found == cell("places.md", row, title)
+    text = (ROOT / "benchmarks/RESULTS.md").read_text("utf-8")
+    quoted = re.findall(r"^\| ((?:STS-B|MRPC|SST-2), .*?) \|", text, re.MULTILINE)
+    assert len(quoted) >= 19
+    for row, title in itertools.product(quoted, ("spread", *columns)):
+        assert cell("../RESULTS.md", row, title) == cell("places.md", row, title), row
+    rows = re.findall(r"^\| (\w+), (0.00\d); (0.00\d) \|", text, re.MULTILINE)
+    for (method, at, rate), n in itertools.product(rows, (3, 6, 12)):
+        arm = f"{method}'s places" if at == rate else f"places of {method} at {at}"
+        head = f"| arms: STS-B, {n} components, 300 steps, rate {rate}, float32 |"
+        found = cell("../RESULTS.md", f"{method}, {at}; {rate}", f"{n} components")
+        assert found == cell("places.md", arm, "percentile", head), head
+    assert len(rows) == 4
     mirrored, swapped, renamed, nothing = (
         cell("surgical.md", "its places minus shuffled", shift).split(",")[0].removesuffix(" of 20")
         for shift in ("mirrored", "swapped", "renamed", "placebo"))
@@ -182,7 +193,7 @@ def test_places():
 
 def test_speed():
     """Time (with MKL and with oneDNN) and memory over PEFT's LoRA against the recorded runs."""
-    cases = json.loads((RESULTS / "step_time.json").read_text(encoding="utf-8"))
+    cases = json.loads((RESULTS / "step_time.json").read_text("utf-8"))
     times, memory = [], []
     for model in ("MiniLM", "RoBERTa-base"):
         rows = [case["rows"] for case in cases
@@ -215,7 +226,7 @@ def test_the_length_of_the_first_command():
     the recorded milliseconds of a step of that shape."""
     config = train_glue.make_config("cola")
     steps = math.ceil(8551 / config.batch_size) * config.epochs
-    recorded = json.loads((RESULTS / "step_time.json").read_text(encoding="utf-8"))
+    recorded = json.loads((RESULTS / "step_time.json").read_text("utf-8"))
     ms = median(case["rows"]["dora"]["ms"] for case in recorded
                 if case["model"].startswith("RoBERTa-base") and case["width"] == 16)
     assert f"{steps:,} steps" in WORDS

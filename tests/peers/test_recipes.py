@@ -23,6 +23,7 @@ START = re.search(r"```python\n(.*?)```", SETUP, re.DOTALL)[1]
 @pytest.fixture
 def names(tmp_path, monkeypatch):
     """The names that the page's first block defines, in an empty folder."""
+    assert len(RECIPES) == 7  # each of them is run below
     monkeypatch.chdir(tmp_path)
     found = {}
     exec(START, found)
@@ -56,11 +57,6 @@ def check_adapter(names, folder="adapter"):
 def check_pruner(pruner):
     """It took a step per two micro-batches, and pruned."""
     assert pruner.t == pruner.total_steps == 20 and pruner.live < len(pruner.mask)
-
-
-def test_every_recipe_is_run():
-    """As many headings as recipes that are named below."""
-    assert len(RECIPES) == 7
 
 
 def test_trainer(names):
