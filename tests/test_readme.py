@@ -176,7 +176,7 @@ def test_places():
         head = f"| arms: STS-B, {n} components, 300 steps, rate {rate}, float32 |"
         found = cell("../RESULTS.md", f"{method}, {at}; {rate}", f"{n} components")
         assert found == cell("places.md", arm, "percentile", head), head
-    assert len(rows) == 4
+    assert len(rows) == 6
     mirrored, swapped, renamed, nothing = (
         cell("surgical.md", "its places minus shuffled", shift).split(",")[0].removesuffix(" of 20")
         for shift in ("mirrored", "swapped", "renamed", "placebo"))
