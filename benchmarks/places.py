@@ -42,7 +42,7 @@ FIRST = RANDOM[:4]
 MAIN = ["dora", PLACES, *FIRST]
 ALL = ["dora", PLACES, *RANDOM]
 FRESH = range(4, 9)
-# arms that are confined to one layer, to one kind of matrix, or to query and value
+# arms that are confined to one layer or to one kind of matrix
 PARTS = [f"layer {i}" for i in range(6)]
 PARTS += "query", "key", "value", "attention output", "intermediate", "output"
 RIVALS = ["adalora", "adalora's places", "paper", "paper's places", "query|value"]
