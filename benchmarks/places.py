@@ -173,12 +173,12 @@ def to_do():
     # the rate, chosen at 6, makes some runs collapse at 18: so half of it, too
     for factor in (0.5, 1.0):
         yield from block("stsb", BUDGETS, MAIN, factor=factor)
-        for task in ("mrpc", "sst2"):
-            yield from block(task, (6,), MAIN, factor=factor)
     yield from block("stsb", (6, 3), ALL, (4, 5))
     yield from block("stsb", (6,), MAIN, factor=2.0)
-    for task in ("mrpc", "sst2"):
-        yield from block(task, (6, 18), ALL)
+    for task in ("sst2", "mrpc"):
+        for factor, arms in (1.0, ALL), (0.5, MAIN):
+            yield from block(task, (6,), arms, factor=factor)
+            yield from block(task, (18,), arms, factor=factor, rated=(18, "float32"))
     for budget in BUDGETS:
         yield from itertools.chain(*trials("stsb", budget, "float32").values())
     as_planned = dict(seeds=range(1, 6), dtype="float32")
@@ -187,17 +187,19 @@ def to_do():
     # where does the rate matter: while dora looks for places, or while LoRA trains in them?
     for factor, arm in (1.0, "places of dora at 0.002"), (0.5, "places of dora at 0.004"):
         yield from block("stsb", BUDGETS, [arm], factor=factor, **as_planned)
-    yield from block("rte", (6,), MAIN)  # 300 steps teach nothing here, and on CoLA: all score 0
+    yield from block("rte", (6,), MAIN)
+    for task in ("cola", "rte"):  # 300 steps teach nothing there
+        yield from block(task, (18,), MAIN, rated=(18, "float32"))
 
 
-def block(task, budgets, arms, seeds=(1, 2, 3), *, factor=1.0, **changes):
-    """Yield the runs of some arms, and before them those that choose the task's rate."""
-    if (rate := rate_of(task)) is None:
-        yield from itertools.chain(*trials(task).values())
+def block(task, budgets, arms, seeds=(1, 2, 3), *, factor=1.0, rated=(6, "bf16"), **changes):
+    """Yield the runs of some arms, and before them those that choose the rate: rated says where."""
+    if (rate := rate_of(task, *rated)) is None:
+        yield from itertools.chain(*trials(task, *rated).values())
         return
 
     known = report.finished(LOG)
-    shared = dict(task=task, split="dev", steps=STEPS, lr=factor * rate, dtype="bf16")
+    shared = dict(task=task, split="dev", steps=STEPS, lr=factor * rate, dtype=rated[1])
     for budget, seed, arm in itertools.product(budgets, seeds, arms):
         run = dict(shared | changes, budget=budget, seed=seed, arm=arm)
         source = source_of(run)
@@ -224,9 +226,9 @@ def means_of(*of):
     return report.mean_by_rate(LOG, trials(*of), "score")
 
 
-def rate_of(task):
+def rate_of(*of):
     """Return the rate that was chosen for a task, None until it is known."""
-    means = means_of(task)
+    means = means_of(*of)
     return max(means, key=means.__getitem__, default=None)
 
 
@@ -318,9 +320,8 @@ def write_report():
     found = settings()
     head = ["setting", "seeds x random places", "spread", "median random",
             "dora", PLACES, "lead", f"percentile of {PLACES}", "p", "of dora"]
-    tried = {f"{title}, 6 components": means_of(task) for task, title in TITLES.items()}
-    for n in BUDGETS:
-        tried[f"STS-B, {n} components, float32"] = means_of("stsb", n, "float32")
+    tried = {f"{TITLES[task]}, {n} components, {dtype}": means_of(task, n, dtype)
+             for task, n, dtype in itertools.product(TITLES, BUDGETS, ("bf16", "float32"))}
     rates = [[title, ", ".join(f"{lr:g}: {means[lr]:.3f}" for lr in sorted(means))]
              for title, means in tried.items() if means]
     report.write_page("places", "Places on text", report.read_log(LOG), [
