@@ -326,7 +326,7 @@ def spread(values, digits=4):
 
 
 def coin(differences):
-    """Return the two-sided p of a sign test. By example, of 1, 0 and -1, this is McNemar's."""
+    """Return the two-sided p of a sign test."""
     signs = [d > 0 for d in differences if d]
     n, fewer = len(signs), min(signs.count(True), signs.count(False))
     ways = sum(math.comb(n, k) for k in range(fewer + 1))
