@@ -32,7 +32,8 @@ class Model(nn.Module):
             nn.init.normal_(p)
         torch.manual_seed(head)  # as a new head: each time another one
         self.head = nn.Sequential(
-            nn.Linear(8, 8), nn.Linear(8, 3))
+            nn.Linear(8, 8),
+            nn.Linear(8, 3))
 
     def forward(self, ids):
         x = self.emb(ids)

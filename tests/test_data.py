@@ -428,7 +428,8 @@ def test_tokenizer_json(as_text, toy_folder, toy, tmp_path):
     (dict(pre_tokenizer=None), "'pre_tokenizer': None"),
     (dict(pre_tokenizer__add_prefix_space=True), "'add_prefix_space': True"),
     (dict(added_tokens=[{"id": 265, "content": "[USER]"}]), "'[USER]'"),
-    (dict(model__vocab=[["a", 0.5]]), "damaged"), (dict(model__merges=[]), "no merge")])
+    (dict(model__vocab=[["a", 0.5]]), "damaged"),
+    (dict(model__merges=[]), "no merge")])
 def test_tokenizers_of_other_kinds(changes, says, toy_folder, tmp_path):
     """A tokenizer.json that would give other ids, or is damaged: one line with the reason."""
     (tmp_path / "tokenizer.json").write_text(tokenizer_json(toy_folder, **changes))

@@ -25,8 +25,7 @@ RIGHT = {  # by exercise: a part of the notebook's solution, and what may stand 
     2: ("int(surplus * p)", "__import__('math').floor(p * surplus)"),
     3: (RAISE, "part[best] = part[best] + 1e6 * top"),
     4: (f"{SQUARE}.sum()", "(rows @ rows.T).trace() / rows.shape[1]"),
-    5: (UNDER, '(name == skip or name.startswith(skip + "."))'),
-}
+    5: (UNDER, '(name == skip or name.startswith(skip + "."))')}
 WRONG = {  # by exercise: the same, and what is wrong
     1: [("in layers", "in layers[::-1]"), (".abs()", ""),
         (GRAD, "layer.c.grad.flip(0) for"), (GRAD, "layer.A.grad.norm(dim=1) for"),
@@ -44,8 +43,7 @@ WRONG = {  # by exercise: the same, and what is wrong
         ("(layer.A, layer.B.T)", "(layer.A, layer.B)"), ("len(layer.c)", "int(layer.mask.sum())")],
     5: [(UNDER, "name.startswith(skip)"), (UNDER, 'name.startswith(skip + ".")'),
         (MATCH, "name.endswith(target)"), ("len(kept) == len(found)", "False"),
-        ("DoRAError", "KeyError"), ("return kept", "return tuple(targets)")],
-}
+        ("DoRAError", "KeyError"), ("return kept", "return tuple(targets)")]}
 
 
 def solution(cell, right="", other=""):
@@ -105,8 +103,7 @@ WRONG_PRUNERS = [
     ("sum(layer.base.weight.shape) for", "1 for"),  # components in place of parameters
     ("left -= self.costs[i] * int(self.mask[i])", "left -= self.costs[i]"),  # pays for the pruned
     ("elif after <= window:", "else:"),  # the mask is not held after the last pruning
-    ("(1 - after / window) ** 3", "(1 - (after / window) ** 3)"),  # slow first
-]
+    ("(1 - after / window) ** 3", "(1 - (after / window) ** 3)")]  # slow first
 
 
 def first_differences(code):

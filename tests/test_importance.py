@@ -70,7 +70,8 @@ def test_eq7_by_hand():
     assert norm_score([layer]).tolist() == pytest.approx([4, 3])
 
 
-@pytest.mark.parametrize("d_out, d_in, r", [(4, 6, 3), (3, 3, 8), (5, 7, 1)])
+@pytest.mark.parametrize("d_out, d_in, r", [
+    (4, 6, 3), (3, 3, 8), (5, 7, 1)])
 def test_eq7_closed_form(d_out, d_in, r):
     """Five random layers at once: the closed form equals the naive one in float64 and float32, and
     `frobenius`, Eq. 7 without its denominator, the naive norms."""

@@ -175,7 +175,8 @@ def test_state_dict_continues_bit_for_bit(method):
 
 @pytest.mark.parametrize("changes, steps, blocks, names", [
     (dict(importance="norm"), 40, 2, "importance = sensitivity.*norm"),
-    ({}, 10, 2, "total_steps = 40.*10"), ({}, 40, 1, "components = 12.* 6")])
+    ({}, 10, 2, "total_steps = 40.*10"),
+    ({}, 40, 1, "components = 12.* 6")])
 def test_a_state_of_other_settings(changes, steps, blocks, names):
     """A run that continues with another number of steps or components or another setting is neither
     of the two runs: refused by the setting and both values, and the Pruner is as it was."""
@@ -189,7 +190,8 @@ def test_a_state_of_other_settings(changes, steps, blocks, names):
 @pytest.mark.parametrize("optimizer, options", [
     (torch.optim.AdamW, dict(amsgrad=True, fused=True)),
     (torch.optim.SGD, dict(momentum=0.9)),
-    (torch.optim.RMSprop, dict(centered=True)), (torch.optim.Adagrad, {})])
+    (torch.optim.RMSprop, dict(centered=True)),
+    (torch.optim.Adagrad, {})])
 @pytest.mark.parametrize("method", ["dora", "paper"])
 def test_compaction_keeps_the_trajectory(optimizer, options, method):
     """Of two equal runs one is compacted at the last pruning: 30 steps later live components, the

@@ -150,7 +150,8 @@ def test_what_a_run_says(finished, tmp_path, capsys):
             f"trained parameters: {trained:,} = adapter {adapter:,} + gate 36 + head {head:,}",
             "from step 7 to 12, pruning reduces the adapter to at most 24 components",
             f"files in {tmp_path / 'out'}",
-            "step 8, epoch 1: matthews ", f"saved adapter: {left:,} parameters"):
+            "step 8, epoch 1: matthews ",
+            f"saved adapter: {left:,} parameters"):
         assert part in text and part in log, part
     assert max(len(line) for line in said if "/" not in line) <= 80  # a path has no place to cut
 

@@ -49,8 +49,7 @@ NAMES = [  # a matrix, a head, and how the file names the head
     ("weight.up", "bias", "bias"),
     ("a+b(c)[d]|e^$*?\\", "head", "head"),
     ("up", "a+b.(c)|d", "a+b"),
-    ("é日本.up", "ñ", "ñ"),
-]
+    ("é日本.up", "ñ", "ñ")]
 
 
 @pytest.mark.parametrize("matrix, head, name", NAMES)
@@ -136,8 +135,7 @@ MODELS = [  # method, targets, the head if it is new, and how many matrices that
     (bert, "adalora", DoRAConfig().targets, "classifier", 12),
     (llama, "dora", LLAMA, None, 14),
     (t5, "dora", ("q", "k", "v", "o", "wi", "wo"), None, 32),  # its code reads wo.weight.dtype
-    (t5, "dora", ("wo", "lm_head"), None, 5),
-]
+    (t5, "dora", ("wo", "lm_head"), None, 5)]
 
 
 @pytest.mark.parametrize("new, method, targets, head, number", MODELS)

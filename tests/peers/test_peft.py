@@ -142,8 +142,7 @@ def save_lora(folder, tmp_path, **config):
                         "dense": 7}),
     dict(r=2, target_modules=r".*layer\.1\..*(query|dense)", task_type="SEQ_CLS"),
     dict(r=2, target_modules=["query"], layers_to_transform=[1]),
-    dict(r=2, target_modules="all-linear", exclude_modules=["key"]),
-])
+    dict(r=2, target_modules="all-linear", exclude_modules=["key"])])
 def test_we_load_pefts_adapters(tiny, tmp_path, config):
     """What PEFT's LoRA saved, patterns included, gives the logits that it gives in PEFT, to 1e-5
     (loaded: PEFT sorts the patterns when it saves them, and the first that fits counts)."""
