@@ -129,8 +129,7 @@ BROKEN = [  # whole content, or header and size of the data
     (entries("F32,1,0,4", "F32,1,2,6"), 6),  # overlap
     (entries("F32,1,0,4", "F32,1,8,12"), 12),  # a hole
     (entries("F32,1,4,8"), 8),  # a hole at the start
-    (entries("F32,1,0,4"), 5),  # bytes after the end
-]
+    (entries("F32,1,0,4"), 5)]  # bytes after the end
 
 
 @pytest.mark.parametrize("case", BROKEN)

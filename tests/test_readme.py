@@ -160,12 +160,13 @@ def test_places():
             row = f"STS-B, {n} components, {setting}"
             share, p, lead = (cell("places.md", row, column).lstrip("+0") for column in columns)
             assert numbers.startswith(f"{share} (p = {p}, lead {lead})"), row
-    mrpc, sst2 = (cell("places.md", f"{task}, 6 components, 300 steps, rate {rate}", columns[0])
-                  for task, rate in (("MRPC", 0.002), ("SST-2", 0.004)))
+    steps = "components, 300 steps, rate"
+    others = [cell("places.md", row, columns[0]).removesuffix(" %") for row in (
+        f"MRPC, 6 {steps} 0.002", f"MRPC, 18 {steps} 0.002, float32",
+        f"SST-2, 6 {steps} 0.004", f"SST-2, 18 {steps} 0.002, float32")]
     for n, rate in itertools.product((3, 6, 12, 18), ("0.002", "0.004")):
         row = f"STS-B, {n} components, 300 steps, rate {rate}, float32"
-        spread, share, p, lead = (
-            cell("places.md", row, name) for name in ("spread", *columns))
+        spread, share, p, lead = (cell("places.md", row, name) for name in ("spread", *columns))
         assert rate == "0.004" or f"{share} with {n}" in WORDS
         values = {"percentile": f"{share} (p = {p})", "lead": lead, "spread": spread}
         for name, value in values.items():
@@ -189,7 +190,7 @@ def test_places():
         cell("surgical.md", arm, "mirrored").split(" ")[0] for arm in ("adalora", "dora"))
     lower = sum(cell("../README.md", f"dora's places 1/7 minus random 1/7 {x}", "nll").count("-")
                 for x in "abc")  # the likelihood of a language model
-    for words in (f"on MRPC it is {mrpc}, on SST-2 {sst2}. ",
+    for words in ("{} and {} % on MRPC, {} and {} % on SST-2".format(*others),
                   f"mirrored, {ada} % against {own} %",
                   f"{mirrored} of 20 seeds on mirrored digits, {swapped} with swapped pixels, "
                   f"{renamed} with renamed classes, {nothing} on unchanged ones",
