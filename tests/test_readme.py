@@ -164,7 +164,7 @@ def test_places():
     others = [cell("places.md", row, columns[0]).removesuffix(" %") for row in (
         f"MRPC, 6 {steps} 0.002", f"MRPC, 18 {steps} 0.002, float32",
         f"SST-2, 6 {steps} 0.004", f"SST-2, 18 {steps} 0.002, float32")]
-    for n, rate in itertools.product((3, 6, 12, 18), ("0.002", "0.004")):
+    for n, rate in itertools.product((3, 6, 12, 18, 36), ("0.002", "0.004")):
         row = f"STS-B, {n} components, 300 steps, rate {rate}, float32"
         spread, share, p, lead = (cell("places.md", row, name) for name in ("spread", *columns))
         assert rate == "0.004" or f"{share} with {n}" in WORDS
