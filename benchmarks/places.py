@@ -226,7 +226,7 @@ def means_of(*of):
 
 
 def rate_of(*of):
-    """Return the rate that was chosen for a task, None until it is known."""
+    """Return the rate that trials(*of) chose, None until it is known."""
     means = means_of(*of)
     return max(means, key=means.__getitem__, default=None)
 
