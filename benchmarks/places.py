@@ -264,8 +264,8 @@ def settings():
     found = collections.defaultdict(lambda: collections.defaultdict(dict))
     for line in report.lines_of(LOG):
         shared = [line[name] for name in Setting._fields[:6]]
-        half = line["lr"] != rate_of(line["task"]) and line["dtype"] == "bf16"
-        fresh = half and line["seed"] in FRESH
+        fresh = line["seed"] in FRESH and line["dtype"] == "bf16"
+        fresh = fresh and line["lr"] != rate_of(line["task"])  # asked seldom: it takes long
         for step, score in line["curve"]:
             seeds = found[Setting(*shared, fresh, step)]
             seeds[line["seed"]][line["arm"]] = score
