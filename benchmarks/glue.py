@@ -274,14 +274,13 @@ def fact(kind, rows, tasks):
     if len(found) < 2:
         return "not run"
     mean, half = statistics.mean(found), stats.t.ppf(0.975, len(found) - 1) * stats.sem(found)
-    return {"ahead": lead(found).split(",")[0], "p": f"{report.coin(found):.3f}",
+    return {"ahead": ahead(found), "p": f"{report.coin(found):.3f}",
             "mean": f"{mean:+.4f} (95 % interval {mean - half:+.3f} to {mean + half:+.3f})"}[kind]
 
 
-def lead(differences):
-    """Return in how many runs the first row of a pair is ahead, and the mean difference."""
-    count = sum(d > 0 for d in differences)
-    return f"{count} of {len(differences)}, {statistics.mean(differences):+.4f}"
+def ahead(differences):
+    """Return in how many runs the first row of a pair is ahead."""
+    return f"{sum(d > 0 for d in differences)} of {len(differences)}"
 
 
 # ---- report --------------------------------------------------------------------------------------
@@ -298,8 +297,9 @@ def write_report():
         errors=", ".join(f"{standard_error(task):.3f} on {task}" for task in EPOCHS))
 
     table = functools.partial(report.grid, "score; parameters; rate", cell=in_words)
-    minus = functools.partial(report.differences_table, "ahead, mean difference", runs=on,
-                              name="best", say=lead)
+    minus = functools.partial(
+        report.differences_table, "ahead, mean difference", runs=on, name="best",
+        say=lambda found: f"{ahead(found)}, {statistics.mean(found):+.4f}")
     tables = {
         "SCORES": table(EPOCHS, ROWS),
         "PAIRS": minus(EPOCHS, PAIRS),
